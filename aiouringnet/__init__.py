@@ -1,0 +1,60 @@
+"""io_uring transports for the asyncio that you already run: stock asyncio and uvloop, patched in place."""
+
+import sys
+
+from aiouringnet._version import __version__
+from aiouringnet.api.connect import connect_accepted_socket, create_connection, create_unix_connection
+from aiouringnet.api.passed_on import (
+    connect_read_pipe,
+    connect_write_pipe,
+    create_datagram_endpoint,
+    sendfile,
+    sock_accept,
+    sock_connect,
+    sock_recv,
+    sock_recv_into,
+    sock_sendall,
+)
+from aiouringnet.api.patch import install_policy, loop_factory, new_event_loop, patch_loop
+from aiouringnet.api.serve import create_server, create_unix_server
+from aiouringnet.api.start_tls import start_tls
+from aiouringnet.api.streams import open_connection, open_unix_connection, start_server, start_unix_server
+from aiouringnet.diagnostics import stats, status
+from aiouringnet.options import Options
+
+__all__ = [
+    "Options",
+    "__version__",
+    "connect_accepted_socket",
+    "connect_read_pipe",
+    "connect_write_pipe",
+    "create_connection",
+    "create_datagram_endpoint",
+    "create_server",
+    "create_unix_connection",
+    "create_unix_server",
+    "install_policy",
+    "loop_factory",
+    "new_event_loop",
+    "open_connection",
+    "open_unix_connection",
+    "patch_loop",
+    "sendfile",
+    "sock_accept",
+    "sock_connect",
+    "sock_recv",
+    "sock_recv_into",
+    "sock_sendall",
+    "start_server",
+    "start_tls",
+    "start_unix_server",
+    "stats",
+    "status",
+]
+
+if sys.version_info >= (3, 11):
+    from aiouringnet.api.passed_on import sock_recvfrom, sock_recvfrom_into, sock_sendto
+
+    __all__ += ["sock_recvfrom", "sock_recvfrom_into", "sock_sendto"]
+
+del sys

@@ -1,0 +1,196 @@
+"""asyncio's own connection-making code, with our I/O beneath.
+
+asyncio.BaseEventLoop's create_connection(), create_server() and the like
+resolve names, race addresses, bind sockets and check arguments; what they ask
+of `self` is little: connect a socket, make a transport, start and stop
+accepting.  A Connector borrows those functions and answers these requests
+with a loop's engine.  So every signature, error text and later refinement is
+the running Python's, on any base loop.
+
+What a newer Python's functions take, the older ones get here.
+"""
+
+import asyncio
+import contextvars
+import functools
+import os
+import socket
+import sys
+import types
+
+from aiouringnet.api.call import parameters_of
+from aiouringnet.transports.stream import StreamTransport
+
+_Base = asyncio.SelectorEventLoop
+logger = asyncio.log.logger
+
+# Parameters that asyncio's functions have since 3.12, 3.13, 3.13 and 3.11.
+_KNOWS_ALL_ERRORS = "all_errors" in parameters_of(_Base.create_connection)
+_KNOWS_KEEP_ALIVE = "keep_alive" in parameters_of(_Base.create_server)
+_KNOWS_CLEANUP_SOCKET = "cleanup_socket" in parameters_of(_Base.create_unix_server)
+_KNOWS_SHUTDOWN_TIMEOUT = "ssl_shutdown_timeout" in parameters_of(_Base.create_connection)
+
+# Parameters that no asyncio has: aiofastnet's.
+_TLS_ONLY = ("ssl_incoming_bio_size", "ssl_outgoing_bio_size")
+if not _KNOWS_SHUTDOWN_TIMEOUT:
+    _TLS_ONLY += ("ssl_shutdown_timeout",)
+
+
+class Connector:
+    """Stands in for `self` in asyncio's functions; one for each call of the API."""
+
+    def __init__(self, loop, engine):
+        self.loop = loop
+        self.engine = engine
+        self._debug = loop.get_debug()
+        self._listeners = {}  # listening socket -> Listener
+        self._unix_server_sockets = {}  # listening socket -> inode of its file, which goes with it
+        self._attempts = []  # for each address tried, the list of its errors
+        self._unowned = None  # a socket made here that no transport owns yet
+
+    def __getattr__(self, name):
+        """asyncio's helpers, with this object as their `self`; all else is the loop's."""
+        function = getattr(_Base, name, None) if name.startswith("_") else None
+        if isinstance(function, types.FunctionType):
+            return types.MethodType(function, self)
+        return getattr(self.loop, name)
+
+    def __eq__(self, other):
+        """Equal to its loop, so that asyncio.current_task(self) finds the task.
+
+        The TaskGroup in asyncio.staggered of some Pythons (3.12.8, 3.13.1) does not start without.
+        """
+        return other is self or other is self.loop
+
+    def __hash__(self):
+        return hash(self.loop)
+
+    # --- the loop methods ---------------------------------------------------
+
+    async def create_connection(self, *args, all_errors=False, **kwargs):
+        self._drop_tls_only(kwargs)
+        if not all_errors:
+            return await _Base.create_connection(self, *args, **kwargs)
+        if _KNOWS_ALL_ERRORS:
+            return await _Base.create_connection(self, *args, all_errors=True, **kwargs)
+        if sys.version_info < (3, 11):
+            raise ValueError("all_errors needs ExceptionGroup, which Python has since 3.11")
+        try:
+            return await _Base.create_connection(self, *args, **kwargs)
+        except OSError:
+            errors = [error for attempt in self._attempts for error in attempt]
+            if not errors:
+                raise
+            raise ExceptionGroup("create_connection failed", errors) from None  # noqa: F821
+
+    async def create_unix_connection(self, *args, **kwargs):
+        self._drop_tls_only(kwargs)
+        return await _Base.create_unix_connection(self, *args, **kwargs)
+
+    async def connect_accepted_socket(self, *args, **kwargs):
+        self._drop_tls_only(kwargs)
+        return await _Base.connect_accepted_socket(self, *args, **kwargs)
+
+    async def create_server(self, *args, **kwargs):
+        self._drop_tls_only(kwargs)
+        if _KNOWS_KEEP_ALIVE or not kwargs.pop("keep_alive", None) or kwargs.get("sock") is not None:
+            return _ours(await _Base.create_server(self, *args, **kwargs))
+        start_serving = kwargs.pop("start_serving", True)
+        server = _ours(await _Base.create_server(self, *args, start_serving=False, **kwargs))
+        for sock in server._sockets:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
+        if start_serving:
+            await server.start_serving()
+        return server
+
+    async def create_unix_server(self, *args, **kwargs):
+        self._drop_tls_only(kwargs)
+        cleanup = not _KNOWS_CLEANUP_SOCKET and kwargs.pop("cleanup_socket", False)
+        server = _ours(await _Base.create_unix_server(self, *args, **kwargs))
+        if cleanup:
+            for sock in server._sockets:
+                self._remember_file(sock)
+        return server
+
+    def _drop_tls_only(self, kwargs):
+        for name in _TLS_ONLY:
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name} is only meaningful with ssl")
+
+    # --- what asyncio's functions ask for -------------------------------------
+
+    async def sock_connect(self, sock, address):
+        await self.engine.connect(sock, address)
+        self._unowned = sock
+
+    async def _connect_sock(self, exceptions, *args):
+        self._attempts = exceptions
+        return await _Base._connect_sock(self, exceptions, *args)
+
+    async def _create_connection_transport(self, *args, **kwargs):
+        try:
+            return await _Base._create_connection_transport(self, *args, **kwargs)
+        finally:
+            if self._unowned is not None:
+                # The protocol's factory raised.
+                self._unowned.close()
+
+    def _make_socket_transport(self, sock, protocol, waiter=None, *, extra=None, server=None):
+        transport = StreamTransport(self.engine, sock, protocol, waiter, extra, server)
+        self._unowned = None
+        return transport
+
+    def _start_serving(self, protocol_factory, sock, sslcontext=None, server=None, *_):
+        sock.setblocking(False)
+        # Connections see the context variables of whoever let the server serve, as in asyncio.
+        context = contextvars.copy_context()
+        accept = functools.partial(context.run, self._accept, protocol_factory, server)
+        self._listeners[sock] = self.engine.listen(sock, accept)
+
+    def _accept(self, protocol_factory, server, conn, peername):
+        # Where this raises, the engine says so and closes the socket.
+        StreamTransport(self.engine, conn, protocol_factory(), None, {"peername": peername}, server)
+
+    def _stop_serving(self, sock):
+        inode = self._unix_server_sockets.pop(sock, None)
+        path = None if inode is None else sock.getsockname()
+        listener = self._listeners.pop(sock, None)
+        if listener is not None:
+            listener.close()
+        sock.close()
+        if path is not None:
+            _unlink_if_ours(path, inode)
+
+    def _remember_file(self, sock):
+        path = sock.getsockname()
+        if path and path[0] not in (0, "\0"):
+            self._unix_server_sockets[sock] = os.stat(path).st_ino
+
+
+def _unlink_if_ours(path, inode):
+    try:
+        if os.stat(path).st_ino == inode:
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as exc:
+        logger.error("Unable to clean up listening UNIX socket %r: %r", path, exc)
+
+
+class Server(asyncio.base_events.Server):
+    """asyncio.Server, whose `_loop` is the Connector that accepts for it."""
+
+    def get_loop(self):
+        return self._loop.loop
+
+    def close(self):
+        if self._loop.engine.closed:
+            # The loop has been closed: nothing accepts any more.
+            self._loop._listeners.clear()
+        super().close()
+
+
+def _ours(server):
+    """asyncio's functions make servers of asyncio's class."""
+    server.__class__ = Server
+    return server

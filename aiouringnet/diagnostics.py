@@ -1,0 +1,197 @@
+"""What is active on this machine and in a loop, and why not."""
+
+import asyncio
+import dataclasses
+import errno
+import os
+import platform
+import sys
+
+from aiouringnet import engine as engines
+from aiouringnet._version import __version__
+from aiouringnet.api.patch import is_patched
+from aiouringnet.options import ENGINE_VARIABLE, Options
+
+CALLS = "io_uring_setup, io_uring_enter and io_uring_register"
+
+
+def status(loop=None):
+    """What serves a loop's connections, why not io_uring and what to do about it, as a dict of plain values.
+
+    Without a loop: the running one, or where none runs, what a new loop would
+    get.  No engine is made for the answer.
+
+    version         of this package
+    engine          "uring", "epoll", or "loop" for the loop's own transports
+    running         whether that engine is at work; it starts with the first connection
+    patched         whether the loop is patched
+    why_not_uring   a sentence, None when it is "uring"
+    remedy          what would change that: a sentence, None when it is "uring" or nothing is known to help
+    options         those in force, by name
+    details         the running engine's flags and sizes
+    io_uring        what the kernel grants: usable, reason, errno, flags, features, ops
+
+    and what these depend on: kernel, python, liburing, openssl, ktls_available,
+    ktls_why_not, ktls_remedy, io_uring_disabled and io_uring_group (sysctls),
+    memlock_bytes and open_files (soft limits).  None means unknown or unlimited.
+    """
+    if loop is None:
+        loop = asyncio._get_running_loop()
+    running = None if loop is None else engines.active_engine(loop)
+    options = Options() if loop is None else engines.options_of(loop)
+    found = engines.probe()
+    kind = _expected_engine(options, found) if running is None else running.kind
+    refused = loop is not None and running is None and engines.failure_of(loop) is not None
+    works = kind == "uring" and not refused
+    return {
+        "version": __version__,
+        "engine": kind,
+        "running": running is not None,
+        "patched": loop is not None and is_patched(loop),
+        "why_not_uring": None if works else engines.why_not(loop),
+        "remedy": None if works else _remedy(loop, options, found),
+        "options": dataclasses.asdict(options),
+        "details": {} if running is None else running.details(),
+        "io_uring": found,
+        **machine(),
+    }
+
+
+def stats(loop=None):
+    """The counters of a loop's engine (the running loop's without one), {} while it has none."""
+    if loop is None:
+        loop = asyncio.get_running_loop()
+    running = engines.active_engine(loop)
+    return {} if running is None else running.stats()
+
+
+def _expected_engine(options, found):
+    if engines.Epoll is None or options.engine == "loop":
+        return "loop"
+    return "uring" if found["usable"] and options.engine != "epoll" else "epoll"
+
+
+# --------------------------------------------------------------------------
+# Remedies
+
+
+def _remedy(loop, options, found):
+    if sys.platform != "linux":
+        return "Run on Linux 6.0 or newer."
+    if engines.Epoll is None:
+        return "Reinstall the package with a compiler and liburing's headers at hand."
+    if engines.ring is None:
+        return "Install liburing (Debian and Ubuntu: apt-get install liburing2), or reinstall the package."
+    if options.engine in ("epoll", "loop"):
+        if os.environ.get(ENGINE_VARIABLE) == options.engine:
+            return f"Unset {ENGINE_VARIABLE}, or set it to auto."
+        return "Leave out the option engine, or pass engine='auto'."
+    # The refusal that this loop met weighs more than what is possible now.
+    refusal = None if loop is None else engines.failure_of(loop)
+    return remedy_for(getattr(refusal, "errno", None) or found["errno"])
+
+
+def remedy_for(error):
+    """What to do about an errno of io_uring's system calls: a sentence, or None."""
+    if error in (errno.EPERM, errno.EACCES):
+        return _remedy_for_forbidden()
+    if error == errno.ENOSYS:
+        return (
+            "The kernel has no io_uring (Linux 6.0 or newer with CONFIG_IO_URING is needed), or a seccomp filter "
+            f"hides it: run with a profile that allows {CALLS}."
+        )
+    if error in (errno.EINVAL, errno.EOPNOTSUPP):
+        return f"Linux 6.0 or newer is needed; this is {platform.release()}."
+    if error == errno.ENOMEM:
+        return (
+            "Memory for the ring was refused: raise the limit on locked memory (ulimit -l) or the cgroup's, "
+            "or choose a smaller queue_depth, buffer_count or buffer_size."
+        )
+    if error in (errno.EMFILE, errno.ENFILE):
+        return "Raise the limit on open files (ulimit -n)."
+    return None
+
+
+def _remedy_for_forbidden():
+    disabled = _sysctl("kernel.io_uring_disabled")
+    if disabled == 2:
+        return (
+            "The sysctl kernel.io_uring_disabled is 2: set it to 0, or to 1 with the user's group in "
+            "kernel.io_uring_group."
+        )
+    if disabled == 1:
+        return (
+            "The sysctl kernel.io_uring_disabled is 1: set it to 0, or add the user to the group in "
+            f"kernel.io_uring_group (now {_sysctl('kernel.io_uring_group')})."
+        )
+    return (
+        "A seccomp filter, as in Docker's and Kubernetes' default profiles, or a security module forbids io_uring: "
+        f"run with a profile that allows {CALLS}."
+    )
+
+
+# --------------------------------------------------------------------------
+# The machine
+
+
+def machine():
+    """Kernel, libraries and limits: what the engines depend on."""
+    liburing = None if engines.ring is None else "{}.{}".format(*engines.ring.liburing_version())
+    ktls_why_not, ktls_remedy = _ktls()
+    return {
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "liburing": liburing,
+        "openssl": None if _ssl() is None else _ssl().OPENSSL_VERSION,
+        "ktls_available": ktls_why_not is None,
+        "ktls_why_not": ktls_why_not,
+        "ktls_remedy": ktls_remedy,
+        "io_uring_disabled": _sysctl("kernel.io_uring_disabled"),
+        "io_uring_group": _sysctl("kernel.io_uring_group"),
+        "memlock_bytes": _limit("RLIMIT_MEMLOCK"),
+        "open_files": _limit("RLIMIT_NOFILE"),
+    }
+
+
+def _ktls():
+    """Why TLS connections cannot be encrypted by the kernel, and the remedy; (None, None) where they can."""
+    if _ssl() is None:
+        return "this Python has no ssl module", None
+    if _ssl().OPENSSL_VERSION_INFO < (3,):
+        return "OpenSSL 3.0 is the first that knows kTLS", "Use a Python that is linked with OpenSSL 3.0 or newer."
+    protocols = _read("/proc/sys/net/ipv4/tcp_available_ulp")
+    if protocols is None:
+        return "the kernel has no TCP upper layer protocols", None
+    if "tls" not in protocols.split():
+        return "the kernel's tls module is not loaded", "Load it, as root: modprobe tls"
+    return None, None
+
+
+def _ssl():
+    try:
+        import ssl
+    except ImportError:
+        return None
+    return ssl
+
+
+def _read(path):
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return None
+
+
+def _sysctl(name):
+    text = _read("/proc/sys/" + name.replace(".", "/"))
+    return None if text is None else int(text)
+
+
+def _limit(name):
+    try:
+        import resource
+    except ImportError:
+        return None
+    soft, _ = resource.getrlimit(getattr(resource, name))
+    return None if soft == resource.RLIM_INFINITY else soft

@@ -1,0 +1,135 @@
+"""The engine of each loop: chosen, made on first use, closed with the loop.
+
+Imports without the compiled extensions: then, and off Linux, every loop's
+engine is None and callers use the loop's own implementation.
+"""
+
+import functools
+import logging
+import sys
+import weakref
+
+from aiouringnet.options import Options
+
+import_error = None
+try:
+    import aiouringnet.transports.stream
+    from aiouringnet.engine.epoll import Epoll
+except ImportError as exc:
+    ring = Epoll = None
+    import_error = exc
+else:
+    try:
+        # The one module that needs liburing when it runs.
+        import aiouringnet.engine.ring as ring
+    except ImportError as exc:
+        ring = None
+        import_error = exc
+
+logger = logging.getLogger("aiouringnet")
+
+# loop -> weakref to its Engine, or None for "the loop's own".  The loop owns
+# the engine through its reader entry; the engine refers to the loop.
+_engines = weakref.WeakKeyDictionary()
+_options = weakref.WeakKeyDictionary()  # loop -> Options
+_reasons = weakref.WeakKeyDictionary()  # loop -> the error that kept the ring from being made
+
+
+def configure(loop, options):
+    """Remember the options for a loop whose engine is yet to be made.
+
+    Raises RuntimeError when the loop's engine runs already with other options.
+    """
+    if active_engine(loop) is not None and options_of(loop) != options:
+        raise RuntimeError("the event loop's engine is running already: set its options before the first connection")
+    _options[loop] = options
+
+
+def options_of(loop):
+    """The options in force for a loop, Options' defaults unless configured."""
+    return _options.get(loop) or Options()
+
+
+def active_engine(loop):
+    """The loop's engine if it has been made, else None."""
+    ref = _engines.get(loop)
+    engine = None if ref is None else ref()
+    return None if engine is None or engine.closed else engine
+
+
+def engine_for(loop):
+    """The loop's engine, made on first use; None: use the loop's own implementation."""
+    engine = active_engine(loop)
+    if engine is None and not (loop in _engines and _engines[loop] is None):
+        engine = _make(loop, options_of(loop))
+        _engines[loop] = None if engine is None else weakref.ref(engine)
+    return engine
+
+
+def _make(loop, options):
+    if Epoll is None or options.engine == "loop":
+        return None
+    if loop.is_closed():
+        raise RuntimeError("Event loop is closed")
+    if options.engine != "epoll":
+        try:
+            _require_features()
+            return ring.Ring(loop, options)
+        except (OSError, MemoryError) as exc:
+            _reasons[loop] = exc
+            if options.engine == "uring":
+                raise RuntimeError(f"engine='uring' was asked for, but io_uring is not usable: {exc}") from exc
+            logger.debug("io_uring is not usable, the epoll engine takes over: %s", exc)
+    try:
+        return Epoll(loop, options)
+    except NotImplementedError:
+        logger.debug("%r has no add_reader(): its own transports are used", loop)
+        return None
+
+
+@functools.cache
+def _require_features():
+    """Raises OSError unless the ring engine can run here.  A success is remembered, a failure tried again."""
+    if ring is None:
+        raise OSError(_not_built())
+    ring.probe()
+
+
+def probe():
+    """Whether a ring can be had here: {"usable", "reason", "errno", "flags", "features", "ops"}."""
+    found = {"usable": False, "reason": None, "errno": None, "flags": [], "features": [], "ops": {}}
+    if ring is None:
+        found["reason"] = _not_built()
+        return found
+    try:
+        found.update(ring.probe(), usable=True)
+    except (OSError, MemoryError) as exc:
+        found.update(reason=str(exc), errno=getattr(exc, "errno", None))
+    return found
+
+
+def _not_built():
+    if sys.platform != "linux":
+        return f"io_uring is Linux's; this is {sys.platform}"
+    return f"the extension module cannot be imported: {import_error}"
+
+
+def why_not(loop=None):
+    """Why a loop's engine (without a loop: that of new ones) is not the ring; None when it is."""
+    if Epoll is None:
+        return _not_built()
+    if loop is not None:
+        engine = active_engine(loop)
+        if engine is not None and engine.kind == "uring":
+            return None
+        if loop in _reasons:
+            return str(_reasons[loop])
+    chosen = (Options() if loop is None else options_of(loop)).engine
+    if chosen in ("epoll", "loop"):
+        return f"the {chosen!r} engine was asked for (option or AIOURINGNET_ENGINE)"
+    return probe()["reason"]
+
+
+def failure_of(loop):
+    """The error that kept a loop from io_uring, None where there was none."""
+    return _reasons.get(loop)

@@ -1,0 +1,75 @@
+/* What io_uring needs and liburing 2.3 (Debian 12) lacks or keeps to C.
+ *
+ * The kernel's interface is stable, so a constant that an older header does
+ * not name may be defined here; whether the running kernel knows it is found
+ * out at run time.
+ */
+#ifndef AIOURINGNET_COMPAT_H
+#define AIOURINGNET_COMPAT_H
+
+#include <liburing.h>
+#include <string.h>
+
+#ifndef IO_URING_VERSION_MAJOR /* named since liburing 2.4 */
+#define IO_URING_VERSION_MAJOR 2
+#define IO_URING_VERSION_MINOR 3
+#endif
+
+static inline unsigned airn_sq_flags(struct io_uring *ring)
+{
+	return __atomic_load_n(ring->sq.kflags, __ATOMIC_RELAXED);
+}
+
+static inline int airn_cq_ready(struct io_uring *ring)
+{
+	return io_uring_smp_load_acquire(ring->cq.ktail) != *ring->cq.khead;
+}
+
+/* Copies completions out and frees their places, so that callbacks may submit. */
+static inline unsigned airn_take_cqes(struct io_uring *ring, struct io_uring_cqe *out, unsigned limit)
+{
+	unsigned head = *ring->cq.khead;
+	unsigned tail = io_uring_smp_load_acquire(ring->cq.ktail);
+	unsigned mask = ring->cq.ring_entries - 1;
+	unsigned n = tail - head, i;
+
+	if (n > limit)
+		n = limit;
+	for (i = 0; i < n; i++)
+		memcpy(&out[i], &ring->cq.cqes[(head + i) & mask], 16);
+	if (n)
+		io_uring_smp_store_release(ring->cq.khead, head + n);
+	return n;
+}
+
+/* Submissions that were prepared but that the kernel has not been given; with
+ * a poller, not been shown. */
+static inline unsigned airn_unsubmitted(struct io_uring *ring)
+{
+	if (ring->flags & IORING_SETUP_SQPOLL)
+		return ring->sq.sqe_tail - ring->sq.sqe_head;
+	return io_uring_sq_ready(ring);
+}
+
+/* Whether the final completion of an operation waits to be taken. */
+static inline int airn_has_ended(struct io_uring *ring, __u64 user_data)
+{
+	unsigned head = *ring->cq.khead;
+	unsigned tail = io_uring_smp_load_acquire(ring->cq.ktail);
+	unsigned mask = ring->cq.ring_entries - 1;
+
+	for (; head != tail; head++) {
+		struct io_uring_cqe *cqe = &ring->cq.cqes[head & mask];
+
+		if (cqe->user_data == user_data && !(cqe->flags & IORING_CQE_F_MORE))
+			return 1;
+	}
+	return 0;
+}
+
+static inline void airn_full_fence(void)
+{
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+#endif

@@ -1,0 +1,180 @@
+# The interface between transports and their I/O.  Read core.pyx first.
+
+from cpython.object cimport PyObject
+
+
+cdef enum:
+    EOF_HELD = -1       # Stream.held_end and deliver_end(): end of file rather than an errno
+
+
+# One piece of queued output.  `owner` is a strong reference to an immutable
+# bytes object; `data` points into it.
+cdef struct Chunk:
+    PyObject* owner
+    const char* data
+    size_t size
+
+
+cdef unsigned int current_generation() noexcept
+
+cdef class Engine
+
+
+# Whatever the engine calls back with the result of an operation.
+cdef class Handle:
+    cdef Engine engine
+    cdef int in_flight              # operations that the kernel has not finished
+
+    cdef void complete(self, int tag, int result, unsigned int flags) noexcept
+    cdef void rearm(self) noexcept
+
+
+# Where a stream delivers what it reads.  A transport subclasses it.
+cdef class Sink:
+    cdef bint buffered              # asking for a buffer is noticed: only when there is something to read
+
+    # size > 0 bytes at data, valid during the call only
+    cdef void on_data(self, const char* data, Py_ssize_t size) noexcept
+    # A buffer to receive into: its size > 0, or -1 when there is none (the sink has dealt with that)
+    cdef Py_ssize_t acquire_buffer(self, char** data) noexcept
+    # The first `size` bytes of that buffer were filled (0: nothing was)
+    cdef void release_buffer(self, Py_ssize_t size) noexcept
+    cdef void on_eof(self) noexcept
+    cdef void on_error(self, int error, bint writing) noexcept
+    # Output left the queue
+    cdef void on_sent(self) noexcept
+    # No operation is in flight any more: the descriptor may be closed
+    cdef void on_detached(self) noexcept
+
+
+# The I/O of one connected stream socket.
+cdef class Stream(Handle):
+    cdef Sink sink
+    cdef int fd
+    cdef bint tcp                   # else a Unix socket
+
+    # input
+    cdef bint reading               # the sink wants data
+    cdef bint closed                # close() was called: nothing is delivered
+    cdef bint resyncing             # in engine.resync
+    cdef bint readable              # direct reads stopped before the socket was empty
+    cdef bint thorough              # a short read may leave something behind: direct reads go on until EAGAIN
+    cdef list held                  # data that arrived after stop_reading(), oldest first
+    cdef bint ended                 # end of file or an error was met: nothing more to read
+    cdef bytes rest                 # what put_back() returned, until it is held
+    cdef int held_end               # 0, or EOF_HELD, or an errno, that follows `held`
+
+    # output: a queue of chunks, chunks[head : head + count]
+    cdef Chunk* chunks              # `small`, or allocated when it does not suffice
+    cdef Chunk small[1]
+    cdef Py_ssize_t head, count, capacity
+    cdef readonly size_t queued     # bytes in the queue, those in flight included
+    cdef bint dirty                 # in engine.dirty
+    cdef bint sending               # a send is in flight or waits for the socket to drain
+    cdef bint awaited               # the sink asked for on_sent() as soon as possible
+    cdef bint urgent                # the send in flight must wake the loop: counted in engine.n_urgent
+
+    cdef void start_reading(self) noexcept
+    cdef void stop_reading(self) noexcept
+    cdef void put_back(self, const char* data, Py_ssize_t size) noexcept
+    cdef int write(self, object owner, const char* data, size_t size) except -1
+    cdef void kick(self) noexcept
+    cdef void shutdown_write(self) noexcept
+    cdef void close(self) noexcept
+    # The sink needs on_sent() as soon as it can be had
+    cdef void expect_sent(self) noexcept
+
+    # what the engines implement
+    cdef void sync_reading(self) noexcept
+    cdef void submit_send(self) noexcept
+    cdef void await_writable(self) noexcept
+    cdef void cancel_all(self) noexcept
+
+    # what they share
+    cdef void push(self, object owner, const char* data, size_t size) except *
+    cdef void consume(self, size_t size) noexcept
+    cdef void shrink(self) noexcept
+    cdef void discard_output(self) noexcept
+    cdef void begin_send(self, bint more_follows) noexcept
+    cdef void end_send(self) noexcept
+    cdef void flatten(self) except *
+    cdef bint send_direct(self) noexcept
+    cdef Py_ssize_t read_direct(self) noexcept
+    cdef void deliver(self, const char* data, Py_ssize_t size) noexcept
+    cdef void deliver_end(self, int error) noexcept
+    cdef void release_held(self) noexcept
+    cdef void maybe_detached(self) noexcept
+
+
+# A listening socket.
+cdef class Listener(Handle):
+    cdef readonly object sock
+    cdef object on_accept
+    cdef int family, kind, proto
+    cdef readonly bint closed
+
+    cdef void accepted(self, int fd) noexcept
+    cdef void accept_failed(self, int error) noexcept
+    cdef void resume(self) noexcept
+    cdef void stop(self) noexcept
+
+
+# A connect() in progress.
+cdef class Connection(Handle):
+    cdef readonly object future
+    cdef object sock, address
+
+    cdef void finished(self, int error) noexcept
+    cdef void stop(self) noexcept
+
+
+cdef class Engine:
+    cdef object __weakref__
+    cdef readonly object loop
+    cdef readonly object options
+    cdef unsigned long thread_id    # the loop's thread
+    cdef unsigned int generation    # of forks: differs in a child
+    cdef readonly bint closed
+    cdef bint in_pass
+    cdef bint flush_scheduled
+    cdef bint expecting             # data was delivered in this pass: writes may follow in the same iteration
+    cdef int expectation            # how often that came true lately, 0..EXPECTATION_MAX
+    cdef list dirty, dirty_spare    # streams with something to send
+    cdef list resync                # streams whose reading state changed
+    cdef set live                   # handles with operations in flight: their owner
+    cdef object interrupt           # SystemExit or KeyboardInterrupt to raise when the pass ends
+    cdef size_t read_budget
+    # What the one direct read under way receives into: a protocol's own
+    # buffer, or a bytes object that is handed over, or kept for the next read.
+    cdef Py_buffer view
+    cdef PyObject* spare
+    cdef int wake_fd                # watched by the loop
+    cdef int loop_epoll_fd          # where it is watched edge-triggered, -1: level-triggered, must be read
+    cdef bint wake_tuned
+    cdef Py_ssize_t n_urgent
+    cdef unsigned long long n_wakes, n_passes, n_flushes, n_direct_sends, n_direct_reads, n_bytes_in, n_bytes_out, n_streams
+
+    cdef int check(self) except -1
+    cdef void begin(self, Handle handle) noexcept
+    cdef void end(self, Handle handle) noexcept
+    cdef void mark_dirty(self, Stream stream) noexcept
+    cdef void mark_resync(self, Stream stream) noexcept
+    cdef void schedule(self) noexcept
+    cdef void interrupted(self, object exception) noexcept
+    cdef void flush_direct(self) noexcept
+    cdef void resync_all(self) noexcept
+    cdef void watch(self, int fd) except *
+    cdef void tune_wake(self) noexcept
+    cdef int run_pass(self) except -1
+
+    # what the engines implement
+    cdef Stream open_stream(self, int fd, Sink sink)
+    cdef void adopt(self, Stream stream, int fd, Sink sink) noexcept
+    cdef void work(self) noexcept
+    cdef void shut(self) noexcept
+    cdef int move_thread(self) except -1
+    cdef bint sends_direct(self) noexcept
+    cdef void poll_sends(self) noexcept
+    cdef void on_urgent(self) noexcept
+    cdef void on_wake(self) noexcept
+    cdef void quiet(self) noexcept

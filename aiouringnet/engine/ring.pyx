@@ -1,0 +1,1120 @@
+"""The io_uring engine.
+
+One ring serves all connections of a loop.  Its eventfd is what the loop
+watches.  With DEFER_TASKRUN (Linux 6.1) the eventfd fires when the kernel has
+work queued for us; the completions appear when we enter with GETEVENTS.
+A pass masks the eventfd, enters, copies completions out, delivers them,
+gathers what was written into submissions and enters again: one system call
+sends for all connections and collects the next completions.
+
+Wake-up discipline.  The eventfd is signalled only when the list of deferred
+work goes from empty to not empty, and not at all while it is masked.  So
+after unmasking, a full fence, and then a look at SQ_TASKRUN, SQ_CQ_OVERFLOW
+and the completion queue: if anything is there, another pass is scheduled.
+
+Reading is adaptive.  A connection starts with a multishot RECV into provided
+buffers: one submission for its lifetime, completions for small messages.  One
+that fills a whole buffer is moved to a multishot POLL with direct recv() into
+one hot buffer, and back after a run of small reads.  Unix sockets are read
+that way from the start.
+
+Sending: at a flush, few streams are sent to directly, many through the ring.
+
+With a kernel poller (SQPOLL) nothing is direct: the poller's core runs the
+network stack.  Sends then have a ring of their own whose eventfd stays masked
+unless somebody waits for a send to end; otherwise every reply would wake the
+loop a second time, for a completion that only frees a buffer.
+
+user_data is the address of a Handle, which engine.live owns while anything is
+in flight, plus a tag in the low bits.  Zero means nobody cares.
+"""
+
+from cpython.pythread cimport PyThread_get_thread_ident
+from libc.errno cimport EAGAIN, EALREADY, EBUSY, EINTR, EINVAL, ENOBUFS, ENOMEM, errno
+from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from aiouringnet.engine.core cimport Chunk, Connection, Engine, Handle, Listener, Sink, Stream, EOF_HELD, current_generation
+from aiouringnet.engine.liburing cimport *
+
+import os
+import socket
+
+from aiouringnet.engine.address import pack_address
+
+
+cdef extern from "errno.h" nogil:
+    int ECANCELED
+
+cdef extern from "sys/eventfd.h" nogil:
+    int eventfd(unsigned int value, int flags)
+    int EFD_NONBLOCK, EFD_CLOEXEC
+
+cdef extern from "unistd.h" nogil:
+    ssize_t c_read "read"(int fd, void* data, size_t size)
+    int c_close "close"(int fd)
+    int usleep(unsigned int microseconds)
+
+cdef extern from "sys/mman.h" nogil:
+    void* mmap(void* address, size_t size, int protection, int flags, int fd, long offset)
+    int munmap(void* address, size_t size)
+    int madvise(void* address, size_t size, int advice)
+    void* MAP_FAILED
+    int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MADV_DONTFORK
+
+cdef extern from "sys/uio.h" nogil:
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+
+cdef extern from *:
+    """
+    #include <sys/socket.h>
+    #include <sys/uio.h>
+    #define AIRN_MAX_IOVECS 64
+    /* What a gathered ring send needs until its completion. */
+    struct airn_gather {
+        struct msghdr message;
+        struct iovec vector[AIRN_MAX_IOVECS];
+    };
+    static inline void airn_gather_init(struct airn_gather *gather, size_t count)
+    {
+        memset(&gather->message, 0, sizeof(gather->message));
+        gather->message.msg_iov = gather->vector;
+        gather->message.msg_iovlen = count;
+    }
+    """
+    enum: AIRN_MAX_IOVECS
+    struct airn_gather:
+        msghdr message
+        iovec* vector
+    void airn_gather_init(airn_gather* gather, size_t count) nogil
+
+cdef extern from "sys/socket.h" nogil:
+    struct sockaddr_storage:
+        pass
+    int MSG_NOSIGNAL, MSG_WAITALL, SOCK_CLOEXEC
+
+cdef extern from "poll.h" nogil:
+    int POLLIN, POLLOUT, POLLPRI, POLLRDHUP, POLLHUP, POLLERR
+
+
+cdef enum:
+    TAG_RECV = 1
+    TAG_POLL = 2
+    TAG_SEND = 3
+    TAG_ACCEPT = 4
+    TAG_CONNECT = 5
+    TAG_MASK = 7        # objects are aligned to 16 bytes: the low bits are free
+
+    BUFFER_GROUP = 1
+    BATCH = 256         # completions copied out at a time
+    # Rounds of a pass before other callbacks of the loop get their turn.
+    MAX_ROUNDS = 16
+    # Direct reads of less than half the scratch area in a row before a
+    # connection goes back to completions.
+    SMALL_READS = 32
+    # Several chunks up to this size are copied together for a ring send.
+    FLATTEN_BYTES = 16384
+    # One send's length is an unsigned 32-bit number in the submission.
+    MAX_SEND_BYTES = 0x40000000
+
+
+cdef inline uint64_t user_data(Handle handle, int tag) noexcept:
+    return <uint64_t><uintptr_t><void*>handle | <uint64_t>tag
+
+
+cdef class RingStream(Stream):
+    cdef int read_tag               # the read operation in flight: TAG_RECV, TAG_POLL or 0
+    cdef bint cancelling            # it was asked to end
+    cdef bint bulk                  # readiness and direct reads instead of completions
+    cdef int small_reads
+    cdef bint send_cancelling
+    cdef airn_gather* gather
+
+    def __dealloc__(self):
+        free(self.gather)
+
+    # --- input -------------------------------------------------------------
+
+    cdef void sync_reading(self) noexcept:
+        """Make the operation in flight the one that is wanted."""
+        cdef int want = 0
+        cdef Ring engine = <Ring>self.engine
+        cdef io_uring_sqe* sqe
+        if self.closed:
+            self.cancel_all()
+            return
+        if self.reading and not self.ended:
+            want = TAG_POLL if self.bulk else TAG_RECV
+        if self.read_tag:
+            if self.read_tag != want and not self.cancelling:
+                self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
+                if not self.cancelling:
+                    engine.mark_resync(self)
+            elif self.readable and want == TAG_POLL:
+                self.read_bulk()
+            return
+        if want == 0:
+            return
+        sqe = engine.get_sqe(&engine.ring)
+        if sqe == NULL:
+            engine.mark_resync(self)
+            return
+        if want == TAG_POLL:
+            io_uring_prep_poll_multishot(sqe, self.fd, POLLIN | POLLRDHUP | POLLPRI)
+        else:
+            # POLL_FIRST: nothing is there yet, or the poll says so at once.
+            io_uring_prep_recv_multishot(sqe, self.fd, NULL, 0, 0)
+            sqe.ioprio |= IORING_RECVSEND_POLL_FIRST
+            sqe.flags |= IOSQE_BUFFER_SELECT
+            sqe.buf_group = BUFFER_GROUP
+        sqe.user_data = user_data(self, want)
+        self.read_tag = want
+        self.cancelling = False
+        engine.begin(self)
+
+    cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
+        if tag == TAG_RECV:
+            self.on_recv(result, flags)
+        elif tag == TAG_SEND:
+            self.on_send(result)
+        else:
+            self.on_poll(result, flags)
+
+    cdef inline void on_recv(self, int result, unsigned int flags) noexcept:
+        cdef Ring engine = <Ring>self.engine
+        cdef unsigned int bid
+        if flags & IORING_CQE_F_BUFFER:
+            bid = flags >> IORING_CQE_BUFFER_SHIFT
+            if result > 0:
+                self.deliver(engine.pool + <size_t>bid * engine.buffer_size, result)
+                if <unsigned int>result == engine.buffer_size and not self.bulk and not engine.sqpoll:
+                    self.bulk = True
+                    self.small_reads = 0
+                    engine.n_switches += 1
+                    engine.mark_resync(self)
+            engine.return_buffer(bid)
+        if not flags & IORING_CQE_F_MORE:
+            self.on_read_ended(result)
+
+    cdef void on_poll(self, int result, unsigned int flags) noexcept:
+        if result >= 0:
+            if result & (POLLRDHUP | POLLHUP | POLLERR | POLLPRI):
+                self.thorough = True
+            if self.reading and self.held is None:
+                self.read_bulk()
+            else:
+                self.readable = True
+        if not flags & IORING_CQE_F_MORE:
+            self.on_read_ended(result if result < 0 else 1)
+
+    cdef void read_bulk(self) noexcept:
+        cdef Py_ssize_t total = self.read_direct()
+        if self.readable:
+            self.engine.mark_resync(self)
+        if total >= <Py_ssize_t>(<Ring>self.engine).buffer_size:
+            self.small_reads = 0
+        elif total:
+            self.small_reads += 1
+            if self.small_reads >= SMALL_READS and self.bulk and self.tcp:
+                self.bulk = False
+                self.small_reads = 0
+                (<Ring>self.engine).n_switches += 1
+                self.engine.mark_resync(self)
+
+    cdef void on_read_ended(self, int result) noexcept:
+        """The read operation's final completion."""
+        cdef Ring engine = <Ring>self.engine
+        self.read_tag = 0
+        self.cancelling = False
+        engine.end(self)
+        if self.closed:
+            self.maybe_detached()
+        elif engine.closed:
+            return
+        elif result > 0 or result == -ECANCELED or result == -EINTR or result == -EAGAIN:
+            # Cancelled to switch or to stop, or ended for a reason of the kernel's own.
+            engine.mark_resync(self)
+        elif result == -ENOBUFS:
+            # Not an error: no provided buffer was free.  They are by the next pass.
+            engine.n_starved += 1
+            engine.mark_resync(self)
+        elif result == 0:
+            self.deliver_end(EOF_HELD)
+        elif result == -ENOMEM:
+            engine.n_retries += 1
+            engine.mark_resync(self)
+        else:
+            self.deliver_end(-result)
+
+    cdef void rearm(self) noexcept:
+        """The ring in which operations were in flight is gone: begin them anew."""
+        cdef bint was_sending = self.sending
+        self.in_flight = 0
+        self.read_tag = 0
+        self.cancelling = self.send_cancelling = False
+        self.end_send()
+        if self.closed:
+            self.discard_output()
+            self.maybe_detached()
+            return
+        self.engine.mark_resync(self)
+        if was_sending and not self.dirty:
+            self.engine.mark_dirty(self)
+
+    # --- output ------------------------------------------------------------
+
+    cdef void submit_send(self) noexcept:
+        self.submit_chunks(False)
+
+    cdef void await_writable(self) noexcept:
+        self.submit_chunks(True)
+
+    cdef void submit_chunks(self, bint poll_first) noexcept:
+        """Submit a send of the queue's front; its completion continues with the rest."""
+        cdef Ring engine = <Ring>self.engine
+        cdef io_uring_sqe* sqe
+        cdef Chunk* chunk
+        cdef Py_ssize_t i, n
+        # With a poller the kernel retries short sends by itself: less for us to do.
+        cdef int flags = MSG_NOSIGNAL | MSG_WAITALL if engine.sqpoll else MSG_NOSIGNAL
+        if self.count > 1 and self.queued <= FLATTEN_BYTES:
+            self.flatten()
+        sqe = engine.get_sqe(engine.sends)
+        if sqe == NULL:
+            if not self.dirty:
+                engine.mark_dirty(self)
+            return
+        chunk = &self.chunks[self.head]
+        n = min(self.count, AIRN_MAX_IOVECS)
+        if n > 1 and self.gather == NULL:
+            self.gather = <airn_gather*>malloc(sizeof(airn_gather))
+            if self.gather == NULL:
+                n = 1
+        if n == 1:
+            io_uring_prep_send(sqe, self.fd, chunk.data, min(chunk.size, <size_t>MAX_SEND_BYTES), flags)
+        else:
+            airn_gather_init(self.gather, n)
+            for i in range(n):
+                self.gather.vector[i].iov_base = <void*>chunk[i].data
+                self.gather.vector[i].iov_len = chunk[i].size
+            io_uring_prep_sendmsg(sqe, self.fd, &self.gather.message, flags)
+        if poll_first:
+            # The socket has just refused: wait for it instead of trying again.
+            sqe.ioprio |= IORING_RECVSEND_POLL_FIRST
+        sqe.user_data = user_data(self, TAG_SEND)
+        self.begin_send(self.count > n)
+        engine.n_sends += 1
+        engine.begin(self)
+        if not engine.in_pass and not engine.flush_scheduled:
+            engine.schedule()
+
+    cdef inline void on_send(self, int result) noexcept:
+        cdef Ring engine = <Ring>self.engine
+        self.end_send()
+        if self.gather != NULL:
+            free(self.gather)
+            self.gather = NULL
+        engine.end(self)
+        if self.closed or engine.closed:
+            self.discard_output()
+            self.maybe_detached()
+            return
+        if result >= 0:
+            self.consume(result)
+            if self.count:
+                engine.n_short_sends += 1
+                if not self.dirty:
+                    engine.mark_dirty(self)
+            self.sink.on_sent()
+        elif result == -EAGAIN or result == -EINTR or result == -ENOMEM or result == -ECANCELED:
+            engine.n_retries += 1
+            if not self.dirty:
+                engine.mark_dirty(self)
+        else:
+            self.sink.on_error(-result, True)
+
+    # --- the end -----------------------------------------------------------
+
+    cdef void cancel_all(self) noexcept:
+        """Cancel what is in flight; called again in the next pass until the kernel has taken it."""
+        cdef Ring engine = <Ring>self.engine
+        cdef bint asked = False
+        if engine.closed:
+            return
+        if self.read_tag and not self.cancelling:
+            self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
+            asked = True
+        if self.sending and not self.send_cancelling:
+            self.send_cancelling = engine.cancel(self, TAG_SEND, engine.sends)
+            self.expect_sent()
+            asked = True
+        if asked:
+            engine.mark_resync(self)
+
+
+cdef class RingListener(Listener):
+    cdef bint armed
+
+    cdef void resume(self) noexcept:
+        cdef Ring engine = <Ring>self.engine
+        cdef io_uring_sqe* sqe
+        if self.closed or self.armed:
+            return
+        sqe = engine.get_sqe(&engine.ring)
+        if sqe == NULL:
+            engine.loop.call_soon(self._resume)
+            return
+        io_uring_prep_multishot_accept(sqe, self.sock.fileno(), NULL, NULL, SOCK_CLOEXEC)
+        sqe.user_data = user_data(self, TAG_ACCEPT)
+        self.armed = True
+        engine.begin(self)
+        if not engine.in_pass and not engine.flush_scheduled:
+            engine.schedule()
+
+    cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
+        if not flags & IORING_CQE_F_MORE:
+            self.armed = False
+            self.engine.end(self)
+        if result >= 0:
+            self.accepted(result)
+        if self.armed or self.closed or self.engine.closed:
+            return
+        if result >= 0 or result == -ECANCELED:
+            self.resume()
+        else:
+            self.accept_failed(-result)
+
+    cdef void stop(self) noexcept:
+        """Cancel now, so that the port is free as soon as the caller closes the socket."""
+        cdef Ring engine = <Ring>self.engine
+        cdef int i
+        if not self.armed:
+            return
+        engine.cancel(self, TAG_ACCEPT, &engine.ring)
+        engine.enter()
+        if engine.sqpoll:
+            # The poller does it; usually it has by now.  20 ms at the most.
+            for i in range(400):
+                if airn_has_ended(&engine.ring, user_data(self, TAG_ACCEPT)):
+                    break
+                usleep(50)
+        if not engine.in_pass and not engine.flush_scheduled:
+            engine.schedule()
+
+    cdef void rearm(self) noexcept:
+        self.in_flight = 0
+        self.armed = False
+        self.resume()
+
+
+cdef class RingConnection(Connection):
+    cdef sockaddr_storage storage
+    cdef unsigned int storage_size
+    cdef bint awaiting              # the attempt is under way, its end is polled for
+
+    cdef void submit(self) noexcept:
+        cdef Ring engine = <Ring>self.engine
+        cdef io_uring_sqe* sqe = engine.get_sqe(&engine.ring)
+        if sqe == NULL:
+            engine.loop.call_soon(self._submit)
+            return
+        if self.awaiting:
+            io_uring_prep_poll_add(sqe, self.sock.fileno(), POLLOUT)
+        else:
+            io_uring_prep_connect(sqe, self.sock.fileno(), <sockaddr*>&self.storage, self.storage_size)
+        sqe.user_data = user_data(self, TAG_CONNECT)
+        engine.begin(self)
+        if not engine.in_pass and not engine.flush_scheduled:
+            engine.schedule()
+
+    def _submit(self):
+        if not self.future.done() and not self.engine.closed:
+            self.submit()
+
+    cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
+        self.engine.end(self)
+        if self.engine.closed:
+            return
+        if self.future.done():
+            return
+        if result == -EALREADY:
+            # Woken too early, and the kernel does not wait twice: the socket says when.
+            self.awaiting = True
+            self._submit()
+        elif result == -EINTR or result == -ECANCELED:
+            self._submit()
+        elif self.awaiting and result >= 0:
+            self.finished(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        else:
+            self.finished(-result)
+
+    cdef void stop(self) noexcept:
+        cdef Ring engine = <Ring>self.engine
+        engine.cancel(self, TAG_CONNECT, &engine.ring)
+        if not engine.in_pass and not engine.flush_scheduled:
+            engine.schedule()
+
+    cdef void rearm(self) noexcept:
+        self.in_flight = 0
+        self._submit()
+
+
+# Rings whose thread was elsewhere when they had to go, with all that the
+# kernel might have touched still: kept until the process ends.
+cdef list abandoned = []
+
+# A ring descriptor with a poller that later rings of the process can share.
+cdef list pollers = []
+
+FLAG_NAMES = {
+    IORING_SETUP_SINGLE_ISSUER: "SINGLE_ISSUER",
+    IORING_SETUP_DEFER_TASKRUN: "DEFER_TASKRUN",
+    IORING_SETUP_COOP_TASKRUN: "COOP_TASKRUN",
+    IORING_SETUP_TASKRUN_FLAG: "TASKRUN_FLAG",
+    IORING_SETUP_SUBMIT_ALL: "SUBMIT_ALL",
+    IORING_SETUP_CQSIZE: "CQSIZE",
+    IORING_SETUP_CLAMP: "CLAMP",
+    IORING_SETUP_SQPOLL: "SQPOLL",
+    IORING_SETUP_SQ_AFF: "SQ_AFF",
+    IORING_SETUP_ATTACH_WQ: "ATTACH_WQ",
+}
+
+
+cdef list flag_ladder(bint sqpoll):
+    """Sets of setup flags, best first; a kernel that does not know one answers EINVAL."""
+    # CQSIZE (5.5): completions outnumber submissions, since multishot
+    # operations post many.  CLAMP (5.6): sizes above the kernel's limit are
+    # lowered, not refused.  SUBMIT_ALL (5.18): one bad submission does not
+    # hold up those behind it.
+    base = IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP
+    if sqpoll:
+        return [base | IORING_SETUP_SQPOLL | IORING_SETUP_SUBMIT_ALL, base | IORING_SETUP_SQPOLL]
+    # SINGLE_ISSUER (6.0) + DEFER_TASKRUN (6.1): completion work runs when we
+    # enter and never interrupts Python.  COOP_TASKRUN (5.19): at least no
+    # inter-processor interrupt.  TASKRUN_FLAG (5.19): the ring says when an
+    # enter would find work.
+    common = base | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_TASKRUN_FLAG
+    return [
+        common | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
+        common | IORING_SETUP_COOP_TASKRUN,
+        base,
+    ]
+
+
+def flags_to_names(flags):
+    return [name for bit, name in FLAG_NAMES.items() if flags & bit]
+
+
+cdef class Ring(Engine):
+    kind = "uring"
+
+    def __cinit__(self):
+        self.event_fd = -1
+        memset(&self.ring, 0, sizeof(self.ring))
+        memset(&self.send_ring, 0, sizeof(self.send_ring))
+        self.sends = &self.ring
+
+    def __init__(self, loop, options):
+        Engine.__init__(self, loop, options)
+        self.sqpoll = options.sqpoll
+        self.buffer_size = options.buffer_size
+        self.buffer_count = options.buffer_count
+        self.direct_limit = 0 if self.sqpoll else 1
+        try:
+            self.set_up()
+        except BaseException:
+            self.take_down()
+            raise
+        self.closed = False
+        self.watch(self.event_fd)
+
+    def __dealloc__(self):
+        free(self.batch)
+        free(self.send_batch)
+
+    cdef object make_ring(self, io_uring* ring, int attach_fd):
+        """Set up a ring with the best flags that the kernel takes; returns the flags."""
+        cdef io_uring_params params
+        cdef int code = -EINVAL
+        for flags in flag_ladder(self.sqpoll):
+            memset(&params, 0, sizeof(params))
+            params.flags = flags
+            params.cq_entries = 4 * self.options.queue_depth
+            if self.sqpoll:
+                params.sq_thread_idle = self.options.sqpoll_idle_ms
+                if attach_fd >= 0:
+                    params.flags |= IORING_SETUP_ATTACH_WQ
+                    params.wq_fd = attach_fd
+                if self.options.sqpoll_cpu is not None:
+                    params.flags |= IORING_SETUP_SQ_AFF
+                    params.sq_thread_cpu = self.options.sqpoll_cpu
+            code = io_uring_queue_init_params(self.options.queue_depth, ring, &params)
+            if code != -EINVAL:
+                break
+        if code < 0:
+            raise OSError(-code, f"io_uring_setup: {os.strerror(-code)}")
+        io_uring_ring_dontfork(ring)
+        return params.flags
+
+    cdef int set_up(self) except -1:
+        cdef int code
+        flags = self.make_ring(&self.ring, pollers[0] if self.sqpoll and pollers else -1)
+        self.ring_up = True
+        self.flag_names = flags_to_names(flags)
+        self.deferred = bool(flags & IORING_SETUP_DEFER_TASKRUN)
+        self.make_event_fd()
+        if self.sqpoll:
+            self.make_ring(&self.send_ring, self.ring.ring_fd)
+            self.send_ring_up = True
+            self.sends = &self.send_ring
+            # The same descriptor: one wake for both rings.
+            code = io_uring_register_eventfd(&self.send_ring, self.event_fd)
+            if code < 0:
+                raise OSError(-code, f"registering the eventfd: {os.strerror(-code)}")
+            io_uring_cq_eventfd_toggle(&self.send_ring, False)
+            pollers.append(self.ring.ring_fd)
+        if self.batch == NULL:
+            self.batch = <io_uring_cqe*>malloc(BATCH * sizeof(io_uring_cqe))
+            self.send_batch = <io_uring_cqe*>malloc(BATCH * sizeof(io_uring_cqe))
+            if self.batch == NULL or self.send_batch == NULL:
+                raise MemoryError()
+        self.make_pool()
+        return 0
+
+    cdef int make_event_fd(self) except -1:
+        if self.event_fd < 0:
+            self.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if self.event_fd < 0:
+            raise OSError(errno, os.strerror(errno))
+        code = io_uring_register_eventfd(&self.ring, self.event_fd)
+        if code < 0:
+            raise OSError(-code, f"registering the eventfd: {os.strerror(-code)}")
+        return 0
+
+    # --- provided receive buffers (Linux 5.19) -------------------------------
+
+    cdef void make_pool(self) except *:
+        cdef io_uring_buf_reg reg
+        cdef unsigned int i
+        cdef int code
+        self.pool_bytes = <size_t>self.buffer_size * self.buffer_count
+        self.pool = <char*>map_anonymous(self.pool_bytes)
+        self.buf_ring_bytes = 16 * <size_t>self.buffer_count  # sizeof(struct io_uring_buf)
+        self.buf_ring = <io_uring_buf_ring*>map_anonymous(self.buf_ring_bytes)
+        memset(&reg, 0, sizeof(reg))
+        reg.ring_addr = <uint64_t><uintptr_t>self.buf_ring
+        reg.ring_entries = self.buffer_count
+        reg.bgid = BUFFER_GROUP
+        code = io_uring_register_buf_ring(&self.ring, &reg, 0)
+        if code < 0:
+            raise OSError(-code, f"registering the receive buffers: {os.strerror(-code)}")
+        io_uring_buf_ring_init(self.buf_ring)
+        self.buffer_mask = io_uring_buf_ring_mask(self.buffer_count)
+        self.returned = 0
+        for i in range(self.buffer_count):
+            self.return_buffer(i)
+        io_uring_buf_ring_advance(self.buf_ring, self.returned)
+        self.returned = 0
+
+    cdef void free_pool(self) noexcept:
+        if self.pool != NULL:
+            munmap(self.pool, self.pool_bytes)
+            self.pool = NULL
+        if self.buf_ring != NULL:
+            munmap(self.buf_ring, self.buf_ring_bytes)
+            self.buf_ring = NULL
+
+    cdef inline void return_buffer(self, unsigned int bid) noexcept:
+        """Give a buffer back; the kernel sees it when the batch is done."""
+        io_uring_buf_ring_add(
+            self.buf_ring, self.pool + <size_t>bid * self.buffer_size, self.buffer_size,
+            <unsigned short>bid, self.buffer_mask, self.returned,
+        )
+        self.returned += 1
+
+    # --- submitting ----------------------------------------------------------
+
+    cdef io_uring_sqe* get_sqe(self, io_uring* ring) noexcept:
+        """A free submission entry; NULL only when the kernel takes no submissions now."""
+        cdef io_uring_sqe* sqe = io_uring_get_sqe(ring)
+        if sqe == NULL:
+            self.n_sq_full += 1
+            if ring == &self.ring:
+                self.enter()
+            else:
+                io_uring_submit(ring)
+            sqe = io_uring_get_sqe(ring)
+        return sqe
+
+    cdef bint enter(self) noexcept:
+        """Submit, run deferred work and post its completions.  False: try again later."""
+        cdef int code
+        while True:
+            self.n_enters += 1
+            if self.sqpoll:
+                code = io_uring_submit(&self.ring)
+            else:
+                code = io_uring_submit_and_get_events(&self.ring)
+            if code >= 0:
+                return True
+            if code == -EINTR:
+                continue
+            self.n_retries += 1
+            if code == -EAGAIN or code == -EBUSY or code == -ENOMEM:
+                # Out of memory for requests, or overflowed completions wait
+                # to be taken (io_uring_enter(2)): take some, then try again.
+                return False
+            self.broken(-code)
+            return False
+
+    cdef bint cancel(self, Handle handle, int tag, io_uring* ring) noexcept:
+        """Ask for the end of an operation; its own completion says that it has ended.
+
+        False when nothing can be submitted now.
+        """
+        cdef io_uring_sqe* sqe = self.get_sqe(ring)
+        if sqe == NULL:
+            return False
+        io_uring_prep_cancel64(sqe, user_data(handle, tag), 0)
+        sqe.flags |= IOSQE_CQE_SKIP_SUCCESS
+        sqe.user_data = 0
+        return True
+
+    cdef void broken(self, int error) noexcept:
+        """The kernel refuses the ring itself: say so once, end all connections."""
+        self.loop.call_exception_handler({
+            "message": "the io_uring of this event loop has failed; its connections are closed",
+            "exception": OSError(error, os.strerror(error)),
+        })
+        for handle in list(self.live):
+            if isinstance(handle, Stream) and (<Stream>handle).sink is not None:
+                (<Stream>handle).sink.on_error(error, False)
+
+    # --- a pass --------------------------------------------------------------
+
+    cdef bint sends_direct(self) noexcept:
+        return not self.sqpoll
+
+    cdef inline bint pending(self) noexcept:
+        """Whether an enter or a look at the completion queue would find something."""
+        return airn_cq_ready(&self.ring) or (
+            airn_sq_flags(&self.ring) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)
+        ) or (self.send_ring_up and airn_cq_ready(&self.send_ring))
+
+    cdef inline void mask(self, bint masked) noexcept:
+        """Keep completions from signalling the eventfd while we look at them anyway."""
+        io_uring_cq_eventfd_toggle(&self.ring, not masked)
+        if self.send_ring_up:
+            io_uring_cq_eventfd_toggle(&self.send_ring, not masked and self.n_urgent > 0)
+
+    cdef void on_wake(self) noexcept:
+        cdef uint64_t value
+        if self.loop_epoll_fd < 0:
+            c_read(self.event_fd, &value, sizeof(value))
+            if not self.wake_tuned:
+                self.tune_wake()
+
+    cdef void work(self) noexcept:
+        cdef int rounds = 0
+        cdef int delivered = 0
+        cdef int n
+        cdef bint ok = True
+        self.mask(True)
+        while rounds < MAX_ROUNDS:
+            rounds += 1
+            if self.resync:
+                self.resync_all()
+            if self.dirty:
+                self.flush_output()
+            if airn_unsubmitted(&self.ring) or (
+                airn_sq_flags(&self.ring) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)
+            ):
+                ok = self.enter()
+            n = self.reap()
+            delivered += n
+            if self.send_ring_up:
+                io_uring_submit(&self.send_ring)
+                n += self.reap_sends()
+            if n == 0 and not self.dirty and not self.resync and not airn_unsubmitted(&self.ring):
+                break
+            if not ok:
+                break
+        else:
+            # Others get their turn; what was written goes out before.
+            if self.resync:
+                self.resync_all()
+            if self.dirty:
+                self.flush_output()
+            if airn_unsubmitted(&self.ring):
+                ok = self.enter()
+            if self.send_ring_up:
+                io_uring_submit(&self.send_ring)
+        if self.flush_scheduled:
+            return
+        if not ok or self.dirty or self.resync or self.pending():
+            self.schedule()
+            return
+        if delivered and self.expectation > 0:
+            # Tasks that this data woke run in the next iteration: come back right after them.
+            self.expecting = True
+            self.schedule()
+            return
+        self.mask(False)
+        airn_full_fence()
+        if self.pending():
+            self.schedule()
+
+    cdef void quiet(self) noexcept:
+        self.mask(True)
+
+    cdef int reap(self) noexcept:
+        """Take completions and hand them to their handles; returns how many."""
+        cdef unsigned int n = airn_take_cqes(&self.ring, self.batch, BATCH)
+        cdef unsigned int i
+        cdef uint64_t data
+        cdef Handle handle
+        if airn_sq_flags(&self.ring) & IORING_SQ_CQ_OVERFLOW:
+            self.n_overflows += 1
+        self.n_cqes += n
+        for i in range(n):
+            data = self.batch[i].user_data
+            if data == 0:
+                continue
+            handle = <Handle><void*><uintptr_t>(data & ~<uint64_t>TAG_MASK)
+            handle.complete(<int>(data & TAG_MASK), self.batch[i].res, self.batch[i].flags)
+        if self.returned:
+            io_uring_buf_ring_advance(self.buf_ring, self.returned)
+            self.returned = 0
+        return n
+
+    cdef int reap_sends(self) noexcept:
+        cdef unsigned int n, i
+        cdef uint64_t data
+        cdef Handle handle
+        if self.reaping_sends:
+            return 0
+        self.reaping_sends = True
+        n = airn_take_cqes(&self.send_ring, self.send_batch, BATCH)
+        self.n_cqes += n
+        for i in range(n):
+            data = self.send_batch[i].user_data
+            if data == 0:
+                continue
+            handle = <Handle><void*><uintptr_t>(data & ~<uint64_t>TAG_MASK)
+            handle.complete(<int>(data & TAG_MASK), self.send_batch[i].res, self.send_batch[i].flags)
+        self.reaping_sends = False
+        return n
+
+    cdef void poll_sends(self) noexcept:
+        if self.send_ring_up:
+            self.reap_sends()
+
+    cdef void on_urgent(self) noexcept:
+        if self.send_ring_up and not self.in_pass:
+            io_uring_cq_eventfd_toggle(&self.send_ring, True)
+            airn_full_fence()
+            if airn_cq_ready(&self.send_ring) and not self.flush_scheduled:
+                self.schedule()
+
+    cdef void flush_output(self) noexcept:
+        """Send what was written: directly for few streams, through the ring for many."""
+        cdef list batch
+        cdef Stream stream
+        if len(self.dirty) <= self.direct_limit:
+            self.flush_direct()
+            return
+        batch = self.dirty
+        self.dirty = self.dirty_spare
+        self.dirty_spare = batch
+        for stream in batch:
+            stream.dirty = False
+            if stream.sending or stream.closed:
+                continue
+            if stream.count:
+                stream.submit_send()
+            else:
+                stream.sink.on_sent()
+        batch.clear()
+
+    # --- streams, listeners, connections -------------------------------------
+
+    cdef Stream open_stream(self, int fd, Sink sink):
+        cdef RingStream stream = RingStream.__new__(RingStream)
+        self.adopt(stream, fd, sink)
+        # A Unix socket's queue says nothing of the peer's end that follows the
+        # data, and a multishot recv that has emptied it then waits for ever.
+        stream.bulk = not stream.tcp
+        return stream
+
+    def listen(self, sock, on_accept):
+        self.check()
+        cdef RingListener listener = RingListener(self, sock, on_accept)
+        listener.resume()
+        return listener
+
+    def connect(self, sock, address):
+        self.check()
+        cdef RingConnection connection
+        packed = pack_address(sock.family, address)
+        if packed is None or len(packed) > <Py_ssize_t>sizeof(sockaddr_storage):
+            return self.loop.create_task(self.loop.sock_connect(sock, address))
+        connection = RingConnection(self, sock, address)
+        memcpy(&connection.storage, <char*><bytes>packed, len(packed))
+        connection.storage_size = len(packed)
+        connection.submit()
+        return connection.future
+
+    # --- the end -------------------------------------------------------------
+
+    cdef bint drain(self) noexcept:
+        """Cancel everything and take the final completions.  False: something is still in flight.
+
+        It takes one round; with a poller, or a busy worker thread, some
+        milliseconds.  A second is the limit.
+        """
+        cdef io_uring_sync_cancel_reg reg
+        cdef int attempts
+        for attempts in range(1000):
+            self.enter()
+            if self.send_ring_up:
+                io_uring_submit(&self.send_ring)
+                self.reap_sends()
+            while self.reap():
+                pass
+            if not self.live:
+                return True
+            # Linux 6.0; ANY matches all requests of the ring.
+            memset(&reg, 0, sizeof(reg))
+            reg.fd = -1
+            reg.flags = IORING_ASYNC_CANCEL_ANY
+            reg.timeout.tv_nsec = 1000000
+            io_uring_register_sync_cancel(&self.ring, &reg)
+            if self.send_ring_up:
+                io_uring_register_sync_cancel(&self.send_ring, &reg)
+            if attempts:
+                usleep(1000)
+        return False
+
+    cdef void shut(self) noexcept:
+        if not self.ring_up:
+            return
+        if self.generation != current_generation():
+            # In a forked child the rings' memory is not mapped, only the
+            # descriptors are there.
+            c_close(self.ring.ring_fd)
+            if self.send_ring_up:
+                c_close(self.send_ring.ring_fd)
+            c_close(self.event_fd)
+            self.ring_up = self.send_ring_up = False
+            return
+        if self.thread_id == PyThread_get_thread_ident() or not self.deferred:
+            clean = self.drain()
+        else:
+            # SINGLE_ISSUER: only its own thread may enter.  What has been
+            # posted can be taken; what has not stays in flight.
+            while self.reap():
+                pass
+            clean = not self.live
+        if not clean:
+            self.abandon(list(self.live))
+        self.take_down()
+
+    cdef void abandon(self, list handles) noexcept:
+        """Leave all that the kernel may still touch to the process, for good."""
+        cdef Stream stream
+        cdef Py_ssize_t i
+        cdef list owners = []
+        for handle in handles:
+            if isinstance(handle, Stream):
+                stream = <Stream>handle
+                for i in range(stream.head, stream.head + stream.count):
+                    owners.append(<object>stream.chunks[i].owner)
+        abandoned.append((handles, owners))
+        self.pool = NULL
+        self.buf_ring = NULL
+
+    cdef void take_down_rings(self) noexcept:
+        if self.sqpoll and self.ring_up and self.ring.ring_fd in pollers:
+            pollers.remove(self.ring.ring_fd)
+        if self.send_ring_up:
+            io_uring_queue_exit(&self.send_ring)
+            self.send_ring_up = False
+        if self.ring_up:
+            io_uring_queue_exit(&self.ring)
+            self.ring_up = False
+        self.free_pool()
+
+    cdef void take_down(self) noexcept:
+        self.take_down_rings()
+        if self.event_fd >= 0:
+            c_close(self.event_fd)
+            self.event_fd = -1
+
+    cdef int move_thread(self) except -1:
+        """The loop runs on another thread now, but a ring belongs to the thread that made it.
+
+        With DEFER_TASKRUN an operation of the old ring cannot proceed unless
+        its thread enters, so all are begun anew in a new ring and the old one
+        is closed.  What it may have touched is abandoned.
+        """
+        cdef list handles
+        cdef Handle handle
+        self.thread_id = PyThread_get_thread_ident()
+        if not self.deferred:
+            return 0
+        while self.reap():
+            pass
+        handles = list(self.live)
+        if handles:
+            self.abandon(handles)
+        self.take_down_rings()
+        self.live.clear()
+        self.set_up()
+        for handle in handles:
+            handle.rearm()
+        if not self.flush_scheduled:
+            self.schedule()
+        return 0
+
+    def stats(self):
+        result = Engine.stats(self)
+        result.update(
+            enters=self.n_enters,
+            completions=self.n_cqes,
+            ring_sends=self.n_sends,
+            short_sends=self.n_short_sends,
+            buffers_exhausted=self.n_starved,
+            submission_queue_full=self.n_sq_full,
+            completion_overflows=self.n_overflows,
+            retries=self.n_retries,
+            mode_switches=self.n_switches,
+        )
+        return result
+
+    def details(self):
+        result = Engine.details(self)
+        result.update(
+            flags=self.flag_names,
+            sqpoll=self.sqpoll,
+            submission_entries=self.ring.sq.ring_entries,
+            completion_entries=self.ring.cq.ring_entries,
+            buffer_size=self.buffer_size,
+            buffer_count=self.buffer_count,
+        )
+        return result
+
+
+cdef void* map_anonymous(size_t size) except NULL:
+    """Zeroed pages that fork() does not copy."""
+    cdef void* address = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if address == MAP_FAILED:
+        raise MemoryError(f"no {size} bytes for receive buffers")
+    madvise(address, size, MADV_DONTFORK)
+    return address
+
+
+def liburing_version():
+    """The liburing that this was built with, as (major, minor)."""
+    return (IO_URING_VERSION_MAJOR, IO_URING_VERSION_MINOR)
+
+
+# Operations that the engine submits.  RECV multishot has no bit of its own:
+# receive_twice() tries it.
+cdef dict OPERATIONS = {
+    "SEND": IORING_OP_SEND,
+    "SENDMSG": IORING_OP_SENDMSG,
+    "RECV": IORING_OP_RECV,
+    "ACCEPT": IORING_OP_ACCEPT,
+    "CONNECT": IORING_OP_CONNECT,
+    "POLL_ADD": IORING_OP_POLL_ADD,
+    "ASYNC_CANCEL": IORING_OP_ASYNC_CANCEL,
+}
+
+# IORING_FEAT_* by bit, from io_uring_setup(2).
+FEATURE_NAMES = (
+    "SINGLE_MMAP", "NODROP", "SUBMIT_STABLE", "RW_CUR_POS", "CUR_PERSONALITY", "FAST_POLL", "POLL_32BITS",
+    "SQPOLL_NONFIXED", "EXT_ARG", "NATIVE_WORKERS", "RSRC_TAGS", "CQE_SKIP", "LINKED_FILE", "REG_REG_RING",
+    "RECVSEND_BUNDLE", "MIN_TIMEOUT", "RW_ATTR", "NO_IOWAIT",
+)
+
+
+def probe():
+    """What this kernel's io_uring can do, tried out on a ring of its own.
+
+    Returns {"flags": [...], "features": [...], "ops": {name: bool}}.  Raises
+    OSError when the engine could not run here.
+    """
+    cdef io_uring ring
+    cdef io_uring_params params
+    cdef io_uring_probe* ops
+    cdef int code = -EINVAL
+    for flags in flag_ladder(False):
+        memset(&params, 0, sizeof(params))
+        params.flags = flags
+        params.cq_entries = 32
+        code = io_uring_queue_init_params(8, &ring, &params)
+        if code != -EINVAL:
+            break
+    if code < 0:
+        raise OSError(-code, f"io_uring_setup: {os.strerror(-code)}")
+    try:
+        receive_twice(&ring)
+        supported = {}
+        ops = io_uring_get_probe_ring(&ring)
+        if ops != NULL:
+            supported = {name: bool(io_uring_opcode_supported(ops, op)) for name, op in OPERATIONS.items()}
+            io_uring_free_probe(ops)
+    finally:
+        io_uring_queue_exit(&ring)
+    return {
+        "flags": flags_to_names(params.flags),
+        "features": [name for bit, name in enumerate(FEATURE_NAMES) if params.features & (1 << bit)],
+        "ops": supported,
+    }
+
+
+cdef int receive_twice(io_uring* ring) except -1:
+    """Fails unless one multishot RECV into provided buffers delivers twice (Linux 6.0)."""
+    cdef io_uring_buf_reg reg
+    cdef io_uring_sqe* sqe
+    cdef io_uring_cqe cqe
+    cdef int i
+    cdef char* memory = <char*>map_anonymous(8192)
+    cdef io_uring_buf_ring* buf_ring = <io_uring_buf_ring*>memory
+    cdef int code
+    left, right = socket.socketpair()
+    try:
+        memset(&reg, 0, sizeof(reg))
+        reg.ring_addr = <uint64_t><uintptr_t>buf_ring
+        reg.ring_entries = 4
+        reg.bgid = BUFFER_GROUP
+        code = io_uring_register_buf_ring(ring, &reg, 0)
+        if code < 0:
+            raise OSError(-code, f"registering receive buffers: {os.strerror(-code)}")
+        io_uring_buf_ring_init(buf_ring)
+        for i in range(4):
+            io_uring_buf_ring_add(buf_ring, memory + 4096 + 64 * i, 64, i, io_uring_buf_ring_mask(4), i)
+        io_uring_buf_ring_advance(buf_ring, 4)
+        sqe = io_uring_get_sqe(ring)
+        io_uring_prep_recv_multishot(sqe, left.fileno(), NULL, 0, 0)
+        sqe.flags |= IOSQE_BUFFER_SELECT
+        sqe.buf_group = BUFFER_GROUP
+        for _ in range(2):
+            right.send(b"x")
+            code = io_uring_submit_and_wait(ring, 1)
+            if code < 0:
+                raise OSError(-code, f"io_uring_enter: {os.strerror(-code)}")
+            if airn_take_cqes(ring, &cqe, 1) != 1 or cqe.res != 1 or not cqe.flags & IORING_CQE_F_MORE:
+                raise OSError(EINVAL, "multishot recv into provided buffers is not supported (Linux 6.0 has it)")
+        # End it, so that nothing is in flight when the memory goes.
+        right.shutdown(socket.SHUT_WR)
+        io_uring_submit_and_wait(ring, 1)
+    finally:
+        io_uring_unregister_buf_ring(ring, BUFFER_GROUP)
+        munmap(memory, 8192)
+        left.close()
+        right.close()
+    return 0

@@ -1,0 +1,76 @@
+"""What a user may choose, checked where it is given."""
+
+import os
+from dataclasses import dataclass, field
+
+ENGINES = ("auto", "uring", "epoll", "loop")
+ENGINE_VARIABLE = "AIOURINGNET_ENGINE"
+
+
+def _engine_from_environment():
+    value = os.environ.get(ENGINE_VARIABLE) or "auto"
+    _check_engine(ENGINE_VARIABLE, value)
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of one loop's engine; ValueError or TypeError says what is allowed.
+
+    engine: "auto" (io_uring, else epoll), "uring" (or an error), "epoll", or
+        "loop" (the loop's own transports).  Default: AIOURINGNET_ENGINE.
+    queue_depth: submission queue entries.  The kernel rounds up to a power of
+        two; the completion queue has four times as many.
+    buffer_size: bytes of one provided receive buffer.
+    buffer_count: provided receive buffers, shared by all connections of a loop.
+    read_budget: bytes that one connection may read directly in one pass.
+    sqpoll: let a kernel thread submit (IORING_SETUP_SQPOLL).
+    sqpoll_idle_ms: milliseconds without work after which that thread sleeps.
+    sqpoll_cpu: the core it is bound to, None for any.
+    """
+
+    engine: str = field(default_factory=_engine_from_environment)
+    queue_depth: int = 1024
+    buffer_size: int = 4096
+    buffer_count: int = 256
+    read_budget: int = 262144
+    sqpoll: bool = False
+    sqpoll_idle_ms: int = 50
+    sqpoll_cpu: int | None = None
+
+    def __post_init__(self):
+        _check_engine("engine", self.engine)
+        # 32768: the kernel's limit for both, io_uring_setup(2) and io_uring_register(2).
+        _check_range("queue_depth", self.queue_depth, 8, 32768)
+        _check_range("buffer_size", self.buffer_size, 256, 1 << 20)
+        _check_range("buffer_count", self.buffer_count, 2, 32768)
+        if self.buffer_count & (self.buffer_count - 1):
+            raise ValueError(f"buffer_count must be a power of two in 2..32768, not {self.buffer_count}")
+        _check_range("read_budget", self.read_budget, 4096, 1 << 30)
+        if not isinstance(self.sqpoll, bool):
+            raise TypeError(f"sqpoll must be True or False, not {self.sqpoll!r}")
+        _check_range("sqpoll_idle_ms", self.sqpoll_idle_ms, 1, 10000)
+        if self.sqpoll_cpu is not None:
+            _check_range("sqpoll_cpu", self.sqpoll_cpu, 0, _last_cpu())
+            if not self.sqpoll:
+                raise ValueError("sqpoll_cpu is only meaningful with sqpoll=True")
+
+
+def _check_engine(name, value):
+    if value not in ENGINES:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, ENGINES))}, not {value!r}")
+
+
+def _check_range(name, value, low, high):
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int in {low}..{high}, not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in {low}..{high}, not {value}")
+
+
+def _last_cpu():
+    try:
+        # Cores that are offline, or not this process', have numbers too.
+        return os.sysconf("SC_NPROCESSORS_CONF") - 1
+    except (AttributeError, OSError, ValueError):
+        return (os.cpu_count() or 1) - 1

@@ -1,0 +1,694 @@
+"""asyncio.Transport for a connected stream socket.
+
+States and their order: open -> closing (close() was called, output may still
+drain) -> lost (the stream is closed, connection_lost is scheduled) -> done
+(connection_lost was called).  abort() and errors go to "lost" at once.  The
+socket is closed when connection_lost was called *and* nothing is in flight.
+
+No I/O here: the engine's Stream moves the bytes, this class gives them
+asyncio's meaning.  The semantics are those of
+asyncio.selector_events._SelectorSocketTransport.
+
+isinstance(transport, asyncio.Transport) holds although an extension type
+cannot inherit that class: its __slots__ conflict with the C layout ("multiple
+bases have instance lay-out conflict").  A Python subclass of both hits the
+same conflict.  `__class__` names a facade class instead, which isinstance()
+consults after the type itself; it costs the hot path nothing.
+"""
+
+import asyncio
+import collections
+import sys
+import warnings
+from asyncio import transports
+from asyncio.trsock import TransportSocket
+from os import strerror
+
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF
+from libc.string cimport memcpy
+
+from aiouringnet.engine.core cimport Engine, Sink, Stream
+
+
+cdef extern from "Python.h":
+    PyObject* new_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
+    int _PyBytes_Resize(PyObject** data, Py_ssize_t size)
+    bint PyMemoryView_Check(object)
+    PyObject* PyMemoryView_GET_BASE(object)
+    object PyContext_CopyCurrent()
+    int PyContext_Enter(object) except -1
+    int PyContext_Exit(object) except -1
+
+
+cdef object logger = asyncio.log.logger
+cdef object BufferedProtocol = asyncio.BufferedProtocol
+
+# asyncio.constants
+cdef enum:
+    LOG_THRESHOLD_FOR_CONNLOST_WRITES = 5
+    DEFAULT_HIGH_WATER = 65536
+    # A direct read's bytes object.  Below glibc's 128 KiB: larger blocks come
+    # from mmap and cost page faults each time, until the process has once
+    # freed one whole (mallopt(3), M_MMAP_THRESHOLD).
+    READ_BYTES = 122880
+    # That object is shrunk and handed over when it holds so much; less is
+    # cheaper to copy.
+    HANDOVER_BYTES = 8192
+
+# Server._attach() and _detach() take the transport since Python 3.13.
+cdef bint SERVER_TAKES_TRANSPORT = sys.version_info >= (3, 13)
+
+# How asyncio's loop.sendfile() treats a transport: os.sendfile() on its socket.
+cdef object TRY_NATIVE = asyncio.constants._SendfileMode.TRY_NATIVE
+
+
+class Transport(transports._FlowControlMixin):
+    """What isinstance() sees of a StreamTransport; never instantiated."""
+
+    __slots__ = ()
+
+
+cdef class StreamTransport(Sink):
+    # the connection
+    cdef Engine engine
+    cdef Stream stream
+    cdef object loop, sock
+    cdef int fileno
+    cdef object protocol, context
+    cdef object server
+    cdef object extra               # dict or None
+    cdef object peername, sockname, transport_socket
+    cdef object table               # the loop's descriptor -> transport, or None
+    cdef object __weakref__
+
+    # state
+    cdef bint closing, paused, eof
+    cdef bint in_context            # a callback of ours is running
+    cdef bint detached              # nothing is in flight
+    cdef bint finished              # connection_lost was called
+    cdef int lost                   # how often a write was dropped, plus one; 0: not lost
+
+    # flow control
+    cdef bint protocol_paused
+    cdef size_t high, low
+
+    # loop.sendfile() waits with it for the queue to drain; no write meanwhile
+    cdef object empty_waiter
+
+    _start_tls_compatible = True
+    _sendfile_compatible = TRY_NATIVE
+
+    def __init__(self, Engine engine, sock, protocol, waiter=None, extra=None, server=None):
+        engine.check()
+        self.engine = engine
+        self.loop = engine.loop
+        self.sock = sock
+        self.fileno = sock.fileno()
+        self.extra = extra
+        self.high = DEFAULT_HIGH_WATER
+        self.low = DEFAULT_HIGH_WATER // 4
+        self.context = PyContext_CopyCurrent()
+        self.set_protocol(protocol)
+        if extra is not None and "peername" in extra:
+            self.peername = extra["peername"]
+            if len(extra) == 1:
+                self.extra = None
+        else:
+            try:
+                self.peername = sock.getpeername()
+            except OSError:
+                pass
+        self.stream = engine.open_stream(self.fileno, self)
+        # asyncio's loops refuse add_reader() for a transport's descriptor;
+        # uvloop keeps no such table in sight.
+        self.table = getattr(self.loop, "_transports", None)
+        if self.table is not None:
+            self.table[self.fileno] = self
+        self.server = server
+        if server is not None:
+            if SERVER_TAKES_TRANSPORT:
+                server._attach(self)
+            else:
+                server._attach()
+        self.loop.call_soon(self._begin, waiter, context=self.context)
+
+    @property
+    def __class__(self):
+        return Transport
+
+    def _begin(self, waiter):
+        try:
+            if not self.finished:
+                self.protocol.connection_made(self)
+        finally:
+            if waiter is None:
+                self._start_reading()
+            else:
+                # Whoever created the connection has the transport in hand
+                # before the first data arrives.
+                if not waiter.done():
+                    waiter.set_result(None)
+                self.loop.call_soon(self._start_reading)
+
+    def _start_reading(self):
+        if not self.paused and not self.closing:
+            self.stream.start_reading()
+
+    def __repr__(self):
+        cdef list info = ["StreamTransport"]
+        if self.sock is None:
+            info.append("closed")
+        elif self.closing:
+            info.append("closing")
+        info.append(f"fd={self.fileno}")
+        if self.sock is not None:
+            info.append("read=paused" if self.paused or self.closing else "read=active")
+            info.append(f"write=<{'active' if self.stream.queued else 'idle'}, bufsize={self.stream.queued}>")
+        return "<{}>".format(" ".join(info))
+
+    def __del__(self):
+        if self.sock is not None and not self.finished:
+            warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
+            self.finished = True
+            self.sock.close()
+            self.release_server()
+
+    # --- what asyncio's own helpers look at (loop.sendfile, streams) ---------
+
+    @property
+    def _loop(self):
+        return self.loop
+
+    @property
+    def _protocol_paused(self):
+        return self.protocol_paused
+
+    @property
+    def _sock(self):
+        return self.sock
+
+    @property
+    def _sock_fd(self):
+        return self.fileno
+
+    def _make_empty_waiter(self):
+        if self.empty_waiter is not None:
+            raise RuntimeError("Empty waiter is already set")
+        self.empty_waiter = self.loop.create_future()
+        if self.stream.queued:
+            self.stream.expect_sent()
+        else:
+            self.empty_waiter.set_result(None)
+        return self.empty_waiter
+
+    def _reset_empty_waiter(self):
+        self.empty_waiter = None
+
+    # --- asyncio.BaseTransport -----------------------------------------------
+
+    def get_extra_info(self, name, default=None):
+        """Transport details: "socket", "sockname", "peername", or "uring" for the engine's."""
+        if name == "socket":
+            if self.transport_socket is None and self.sock is not None:
+                self.transport_socket = TransportSocket(self.sock)
+            value = self.transport_socket
+        elif name == "peername":
+            value = self.peername
+        elif name == "sockname":
+            value = self.get_sockname()
+        elif name == "uring":
+            value = self.engine.details()
+        else:
+            value = None if self.extra is None else self.extra.get(name)
+        return default if value is None else value
+
+    cdef object get_sockname(self):
+        """Asked for once, when somebody wants it or the socket is about to close: idle connections are many."""
+        if self.sockname is None and self.sock is not None:
+            try:
+                self.sockname = self.sock.getsockname()
+            except OSError:
+                pass
+        return self.sockname
+
+    def set_protocol(self, protocol):
+        """Hand what arrives from now on to `protocol`, an asyncio.Protocol or BufferedProtocol."""
+        self.protocol = protocol
+        self.buffered = isinstance(protocol, BufferedProtocol)
+
+    def get_protocol(self):
+        return self.protocol
+
+    def is_closing(self):
+        return self.closing
+
+    def close(self):
+        """Close when all queued output has been sent."""
+        if self.closing:
+            return
+        self.check_usable()
+        self.closing = True
+        self.stream.stop_reading()
+        if self.stream.queued:
+            self.stream.expect_sent()
+        else:
+            self.lose(None)
+
+    def abort(self):
+        """Close at once; queued output is lost."""
+        if self.lost:
+            return
+        self.check_usable()
+        self.lose(None)
+
+    # --- asyncio.ReadTransport -----------------------------------------------
+
+    def is_reading(self):
+        return not self.closing and not self.paused
+
+    def pause_reading(self):
+        """No data_received() until resume_reading()."""
+        if self.closing or self.paused:
+            return
+        self.engine.check()
+        self.paused = True
+        self.stream.stop_reading()
+        if self.loop.get_debug():
+            logger.debug("%r pauses reading", self)
+
+    def resume_reading(self):
+        if self.closing or not self.paused:
+            return
+        self.engine.check()
+        self.paused = False
+        self.stream.start_reading()
+        if self.loop.get_debug():
+            logger.debug("%r resumes reading", self)
+
+    # --- asyncio.WriteTransport ----------------------------------------------
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        """Bytes of queued output above which pause_writing() is called, and below which resume_writing()."""
+        if high is None:
+            high = DEFAULT_HIGH_WATER if low is None else 4 * low
+        if low is None:
+            low = high // 4
+        if not high >= low >= 0:
+            raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
+        self.high = high
+        self.low = low
+        if self.stream.queued > self.high:
+            self.pause_writing()
+
+    def get_write_buffer_limits(self):
+        return (self.low, self.high)
+
+    def get_write_buffer_size(self):
+        """Bytes queued or in flight."""
+        return self.stream.queued
+
+    def can_write_eof(self):
+        return True
+
+    def write(self, data):
+        """Queue bytes-like `data`; sent by the end of the loop's iteration at the latest.
+
+        bytes, and memoryviews of bytes, are kept by reference; anything else
+        is copied before this returns.
+        """
+        cdef const char* start
+        cdef Py_ssize_t size
+        if PyBytes_CheckExact(data):
+            owner = data
+            start = PyBytes_AS_STRING(data)
+            size = PyBytes_GET_SIZE(data)
+        else:
+            owner = own(data, &start, &size)
+        if self.eof:
+            raise RuntimeError("Cannot call write() after write_eof()")
+        if self.empty_waiter is not None:
+            raise RuntimeError("unable to write; sendfile is in progress")
+        if size == 0:
+            return
+        if self.lost:
+            self.on_write_after_loss()
+            return
+        self.engine.check()
+        self.stream.write(owner, start, size)
+        if self.stream.queued > self.high:
+            self.on_high_water()
+
+    def writelines(self, list_of_data):
+        """Queue each bytes-like object of an iterable, to be sent together."""
+        cdef const char* start
+        cdef Py_ssize_t size
+        cdef bint any_data = False
+        if self.eof:
+            raise RuntimeError("Cannot call writelines() after write_eof()")
+        if self.empty_waiter is not None:
+            raise RuntimeError("unable to writelines; sendfile is in progress")
+        owned = []
+        for data in list_of_data:
+            owner = own(data, &start, &size)
+            if size:
+                owned.append(data if PyBytes_CheckExact(data) else (owner, <size_t>start, size))
+        if not owned:
+            return
+        if self.lost:
+            self.on_write_after_loss()
+            return
+        self.engine.check()
+        for item in owned:
+            if PyBytes_CheckExact(item):
+                self.stream.push(item, PyBytes_AS_STRING(item), PyBytes_GET_SIZE(item))
+            else:
+                owner, address, length = item
+                self.stream.push(owner, <const char*><size_t>address, length)
+        self.stream.kick()
+        if self.stream.queued > self.high:
+            self.on_high_water()
+
+    def write_eof(self):
+        """Send FIN after the queued output; reading goes on."""
+        if self.closing or self.eof:
+            return
+        self.engine.check()
+        self.eof = True
+        if self.stream.queued:
+            self.stream.expect_sent()
+        else:
+            self.stream.shutdown_write()
+
+    # --- Sink: input ---------------------------------------------------------
+
+    cdef void on_data(self, const char* data, Py_ssize_t size) noexcept:
+        if self.buffered:
+            self.feed(data, size)
+            return
+        self.receive(PyBytes_FromStringAndSize(data, size))
+
+    cdef inline void receive(self, object data) noexcept:
+        try:
+            PyContext_Enter(self.context)
+            self.in_context = True
+            try:
+                self.protocol.data_received(data)
+            finally:
+                self.in_context = False
+                PyContext_Exit(self.context)
+        except BaseException as exc:
+            self.failed(exc, "Fatal error: protocol.data_received() call failed.")
+
+    cdef void feed(self, const char* data, Py_ssize_t size) noexcept:
+        """Copy into the BufferedProtocol's buffers, as many as it takes."""
+        cdef char* buffer = NULL
+        cdef Py_ssize_t room
+        while size > 0:
+            if not self.stream.reading:
+                # Paused or closed between two buffers.
+                self.stream.put_back(data, size)
+                return
+            if not self.buffered:
+                # Another protocol was set meanwhile.
+                self.on_data(data, size)
+                return
+            room = self.acquire(&buffer, size)
+            if room < 0:
+                return
+            room = min(room, size)
+            memcpy(buffer, data, room)
+            self.release_buffer(room)
+            data += room
+            size -= room
+
+    cdef Py_ssize_t acquire_buffer(self, char** data) noexcept:
+        cdef PyObject* spare
+        if self.buffered:
+            return self.acquire(data, -1)
+        spare = self.engine.spare
+        if spare == NULL:
+            spare = new_bytes(NULL, READ_BYTES)
+            if spare == NULL:
+                self.failed(MemoryError(), "Fatal read error on socket transport")
+                return -1
+            self.engine.spare = spare
+        data[0] = PyBytes_AS_STRING(<object>spare)
+        return READ_BYTES
+
+    cdef Py_ssize_t acquire(self, char** data, Py_ssize_t hint) noexcept:
+        try:
+            PyContext_Enter(self.context)
+            self.in_context = True
+            try:
+                buffer = self.protocol.get_buffer(hint)
+                PyObject_GetBuffer(buffer, &self.engine.view, PyBUF_WRITABLE)
+            finally:
+                self.in_context = False
+                PyContext_Exit(self.context)
+            if self.engine.view.len == 0:
+                PyBuffer_Release(&self.engine.view)
+                raise RuntimeError("get_buffer() returned an empty buffer")
+        except BaseException as exc:
+            self.failed(exc, "Fatal error: protocol.get_buffer() call failed.")
+            return -1
+        if self.closing:
+            # In get_buffer().  One that merely paused gets what it asked room for, as in asyncio.
+            PyBuffer_Release(&self.engine.view)
+            return -1
+        data[0] = <char*>self.engine.view.buf
+        return self.engine.view.len
+
+    cdef void release_buffer(self, Py_ssize_t size) noexcept:
+        cdef PyObject* spare
+        if not self.buffered:
+            spare = self.engine.spare
+            if 0 < size < HANDOVER_BYTES:
+                self.on_data(PyBytes_AS_STRING(<object>spare), size)
+            elif size:
+                self.engine.spare = NULL
+                if _PyBytes_Resize(&spare, size) < 0:
+                    self.failed(MemoryError(), "Fatal read error on socket transport")
+                    return
+                data = <object>spare
+                Py_DECREF(data)
+                self.receive(data)
+            return
+        PyBuffer_Release(&self.engine.view)
+        if size == 0:
+            return
+        try:
+            PyContext_Enter(self.context)
+            self.in_context = True
+            try:
+                self.protocol.buffer_updated(size)
+            finally:
+                self.in_context = False
+                PyContext_Exit(self.context)
+        except BaseException as exc:
+            self.failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
+
+    cdef void on_eof(self) noexcept:
+        if self.loop.get_debug():
+            logger.debug("%r received EOF", self)
+        try:
+            PyContext_Enter(self.context)
+            self.in_context = True
+            try:
+                keep_open = self.protocol.eof_received()
+            finally:
+                self.in_context = False
+                PyContext_Exit(self.context)
+            if not keep_open:
+                self.close()
+        except BaseException as exc:
+            self.failed(exc, "Fatal error: protocol.eof_received() call failed.")
+
+    # --- Sink: output --------------------------------------------------------
+
+    cdef void on_sent(self) noexcept:
+        if self.lost:
+            return
+        if self.protocol_paused and self.stream.queued <= self.low:
+            self.resume_writing()
+            if self.lost:
+                return
+        if self.stream.queued == 0:
+            if self.empty_waiter is not None and not self.empty_waiter.done():
+                self.empty_waiter.set_result(None)
+            if self.closing:
+                self.lose(None)
+            elif self.eof:
+                self.stream.shutdown_write()
+        elif self.protocol_paused or self.closing or self.eof or self.empty_waiter is not None:
+            self.stream.expect_sent()
+
+    cdef void on_high_water(self) noexcept:
+        # Queued is not yet "the peer is slow": offer it to the socket first.
+        if not self.stream.sending and self.engine.sends_direct():
+            self.stream.send_direct()
+        if self.stream.queued > self.high:
+            self.pause_writing()
+
+    cdef void pause_writing(self) noexcept:
+        if self.protocol_paused or self.lost:
+            return
+        self.protocol_paused = True
+        self.stream.expect_sent()
+        try:
+            self.protocol.pause_writing()
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.engine.interrupted(exc)
+        except BaseException as exc:
+            self.flow_control_failed(exc, "protocol.pause_writing() failed")
+
+    cdef void resume_writing(self) noexcept:
+        cdef bint enter = not self.in_context
+        self.protocol_paused = False
+        try:
+            if enter:
+                PyContext_Enter(self.context)
+            try:
+                self.protocol.resume_writing()
+            finally:
+                if enter:
+                    PyContext_Exit(self.context)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.engine.interrupted(exc)
+        except BaseException as exc:
+            self.flow_control_failed(exc, "protocol.resume_writing() failed")
+
+    cdef void flow_control_failed(self, object exc, str message) noexcept:
+        self.loop.call_exception_handler({
+            "message": message,
+            "exception": exc,
+            "transport": self,
+            "protocol": self.protocol,
+        })
+
+    cdef void on_write_after_loss(self) noexcept:
+        if self.lost >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
+            logger.warning("socket.send() raised exception.")
+        self.lost += 1
+
+    # --- the end -------------------------------------------------------------
+
+    cdef int check_usable(self) except -1:
+        """Like engine.check(), but a closed loop's transports may be closed."""
+        if not self.engine.closed:
+            self.engine.check()
+        return 0
+
+    cdef void on_error(self, int error, bint writing) noexcept:
+        self.fatal(
+            OSError(error, strerror(error)),
+            "Fatal write error on socket transport" if writing else "Fatal read error on socket transport",
+        )
+
+    cdef void failed(self, object exc, str message) noexcept:
+        """A protocol callback raised."""
+        if isinstance(exc, (SystemExit, KeyboardInterrupt)):
+            self.engine.interrupted(exc)
+        else:
+            self.fatal(exc, message)
+
+    cdef void fatal(self, object exc, str message) noexcept:
+        if isinstance(exc, OSError):
+            if self.loop.get_debug():
+                logger.debug("%r: %s", self, message, exc_info=exc)
+        else:
+            self.loop.call_exception_handler({
+                "message": message,
+                "exception": exc,
+                "transport": self,
+                "protocol": self.protocol,
+            })
+        if not self.lost:
+            self.lose(exc)
+
+    def _fatal_error(self, exc, message="Fatal error on transport"):
+        # asyncio.sslproto calls it on the transport below.
+        self.fatal(exc, message)
+
+    def _force_close(self, exc):
+        # asyncio.sslproto.abort() and loop.sendfile() do too.
+        if not self.lost:
+            self.lose(exc)
+
+    cdef void lose(self, object exc) noexcept:
+        """The connection is over: nothing more is read or sent, connection_lost(exc) follows."""
+        self.closing = True
+        self.lost = 1
+        if self.table is not None and self.table.get(self.fileno) is self:
+            del self.table[self.fileno]
+        self.stream.close()
+        self.loop.call_soon(self._connection_lost, exc, context=self.context)
+
+    def _connection_lost(self, exc):
+        try:
+            self.protocol.connection_lost(exc)
+        finally:
+            self.finished = True
+            self.protocol = None
+            if self.empty_waiter is not None and not self.empty_waiter.done():
+                self.empty_waiter.set_exception(ConnectionError("Connection is closed by peer"))
+            if self.detached:
+                self.close_socket()
+
+    cdef void on_detached(self) noexcept:
+        self.detached = True
+        if self.finished:
+            self.close_socket()
+
+    cdef void close_socket(self) noexcept:
+        sock = self.sock
+        if sock is not None:
+            self.get_extra_info("socket")
+            self.get_sockname()
+            self.sock = None
+            sock.close()
+            self.release_server()
+
+    cdef void release_server(self) noexcept:
+        server = self.server
+        if server is not None:
+            self.server = None
+            if self.engine.closed:
+                return  # with the loop: nobody can wait for the server any more
+            if SERVER_TAKES_TRANSPORT:
+                server._detach(self)
+            else:
+                server._detach()
+
+
+cdef object own(object data, const char** start, Py_ssize_t* size):
+    """An immutable bytes object that holds `data`, and where in it the data lies."""
+    cdef Py_buffer view
+    cdef PyObject* base
+    if PyMemoryView_Check(data):
+        try:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        except BufferError:
+            pass  # not contiguous
+        else:
+            try:
+                base = PyMemoryView_GET_BASE(data)
+                if base != NULL and PyBytes_CheckExact(<object>base):
+                    start[0] = <const char*>view.buf
+                    size[0] = view.len
+                    return <object>base
+            finally:
+                PyBuffer_Release(&view)
+    if PyBytes_CheckExact(data):
+        copy = data
+    elif PyObject_CheckBuffer(data):
+        copy = bytes(data)
+    else:
+        raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+    start[0] = PyBytes_AS_STRING(copy)
+    size[0] = PyBytes_GET_SIZE(copy)
+    return copy

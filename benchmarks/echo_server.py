@@ -1,0 +1,49 @@
+"""The Python echo server under test: an ordinary asyncio.Protocol on the loop of your choice.
+
+It listens on a free port of the loopback (or on --unix PATH), prints one line of JSON with the port, and echoes what
+it receives by transport.write from data_received until it is killed or --seconds are over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+import loops
+
+BACKLOG = 4096  # a thousand clients connect at once; a full queue would cost them a second
+
+
+class EchoProtocol(asyncio.Protocol):
+    transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+
+async def serve(args: argparse.Namespace) -> None:
+    loop = asyncio.get_running_loop()
+    if args.unix:
+        server = await loop.create_unix_server(EchoProtocol, args.unix, backlog=BACKLOG)
+        port = 0
+    else:
+        server = await loop.create_server(EchoProtocol, "127.0.0.1", 0, backlog=BACKLOG)
+        port = server.sockets[0].getsockname()[1]
+    loops.announce(args, loop, port)
+    await loop.create_future()  # runs until the process is killed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    loops.add_arguments(parser)
+    parser.add_argument("--unix", metavar="PATH", help="listen on a Unix socket instead of TCP")
+    args = parser.parse_args()
+    loops.prepare_process(args)
+    loops.make_loop(args).run_until_complete(serve(args))
+
+
+if __name__ == "__main__":
+    main()

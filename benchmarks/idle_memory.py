@@ -1,0 +1,128 @@
+"""Resident memory that an idle connection costs each echo server.
+
+    python benchmarks/idle_memory.py [--connections 10000] [--servers uvloop,ours-uvloop]
+
+A client process opens the connections, waits, exchanges one 64-byte echo on each, and waits again. The server's
+resident memory is read before, while they are connected, and after the echoes. What the kernel holds for its sockets
+is not part of it. Both processes raise their limit on open files; the hard limit must allow the connections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pathlib
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import procstat
+import servers as servers_module
+from servers import Placement, Server, ServerUnavailable, parse_server, running
+
+CONNECTIONS = 10000
+SPARE_FILES = 64
+STEP_SECONDS = 60
+SETTLE_SECONDS = 0.5
+MESSAGE = b"m" * 64
+
+
+def client(port: int, count: int) -> None:
+    """The other process: does one step for each line on its standard input and says when it is done."""
+    signal.alarm(4 * STEP_SECONDS)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    connections = [socket.create_connection(("127.0.0.1", port), STEP_SECONDS) for _ in range(count)]
+    print("connected", flush=True)
+    sys.stdin.readline()
+    for connection in connections:
+        connection.sendall(MESSAGE)
+        if connection.recv(len(MESSAGE), socket.MSG_WAITALL) != MESSAGE:
+            raise SystemExit("an echo is wrong")
+    print("echoed", flush=True)
+    sys.stdin.readline()
+
+
+def _await_step(process: subprocess.Popen[str], step: str) -> None:
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], STEP_SECONDS)
+    line = process.stdout.readline().strip() if ready else "nothing"
+    if line != step:
+        raise RuntimeError(f"the client said {line!r} instead of {step!r}")
+
+
+def _await_accepted(pid: int, files: int) -> None:
+    """The kernel completes connections before the server has accepted them."""
+    deadline = time.monotonic() + STEP_SECONDS
+    while len(os.listdir(f"/proc/{pid}/fd")) < files:
+        if time.monotonic() > deadline:
+            raise RuntimeError("the server did not accept all connections")
+        time.sleep(0.05)
+
+
+def measure(server: Server, placement: Placement, count: int) -> dict[str, float]:
+    """Bytes of resident memory per connection: `connected`, and `echoed` after one message."""
+    with running(server, "echo_server.py", False, placement) as ready, contextlib.ExitStack() as stack:
+        pid = int(str(ready["pid"]))
+        files = len(os.listdir(f"/proc/{pid}/fd"))
+        before = procstat.rss_bytes(pid)
+        command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--client", str(ready["port"]),
+                   "--connections", str(count)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        assert process.stdin is not None
+        _await_step(process, "connected")
+        _await_accepted(pid, files + count)
+        time.sleep(SETTLE_SECONDS)
+        connected = procstat.rss_bytes(pid)
+        process.stdin.write("echo\n")
+        process.stdin.flush()
+        _await_step(process, "echoed")
+        time.sleep(SETTLE_SECONDS)
+        echoed = procstat.rss_bytes(pid)
+    return {"connected": (connected - before) / count, "echoed": (echoed - before) / count,
+            "before_bytes": float(before), "connections": float(count)}
+
+
+def measure_all(servers: list[Server], placement: Placement, count: int) -> dict[str, dict[str, float]]:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and hard < count + SPARE_FILES:
+        count = hard - SPARE_FILES
+        print(f"idle memory: only {count} connections, since the hard limit on open files is {hard}")
+    results = {}
+    for server in servers:
+        try:
+            results[server.text] = found = measure(server, placement, count)
+        except (ServerUnavailable, RuntimeError) as why:
+            print(f"idle memory of {server.text} not measured: {why}", flush=True)
+            continue
+        print(f"  {server.text:24} {found['connected']:7.0f} bytes per idle connection, {found['echoed']:7.0f} after "
+              f"one echo", flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--connections", type=int, default=CONNECTIONS, help="how many (%(default)s)")
+    parser.add_argument("--servers", default=",".join(servers_module.DEFAULT_SERVERS), help="whom to measure (all)")
+    parser.add_argument("--server-cpu", type=int, default=0, help="core of the server (%(default)s)")
+    parser.add_argument("--client", type=int, metavar="PORT", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.client:
+        client(args.client, args.connections)
+        return
+    try:
+        servers = [parse_server(text) for text in args.servers.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
+    measure_all(servers, Placement(args.server_cpu, args.server_cpu, max(os.sched_getaffinity(0))), args.connections)
+
+
+if __name__ == "__main__":
+    main()

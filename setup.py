@@ -1,0 +1,88 @@
+"""Builds the Cython extensions against the system's liburing.
+
+Off Linux nothing is compiled: the pure-Python part installs and every call
+goes to the loop's own implementation.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+# Each extension module and the C headers it needs rebuilt for.
+MODULES = [
+    "aiouringnet.engine.core",
+    "aiouringnet.engine.epoll",
+    "aiouringnet.engine.ring",
+    "aiouringnet.transports.stream",
+]
+NEEDS_LIBURING = {"aiouringnet.engine.ring"}
+MIN_LIBURING = "2.3"
+
+INSTALL_HINT = (
+    "Debian and Ubuntu: apt-get install build-essential pkg-config liburing-dev python3-dev; "
+    "Fedora: dnf install gcc pkgconf-pkg-config liburing-devel python3-devel; "
+    "Alpine: apk add build-base pkgconf liburing-dev python3-dev."
+)
+
+
+def fail(reason):
+    sys.exit(f"aiouringnet cannot be built: {reason}. {INSTALL_HINT}")
+
+
+def pkg_config(*args):
+    tool = os.environ.get("PKG_CONFIG", "pkg-config")
+    if shutil.which(tool) is None:
+        fail(f"{tool} was not found")
+    done = subprocess.run([tool, *args], capture_output=True, text=True)
+    return done.stdout.split() if done.returncode == 0 else None
+
+
+def liburing_flags():
+    if pkg_config("--exists", "liburing") is None:
+        fail("liburing or its headers are missing (pkg-config does not know liburing)")
+    if pkg_config(f"--atleast-version={MIN_LIBURING}", "liburing") is None:
+        found = " ".join(pkg_config("--modversion", "liburing") or ["unknown"])
+        fail(f"liburing {MIN_LIBURING} or newer is needed, {found} was found")
+    return pkg_config("--cflags", "liburing") or [], pkg_config("--libs", "liburing") or ["-luring"]
+
+
+def extensions():
+    from Cython.Build import cythonize
+
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        fail("Python.h is missing")
+    uring_cflags, uring_libs = liburing_flags()
+    headers = [str(p) for p in Path("aiouringnet").glob("**/*.h")]
+    built = []
+    for name in MODULES:
+        uses_ring = name in NEEDS_LIBURING
+        built.append(
+            Extension(
+                name,
+                [name.replace(".", "/") + ".pyx"],
+                depends=headers,
+                define_macros=[("_GNU_SOURCE", None)],
+                extra_compile_args=["-O3", "-Wall", "-Wextra"] + (uring_cflags if uses_ring else []),
+                extra_link_args=uring_libs if uses_ring else [],
+            )
+        )
+    return cythonize(
+        built,
+        language_level=3,
+        compiler_directives={
+            "boundscheck": False,
+            "wraparound": False,
+            "initializedcheck": False,
+            "cdivision": True,
+            "embedsignature": True,
+            "freethreading_compatible": True,
+        },
+    )
+
+
+setup(ext_modules=extensions() if sys.platform == "linux" else [])

@@ -1,0 +1,254 @@
+"""Fixtures that put one test on every kind of loop that the package serves.
+
+Ask for `loop`, `case` or `make_loop` and the test runs once for each member of
+the matrix
+
+    base loop (asyncio, uvloop)  x  engine (uring, epoll)  x  debug (off, on)
+
+with ids such as `uvloop-epoll-debug`; `-k` selects among them. Where io_uring
+cannot be used, the uring half is skipped and says why.
+
+    @pytest.mark.matrix(base="asyncio", engine="uring", debug=False)
+        narrows a dimension (a value or a tuple) for a test, class or module.
+    @pytest.mark.matrix(sqpoll=True)
+        adds `asyncio-sqpoll` and `uvloop-sqpoll` (uring, debug off).
+    @pytest.mark.limit(seconds)
+        replaces the 30 s after which a hanging test fails with every thread's
+        traceback. Ten seconds later the process is ended, in case the hang is
+        in C code that no exception can leave.
+    @pytest.mark.slow
+        marks what `-m "not slow"` leaves out.
+
+Fixtures
+
+    loop        a patched loop. After the test it is closed, and the test fails
+                if its exception handler was called (see `errors`), if a file
+                descriptor is left, if the engine was not the one the case names,
+                or if the engine's counters do not balance.
+    run         run(coroutine, timeout_s=20) on `loop`. An `async def` test that
+                takes `loop` needs no `run`: it runs on that loop by itself.
+    errors      the contexts that the loop's exception handler received so far.
+                A test that provokes some takes them away: `errors.take()`.
+    make_loop   make_loop(patched=True, **options) -> a further loop of the same
+                case with options of its own, under the same checks. An unpatched
+                loop meets the case's engine too (AIOURINGNET_ENGINE is set).
+    case        the member of the matrix itself: .base .engine .debug .sqpoll
+    endpoint    a place to listen on and to connect to, once TCP and once Unix;
+                see `helpers.Endpoint`.
+
+Plain helpers (protocols that record, child processes, resets) are in helpers.py.
+"""
+
+import asyncio
+import faulthandler
+import gc
+import inspect
+import os
+import platform
+import signal
+
+import helpers
+import pytest
+
+import aiouringnet
+
+CALL_LIMIT_S = 30
+HARD_LIMIT_EXTRA_S = 30
+
+_stderr_fd = None
+
+
+# --------------------------------------------------------------------------
+# The matrix
+
+
+def pytest_configure(config):
+    global _stderr_fd
+    # Capturing is suspended here, so this is the stderr that a person sees.
+    _stderr_fd = os.dup(2)
+    for line in (
+        "matrix(base, engine, debug, sqpoll): narrows or widens the loops that a test runs on",
+        "limit(seconds): how long the test may take before it counts as hung",
+        "slow: left out by -m 'not slow'",
+    ):
+        config.addinivalue_line("markers", line)
+    for line in (
+        # What a callback in C or a forgotten object has to say is a failure too.
+        "error::pytest.PytestUnraisableExceptionWarning",
+        "error::pytest.PytestUnhandledThreadExceptionWarning",
+        "error::ResourceWarning",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_report_header():
+    ring = helpers.why_no_ring() or "io_uring is usable"
+    return [
+        f"aiouringnet {aiouringnet.__version__} from {os.path.dirname(aiouringnet.__file__)}",
+        f"Linux {platform.release()}: {ring}; uvloop: {helpers.why_no_base('uvloop') or 'installed'}",
+    ]
+
+
+def pytest_unconfigure():
+    if _stderr_fd is not None:
+        os.close(_stderr_fd)
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        wanted = {}
+        # From the module's mark to the function's own: the nearest one decides.
+        for mark in reversed(list(metafunc.definition.iter_markers("matrix"))):
+            wanted.update(mark.kwargs)
+        metafunc.parametrize("case", [_param(case) for case in helpers.cases(**wanted)])
+
+
+def _param(case):
+    reason = helpers.why_no_ring() if case.engine == "uring" else None
+    reason = reason or helpers.why_no_base(case.base)
+    marks = [pytest.mark.skip(reason=reason)] if reason else []
+    return pytest.param(case, marks=marks, id=str(case))
+
+
+def pytest_collection_finish(session):
+    # A full collection after each test shall look at that test's objects only,
+    # not at all the modules that were imported.
+    gc.collect()
+    gc.freeze()
+    # Children run where no source tree hides the package that is tested:
+    # `python -m` and `-c` look into the current directory first.
+    os.chdir(os.path.dirname(__file__))
+
+
+# --------------------------------------------------------------------------
+# Hangs
+
+
+class Hung(KeyboardInterrupt):
+    """Raised into a test that takes too long.
+
+    A KeyboardInterrupt, since a loop hands any other exception that is raised
+    inside a callback to its exception handler, and goes on.
+    """
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    limit_s = _limit_s(item)
+    faulthandler.dump_traceback_later(limit_s + HARD_LIMIT_EXTRA_S, exit=True, file=_stderr_fd)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    limit_s = _limit_s(item)
+
+    def on_alarm(signum, frame):
+        faulthandler.dump_traceback(file=2)
+        raise Hung(f"still running after {limit_s} s")
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        return (yield)
+    except Hung as hung:
+        raise pytest.fail.Exception(f"the test hung: {hung}") from hung
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _limit_s(item):
+    mark = item.get_closest_marker("limit")
+    return mark.args[0] if mark else CALL_LIMIT_S
+
+
+# --------------------------------------------------------------------------
+# Loops
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Runs an `async def` test on its `loop` fixture."""
+    function = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(function) or "loop" not in pyfuncitem.funcargs:
+        return None
+    wanted = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    helpers.run_on(pyfuncitem.funcargs["loop"], function(**wanted), _limit_s(pyfuncitem) - 1)
+    return True
+
+
+class Errors(list):
+    """Contexts that an exception handler received and no test has yet asked for."""
+
+    def take(self):
+        taken, self[:] = list(self), []
+        return taken
+
+    def exceptions(self):
+        return [context.get("exception") for context in self]
+
+
+@pytest.fixture
+def errors():
+    return Errors()
+
+
+@pytest.fixture
+def make_loop(case, errors, monkeypatch):
+    monkeypatch.setenv("AIOURINGNET_ENGINE", case.engine)
+    helpers.warm_up(case)
+    fds_before = helpers.open_fds()
+    made = []
+
+    def make(patched=True, **options):
+        loop = helpers.new_loop(case, patched, **options)
+        loop.set_exception_handler(lambda _, context: errors.append(context))
+        made.append(loop)
+        return loop
+
+    yield make
+
+    complaints = []
+    for loop in made:
+        complaints += helpers.close_loop(loop, case)
+    # Objects that the test dropped speak up now, not in somebody else's test.
+    made.clear()
+    loop = None
+    gc.collect()
+    if errors:
+        complaints.append("the loop's exception handler was called:\n" + "\n".join(map(repr, errors)))
+    leaked = helpers.leaked_fds(fds_before)
+    if leaked:
+        complaints.append(f"file descriptors left open: {leaked}")
+    if complaints:
+        pytest.fail("\n".join(complaints), pytrace=False)
+
+
+@pytest.fixture
+def loop(make_loop):
+    return make_loop()
+
+
+@pytest.fixture
+def run(loop):
+    def run(coroutine, timeout_s=20):
+        return helpers.run_on(loop, coroutine, timeout_s)
+
+    return run
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def endpoint(request):
+    with helpers.Endpoint(request.param) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(autouse=True)
+def _no_loop_left_running():
+    """A test that fails half-way must not leave its loop current for the next one."""
+    yield
+    asyncio._set_running_loop(None)

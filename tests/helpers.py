@@ -1,0 +1,514 @@
+"""What the tests share: the matrix, protocols that record, peers and child processes."""
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import functools
+import gc
+import itertools
+import os
+import select
+import shutil
+import signal
+import site
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import aiouringnet
+from aiouringnet import engine as engines
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# --------------------------------------------------------------------------
+# The matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kind of loop: what it is made of and what serves its connections."""
+
+    base: str
+    engine: str
+    debug: bool = False
+    sqpoll: bool = False
+
+    def __str__(self):
+        parts = [self.base, "sqpoll" if self.sqpoll else self.engine]
+        return "-".join(parts + ["debug"] * self.debug)
+
+    @property
+    def env(self):
+        """For a child process that is to run on the same engine."""
+        return child_env(AIOURINGNET_ENGINE=self.engine)
+
+
+def cases(base=("asyncio", "uvloop"), engine=("uring", "epoll"), debug=(False, True), sqpoll=False):
+    bases, engine_kinds, debugs = (v if isinstance(v, tuple) else (v,) for v in (base, engine, debug))
+    chosen = [Case(b, e, d) for b, e, d in itertools.product(bases, engine_kinds, debugs)]
+    if sqpoll:
+        chosen += [Case(b, "uring", sqpoll=True) for b in bases]
+    return chosen
+
+
+@functools.cache
+def why_no_ring():
+    """Why the uring half cannot run on this machine, None where it can."""
+    found = engines.probe()
+    return None if found["usable"] else f"io_uring cannot be used here: {found['reason']}"
+
+
+@functools.cache
+def why_no_base(base):
+    if base == "uvloop":
+        try:
+            import uvloop  # noqa: F401
+        except ImportError as error:
+            return f"uvloop is not installed: {error}"
+    return None
+
+
+# --------------------------------------------------------------------------
+# Loops
+
+
+def base_loop(case):
+    if case.base == "uvloop":
+        import uvloop
+
+        loop = uvloop.new_event_loop()
+    else:
+        loop = asyncio.SelectorEventLoop()
+    loop.set_debug(case.debug)
+    return loop
+
+
+def new_loop(case, patched=True, **options):
+    loop = base_loop(case)
+    if patched:
+        if case.sqpoll:
+            options.setdefault("sqpoll", True)
+        aiouringnet.patch_loop(loop, **options)
+    return loop
+
+
+@functools.cache
+def warm_up(case):
+    """Lets a kind of loop open once what it keeps for the life of the process."""
+    loop = new_loop(case)
+    left, right = socket.socketpair()
+    for sock in (left, right):
+        sock.setblocking(False)
+    engines.engine_for(loop)
+    loop.run_until_complete(asyncio.sleep(0))
+    left.close(), right.close()
+    loop.close()
+
+
+def run_on(loop, coroutine, timeout_s=20):
+    async def bounded():
+        return await asyncio.wait_for(coroutine, timeout_s)
+
+    return loop.run_until_complete(bounded())
+
+
+def close_loop(loop, case):
+    """Closes a test's loop; returns what the test left in disorder."""
+    if loop.is_closed():
+        return []
+    engine = engines.active_engine(loop)
+    complaints = []
+    if engine is not None and engine.kind != case.engine:
+        complaints.append(f"the engine was {engine.kind}, not {case.engine}: {engines.why_not(loop)}")
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+
+    async def settle():
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await loop.shutdown_asyncgens()
+        await loop.shutdown_default_executor()
+        # Three passes: a close() from a test's last line needs its completions,
+        # then connection_lost, then whatever that calls.
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    run_on(loop, settle())
+    # uvloop never returns from close() when a warning about a handle that
+    # somebody left open is turned into an exception.
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loop.close()
+    complaints += [str(warning.message) for warning in said]
+    if engine is not None:
+        complaints += imbalances(engine.stats())
+    return complaints
+
+
+def imbalances(stats):
+    """What a closed engine still counts as under way."""
+    left = stats["in_flight"]
+    return [f"the closed engine counts {left} operations in flight"] if left else []
+
+
+def open_fds():
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+    # The one that listed the directory.
+    return {fd: link for fd, link in found.items() if "/proc/" not in link}
+
+
+def leaked_fds(before, patience_s=2):
+    """Descriptors that were not open before. A thread may need a moment to end."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        leaked = {fd: link for fd, link in open_fds().items() if before.get(fd) != link}
+        if not leaked or time.monotonic() > deadline:
+            return leaked
+        gc.collect()
+        time.sleep(0.02)
+
+
+async def eventually(predicate, timeout_s=5, why=None):
+    """Waits until `predicate()` holds, and fails with `why` when it never does."""
+    deadline = time.monotonic() + timeout_s
+    while not predicate():
+        if time.monotonic() > deadline:
+            raise AssertionError(why or f"never held: {predicate}")
+        await asyncio.sleep(0.002)
+
+
+# --------------------------------------------------------------------------
+# Protocols that record
+
+
+class Recorder(asyncio.Protocol):
+    """Writes down every callback, and lets a test await the two that matter.
+
+    `lost` resolves to connection_lost's argument. `keep_open` is what
+    eof_received returns. `log` holds the callbacks' names in order, with each
+    run of data_received as one entry.
+    """
+
+    def __init__(self, keep_open=False):
+        loop = asyncio.get_running_loop()
+        self.keep_open = keep_open
+        self.log = []
+        self.data = bytearray()
+        self.chunks = []
+        self.transport = None
+        self.made = loop.create_future()
+        self.lost = loop.create_future()
+        self.eof = loop.create_future()
+        self._arrival = None
+
+    def note(self, what):
+        if not (what == "data" and self.log[-1:] == ["data"]):
+            self.log.append(what)
+
+    def connection_made(self, transport):
+        self.note("made")
+        self.transport = transport
+        self.made.set_result(transport)
+
+    def data_received(self, data):
+        self.note("data")
+        self.chunks.append(len(data))
+        self.data += data
+        self._arrived()
+
+    def eof_received(self):
+        self.note("eof")
+        self.eof.set_result(None)
+        self._arrived()
+        return self.keep_open
+
+    def pause_writing(self):
+        self.note("pause")
+
+    def resume_writing(self):
+        self.note("resume")
+
+    def connection_lost(self, exc):
+        self.note("lost")
+        self.lost.set_result(exc)
+        self._arrived()
+
+    def _arrived(self):
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
+
+    async def received(self, size_bytes):
+        """Waits until so much has arrived in all, and returns everything so far."""
+        while len(self.data) < size_bytes:
+            if self.lost.done() or self.eof.done():
+                raise AssertionError(f"the stream ended after {len(self.data)} of {size_bytes} bytes")
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        return bytes(self.data)
+
+
+class BufferedRecorder(Recorder, asyncio.BufferedProtocol):
+    """The same through BufferedProtocol's two callbacks."""
+
+    data_received = None
+
+    def __init__(self, keep_open=False, buffer_size=1024):
+        super().__init__(keep_open)
+        self.buffer = bytearray(buffer_size)
+        self.size_hints = []
+
+    def get_buffer(self, sizehint):
+        self.size_hints.append(sizehint)
+        return self.buffer
+
+    def buffer_updated(self, nbytes):
+        Recorder.data_received(self, self.buffer[:nbytes])
+
+
+class Echo(asyncio.Protocol):
+    """Sends back what comes; `lost` resolves when the connection has ended."""
+
+    def __init__(self):
+        self.lost = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        self.transport.write(data)
+
+    def connection_lost(self, exc):
+        self.lost.set_result(exc)
+
+
+# --------------------------------------------------------------------------
+# Peers
+
+
+class Endpoint:
+    """A place to listen on and to connect to, TCP on loopback or a Unix socket.
+
+        server = await endpoint.serve(loop, Echo)
+        transport, protocol = await endpoint.connect(loop, Recorder)
+        peer = endpoint.peer()                   # a plain blocking socket
+
+    `accepted` collects the protocols that `serve` made.
+    """
+
+    def __init__(self, kind):
+        self.kind = kind
+        self.address = None
+        self.accepted = []
+        self._folder = None
+        self._listeners = []
+
+    def __enter__(self):
+        if self.kind == "unix":
+            self._folder = tempfile.mkdtemp(prefix="aiouringnet-")
+            self.address = os.path.join(self._folder, "socket")
+        return self
+
+    def __exit__(self, *exc_info):
+        for sock in self._listeners:
+            sock.close()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _remembering(self, factory):
+        def make():
+            protocol = factory()
+            self.accepted.append(protocol)
+            return protocol
+
+        return make
+
+    async def serve(self, loop, factory, **options):
+        factory = self._remembering(factory)
+        if self.kind == "unix":
+            return await loop.create_unix_server(factory, self.address, **options)
+        server = await loop.create_server(factory, "127.0.0.1", 0, **options)
+        self.address = server.sockets[0].getsockname()
+        return server
+
+    async def connect(self, loop, factory, **options):
+        if self.kind == "unix":
+            return await loop.create_unix_connection(factory, self.address, **options)
+        return await loop.create_connection(factory, *self.address, **options)
+
+    def peer(self, timeout_s=10):
+        """A plain blocking socket that is connected; use it with loop.run_in_executor."""
+        sock = socket.socket(socket.AF_UNIX if self.kind == "unix" else socket.AF_INET)
+        sock.settimeout(timeout_s)
+        sock.connect(self.address)
+        return sock
+
+    def listener(self):
+        """A plain listening socket that no loop serves; closed with the endpoint."""
+        sock = socket.socket(socket.AF_UNIX if self.kind == "unix" else socket.AF_INET)
+        sock.bind(self.address if self.kind == "unix" else ("127.0.0.1", 0))
+        sock.listen()
+        sock.settimeout(10)
+        self.address = sock.getsockname()
+        self._listeners.append(sock)
+        return sock
+
+
+def reset(sock):
+    """Closes a TCP socket with RST instead of FIN."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def receive_exactly(sock, size_bytes):
+    """From a blocking socket; fails when the stream ends early."""
+    data = bytearray()
+    while len(data) < size_bytes:
+        chunk = sock.recv(min(1 << 20, size_bytes - len(data)))
+        if not chunk:
+            raise AssertionError(f"the peer ended after {len(data)} of {size_bytes} bytes")
+        data += chunk
+    return bytes(data)
+
+
+def pattern(size_bytes, seed=0):
+    """Bytes in which a lost, doubled or swapped piece shows."""
+    words = struct.pack(f"<{size_bytes // 4 + 1}I", *range(seed, seed + size_bytes // 4 + 1))
+    return words[:size_bytes]
+
+
+@contextlib.contextmanager
+def short_folder():
+    """A temporary folder whose path leaves room for a socket's name (108 bytes in all)."""
+    with tempfile.TemporaryDirectory(prefix="aiouringnet-") as folder:
+        yield Path(folder)
+
+
+def free_port():
+    """A TCP port that was free a moment ago, for servers that must be told one."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+# --------------------------------------------------------------------------
+# Child processes
+
+
+def child_env(**changes):
+    """The environment of a child that imports the same package as this process."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", **changes}
+    package_parent = str(Path(aiouringnet.__file__).resolve().parent.parent)
+    if package_parent not in site.getsitepackages():
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
+    return env
+
+
+def run_python(code, timeout_s=30, **env):
+    """Runs code in a fresh interpreter and returns the completed process."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=child_env(**env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+class Service:
+    """A child process that serves, from when it is ready until the block ends.
+
+    `ready` says that it is: a function that is asked until it returns true, or
+    text that the child prints. The child is ended by its pid, with SIGTERM and,
+    if that does not help, SIGKILL.
+    """
+
+    def __init__(self, args, ready, env=None, timeout_s=20, **popen_options):
+        self.args = [str(arg) for arg in args]
+        self.ready = ready
+        self.env = child_env() if env is None else env
+        self.timeout_s = timeout_s
+        self.popen_options = popen_options
+        self.output = ""
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            self.args,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            **self.popen_options,
+        )
+        os.set_blocking(self.process.stdout.fileno(), False)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exc_info):
+        self.stop()
+
+    def _wait_until_ready(self):
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            self.read_output()
+            if self.ready(self) if callable(self.ready) else self.ready in self.output:
+                return
+            if self.process.poll() is not None:
+                self.read_output()
+                raise AssertionError(f"{self.args[0]} ended with {self.process.returncode}:\n{self.output}")
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{self.args[0]} was not ready in {self.timeout_s} s:\n{self.output}")
+            time.sleep(0.02)
+
+    def read_output(self):
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self.process.stdout.fileno(), 1 << 16):
+                self.output += chunk.decode(errors="replace")
+        return self.output
+
+    def stop(self, signum=signal.SIGTERM, patience_s=10):
+        """Ends the child and returns its exit status."""
+        if self.process.stdout.closed:
+            return self.process.returncode
+        deadline = time.monotonic() + patience_s
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+        # A child that still prints must not block on a full pipe.
+        while self.process.poll() is None and time.monotonic() < deadline:
+            select.select([self.process.stdout], [], [], 0.05)
+            self.read_output()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.read_output()
+        self.process.stdout.close()
+        return self.process.returncode
+
+
+def accepts(address):
+    """A `ready` for Service: true as soon as somebody listens at the address."""
+
+    def ready(_):
+        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        with socket.socket(family) as sock:
+            sock.settimeout(1)
+            found = sock.connect_ex(address)
+        return found in (0, errno.EISCONN)
+
+    return ready
+
+
+def example(name):
+    return ROOT / "examples" / f"{name}.py"

@@ -1,0 +1,233 @@
+"""start_tls, and TLS that is the loop's own: a patched loop loses nothing."""
+
+import asyncio
+import shutil
+import ssl
+import subprocess
+import sys
+
+import helpers
+import pytest
+
+import aiouringnet
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate"),
+    pytest.mark.matrix(debug=False),
+]
+
+needs_writer_start_tls = pytest.mark.skipif(sys.version_info < (3, 11), reason="StreamWriter.start_tls came with 3.11")
+
+
+@pytest.fixture(scope="session")
+def contexts(tmp_path_factory):
+    """A server's SSLContext, and a client's that trusts it."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
+        + ["-keyout", key, "-out", certificate],
+        check=True,
+        capture_output=True,
+    )
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate, key)
+    return server, ssl.create_default_context(cafile=certificate)
+
+
+class Echo(helpers.Echo):
+    def connection_lost(self, exc):
+        super().connection_lost(exc)
+        # The TLS transports of 3.10 count as forgotten unless somebody closes them, on any loop.
+        self.transport.close()
+
+
+class Upgrading(asyncio.Protocol):
+    """Answers "upgrade" in the clear, then echoes over TLS."""
+
+    def __init__(self, context):
+        self.context = context
+        self.loop = asyncio.get_running_loop()
+        self.upgraded = None
+        self.early = []
+        self.lost = self.loop.create_future()
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        if self.upgraded is None:
+            assert data == b"upgrade"
+            self.transport.write(b"go ahead")
+            self.upgraded = self.loop.create_task(self.upgrade())
+        elif self.upgraded.done():
+            self.transport.write(data)
+        else:
+            # It may come with the end of the handshake, before the task goes on.
+            self.early.append(data)
+
+    async def upgrade(self):
+        self.transport = await self.start_tls(self.transport)
+        self.transport.writelines(self.early)
+
+    async def start_tls(self, transport):
+        return await self.loop.start_tls(transport, self, self.context, server_side=True)
+
+    def connection_lost(self, exc):
+        self.lost.set_result(exc)
+        self.transport.close()
+
+
+async def test_a_connection_is_upgraded_at_both_ends(loop, endpoint, contexts):
+    server_context, client_context = contexts
+    server = await endpoint.serve(loop, lambda: Upgrading(server_context))
+    transport, protocol = await endpoint.connect(loop, helpers.Recorder)
+    transport.write(b"upgrade")
+    assert await protocol.received(8) == b"go ahead"
+    secure = await loop.start_tls(transport, protocol, client_context, server_hostname="localhost")
+    assert secure.get_extra_info("cipher") is not None
+    assert secure.get_extra_info("ssl_object").server_hostname == "localhost"
+    data = helpers.pattern(1_000_000)
+    secure.write(data)
+    assert (await protocol.received(8 + len(data)))[8:] == data
+    secure.close()
+    await protocol.lost
+    await endpoint.accepted[0].lost
+    server.close()
+    await server.wait_closed()
+
+
+async def test_a_client_that_does_not_trust_the_server_says_so(loop, endpoint, contexts, errors):
+    server_context, _ = contexts
+    server = await endpoint.serve(loop, lambda: Upgrading(server_context))
+    transport, protocol = await endpoint.connect(loop, helpers.Recorder)
+    transport.write(b"upgrade")
+    await protocol.received(8)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await loop.start_tls(transport, protocol, ssl.create_default_context(), server_hostname="localhost")
+    accepted = endpoint.accepted[0]
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        await accepted.upgraded
+    await helpers.eventually(lambda: transport.is_closing() and accepted.transport.is_closing())
+    server.close()
+    # asyncio reports the server's half of the failure, depending on the version.
+    assert all(isinstance(error, (ssl.SSLError, ConnectionError)) for error in errors.exceptions())
+    errors.take()
+
+
+@needs_writer_start_tls
+async def test_streams_are_upgraded(loop, endpoint, contexts):
+    server_context, client_context = contexts
+
+    async def serve(reader, writer):
+        assert await reader.readline() == b"upgrade\n"
+        writer.write(b"go ahead\n")
+        await writer.start_tls(server_context)
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    if endpoint.kind == "unix":
+        server = await asyncio.start_unix_server(serve, endpoint.address)
+        reader, writer = await asyncio.open_unix_connection(endpoint.address)
+    else:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    writer.write(b"upgrade\n")
+    assert await reader.readline() == b"go ahead\n"
+    await writer.start_tls(client_context, server_hostname="localhost")
+    data = helpers.pattern(300_000)
+    writer.write(data)
+    assert await reader.readexactly(len(data)) == data
+    writer.close()
+    await writer.wait_closed()
+    server.close()
+    await server.wait_closed()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the TLS of 3.10 does not nest")
+async def test_tls_runs_within_tls(loop, endpoint, contexts):
+    server_context, client_context = contexts
+
+    class Nesting(Upgrading):
+        async def start_tls(self, transport):
+            outer = await super().start_tls(transport)
+            return await aiouringnet.start_tls(
+                self.loop, outer, self, self.context, server_side=True, ssl_incoming_bio_size=65536
+            )
+
+    server = await endpoint.serve(loop, lambda: Nesting(server_context))
+    transport, protocol = await endpoint.connect(loop, helpers.Recorder)
+    transport.write(b"upgrade")
+    await protocol.received(8)
+    outer = await loop.start_tls(transport, protocol, client_context, server_hostname="localhost")
+    inner = await loop.start_tls(outer, protocol, client_context, server_hostname="localhost")
+    inner.write(b"deep inside")
+    assert (await protocol.received(19))[8:] == b"deep inside"
+    inner.close()
+    await protocol.lost
+    await endpoint.accepted[0].lost
+    server.close()
+
+
+async def test_ssl_connections_are_the_loops_own(loop, endpoint, contexts):
+    server_context, client_context = contexts
+    server = await endpoint.serve(loop, Echo, ssl=server_context)
+    transport, protocol = await endpoint.connect(
+        loop,
+        helpers.Recorder,
+        ssl=client_context,
+        server_hostname="localhost",
+        ssl_handshake_timeout=10.0,
+    )
+    assert transport.get_extra_info("cipher") is not None and transport.get_extra_info("uring") is None
+    data = helpers.pattern(300_000)
+    transport.write(data)
+    assert await protocol.received(len(data)) == data
+    transport.close()
+    await protocol.lost
+    await endpoint.accepted[0].lost
+    server.close()
+    await server.wait_closed()
+
+
+async def test_hints_that_the_loops_own_tls_does_not_know_are_left_out(loop, contexts):
+    server_context, client_context = contexts
+    accepted = []
+
+    def factory():
+        accepted.append(Echo())
+        return accepted[-1]
+
+    server = await aiouringnet.create_server(
+        loop, factory, "127.0.0.1", 0, ssl=server_context, keep_alive=None, ssl_incoming_bio_size=65536
+    )
+    transport, protocol = await aiouringnet.create_connection(
+        loop,
+        helpers.Recorder,
+        *server.sockets[0].getsockname(),
+        ssl=client_context,
+        server_hostname="localhost",
+        happy_eyeballs_delay=0.25,
+        interleave=1,
+        all_errors=False,
+        ssl_shutdown_timeout=5.0,
+        ssl_outgoing_bio_size=65536,
+    )
+    transport.write(b"hello")
+    assert await protocol.received(5) == b"hello"
+    transport.close()
+    await protocol.lost
+    await accepted[0].lost
+    server.close()
+    await server.wait_closed()
+
+
+async def test_a_transport_that_cannot_be_upgraded_is_refused(loop, contexts):
+    with pytest.raises(TypeError, match="transport"):
+        await loop.start_tls(asyncio.Transport(), asyncio.Protocol(), contexts[1], server_hostname="localhost")
+    with pytest.raises(TypeError, match="sslcontext is expected to be an instance of ssl.SSLContext"):
+        await loop.start_tls(asyncio.Transport(), asyncio.Protocol(), None)

@@ -1,0 +1,131 @@
+"""aiohttp talks to itself: its client and its server on one patched loop."""
+
+import asyncio
+import contextlib
+import io
+
+import helpers
+import pytest
+
+aiohttp = pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+web = pytest.importorskip("aiohttp.web", reason="aiohttp is not installed")
+
+pytestmark = pytest.mark.matrix(sqpoll=True)
+
+BODY = helpers.pattern(5 << 20)
+
+
+async def echo(request):
+    return web.Response(body=await request.read(), headers={"X-Peer-Port": str(peer_port(request))})
+
+
+def peer_port(request):
+    peer = request.transport.get_extra_info("peername")
+    return peer[1] if isinstance(peer, tuple) else 0
+
+
+async def stream(request):
+    """Sends the body in pieces that fit no buffer exactly."""
+    response = web.StreamResponse()
+    await response.prepare(request)
+    for start in range(0, len(BODY), 70_001):
+        await response.write(BODY[start : start + 70_001])
+    return response
+
+
+async def trickle(request):
+    response = web.StreamResponse()
+    await response.prepare(request)
+    while True:
+        await response.write(b"x" * 1000)
+        await asyncio.sleep(0.01)
+
+
+async def shout(request):
+    websocket = web.WebSocketResponse(max_msg_size=0)
+    await websocket.prepare(request)
+    async for message in websocket:
+        await websocket.send_bytes(message.data.upper())
+    return websocket
+
+
+@contextlib.asynccontextmanager
+async def service(endpoint):
+    """A client session, with a base URL that leads to the server."""
+    app = web.Application(client_max_size=64 << 20)
+    app.router.add_post("/echo", echo)
+    app.router.add_get("/stream", stream)
+    app.router.add_get("/trickle", trickle)
+    app.router.add_get("/shout", shout)
+    runner = web.AppRunner(app, shutdown_timeout=1)
+    await runner.setup()
+    if endpoint.kind == "unix":
+        await web.UnixSite(runner, endpoint.address).start()
+        connector, url = aiohttp.UnixConnector(endpoint.address, limit=100), "http://localhost"
+    else:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = runner.addresses[0][:2]
+        connector, url = aiohttp.TCPConnector(limit=100), f"http://{host}:{port}"
+    try:
+        async with aiohttp.ClientSession(url, connector=connector) as session:
+            yield session
+    finally:
+        await runner.cleanup()
+
+
+async def test_bodies_of_megabytes_both_ways(loop, endpoint):
+    async with service(endpoint) as session:
+        async with session.post("/echo", data=io.BytesIO(BODY)) as answer:
+            assert await answer.read() == BODY
+        async with session.get("/stream") as answer:
+            assert answer.headers["Transfer-Encoding"] == "chunked"
+            assert await answer.read() == BODY
+
+
+async def test_chunked_uploads(loop, endpoint):
+    async def pieces():
+        for start in range(0, len(BODY), 30_011):
+            yield BODY[start : start + 30_011]
+
+    async with service(endpoint) as session:
+        async with session.post("/echo", data=pieces()) as answer:
+            assert await answer.read() == BODY
+
+
+async def test_a_connection_is_kept_for_further_requests(loop, endpoint):
+    ports = set()
+    async with service(endpoint) as session:
+        for _ in range(50):
+            async with session.post("/echo", data=b"again") as answer:
+                assert await answer.read() == b"again"
+                ports.add(answer.headers["X-Peer-Port"])
+    assert len(ports) == 1
+
+
+async def test_a_hundred_requests_at_once(loop, endpoint):
+    async def ask(session, number):
+        body = helpers.pattern(20_000, number)
+        async with session.post("/echo", data=body) as answer:
+            return await answer.read() == body
+
+    async with service(endpoint) as session:
+        assert all(await asyncio.gather(*(ask(session, number) for number in range(100))))
+
+
+async def test_a_client_that_leaves_in_mid_response_disturbs_nobody(loop, endpoint, errors):
+    async with service(endpoint) as session:
+        async with session.get("/trickle") as answer:
+            await answer.content.readexactly(5000)
+            answer.close()
+        async with session.post("/echo", data=b"still there") as answer:
+            assert await answer.read() == b"still there"
+        await asyncio.sleep(0.05)
+
+
+async def test_websocket_messages(loop, endpoint):
+    async with service(endpoint) as session, session.ws_connect("/shout", max_msg_size=0) as websocket:
+        for size in (1, 125, 126, 70_000, 3 << 20):
+            await websocket.send_bytes(b"a" * size)
+            assert await websocket.receive_bytes() == b"A" * size
+        await websocket.ping()

@@ -1,0 +1,75 @@
+"""Where io_uring is forbidden, connections work all the same, and a user can learn why it is not used."""
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+
+SYSCTL = Path("/proc/sys/kernel/io_uring_disabled")
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="seccomp and the sysctl are Linux's"),
+    pytest.mark.parametrize("base", ["asyncio", "uvloop"]),
+]
+
+
+def start(base, *how):
+    return subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("refused_child.py"), base, *map(str, how)],
+        env=helpers.child_env(AIOURINGNET_ENGINE="auto"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outcome(child):
+    out, complaints = child.communicate(input="go\n", timeout=20)
+    # Silently: nothing that an operator did not ask for.
+    assert (child.returncode, complaints) == (0, "")
+    said = json.loads(out.splitlines()[-1])
+    assert said["echoed"] and said["engine"] == "epoll"
+    assert said["status"]["engine"] == "epoll"
+    return said["status"]
+
+
+# What somebody who reads the remedy has to look at.
+CULPRITS = {"EPERM": "seccomp", "EACCES": "", "ENOSYS": "seccomp", "ENOMEM": "memory"}
+
+
+@pytest.mark.parametrize("name", CULPRITS)
+def test_a_seccomp_filter_leads_to_the_other_engine(base, name):
+    status = outcome(start(base, "seccomp", getattr(errno, name)))
+    assert name in status["why_not_uring"] or os.strerror(getattr(errno, name)) in status["why_not_uring"]
+    assert CULPRITS[name] in status["remedy"]
+
+
+def test_the_sysctl_leads_to_the_other_engine(base):
+    if not SYSCTL.exists():
+        pytest.skip("this kernel has no kernel.io_uring_disabled (6.6 and later have it)")
+    with start(base, "told") as child:
+        # Everything is imported now, so the machine is without io_uring for an instant only.
+        assert child.stdout.readline() == "ready\n"
+        with forbidden():
+            status = outcome(child)
+    assert "kernel.io_uring_disabled" in status["remedy"]
+
+
+@contextlib.contextmanager
+def forbidden():
+    before = SYSCTL.read_text()
+    try:
+        SYSCTL.write_text("2")
+    except OSError as error:
+        pytest.skip(f"kernel.io_uring_disabled cannot be changed here: {error}")
+    try:
+        yield
+    finally:
+        SYSCTL.write_text(before)

@@ -1,0 +1,192 @@
+"""The stubs: strict, true to the functions, and as useful as asyncio's own to whoever calls them."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import aiouringnet
+
+STUB = Path(aiouringnet.__file__).with_suffix(".pyi")
+
+USER = """
+import asyncio
+import pathlib
+import socket
+import ssl
+from collections.abc import Callable
+
+import aiouringnet
+from typing_extensions import assert_type
+
+
+class Echo(asyncio.Protocol):
+    counter: int = 0
+
+
+class MyLoop(asyncio.SelectorEventLoop):
+    pass
+
+
+async def connections(loop: asyncio.AbstractEventLoop, context: ssl.SSLContext, sock: socket.socket) -> None:
+    transport, protocol = await aiouringnet.create_connection(loop, Echo, "host", 80, happy_eyeballs_delay=0.25)
+    assert_type(transport, asyncio.Transport)
+    assert_type(protocol, Echo)
+    await aiouringnet.create_connection(loop, lambda: Echo(), sock=sock, ssl=context, server_hostname="host")
+    await aiouringnet.create_connection(loop, Echo, "host", "http", local_addr=("127.0.0.1", 0), all_errors=True)
+    await aiouringnet.create_unix_connection(loop, Echo, pathlib.Path("path"))
+    await aiouringnet.create_unix_connection(loop, Echo, b"path", ssl=True, ssl_shutdown_timeout=1.0)
+    await aiouringnet.connect_accepted_socket(loop, Echo, sock)
+    secure = await aiouringnet.start_tls(loop, transport, protocol, context, server_side=True)
+    assert_type(secure, asyncio.Transport)
+
+
+async def servers(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    server = await aiouringnet.create_server(loop, Echo, ["a", "b"], 80, reuse_port=True, keep_alive=True)
+    assert_type(server, asyncio.Server)
+    await aiouringnet.create_server(loop, Echo, sock=sock, start_serving=False)
+    await aiouringnet.create_unix_server(loop, Echo, "path", cleanup_socket=True)
+
+
+async def streams(loop: asyncio.AbstractEventLoop) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.read())
+
+    await aiouringnet.start_server(loop, talk, "host", 80, limit=1000, ssl=None)
+    await aiouringnet.start_unix_server(loop, talk, "path")
+    reader, writer = await aiouringnet.open_connection(loop, "host", 80)
+    assert_type(writer, asyncio.StreamWriter)
+    reader, writer = await aiouringnet.open_unix_connection(loop, "path")
+
+
+def loops(loop: MyLoop) -> None:
+    assert_type(aiouringnet.patch_loop(loop, sqpoll=True, sqpoll_cpu=1), MyLoop)
+    assert_type(aiouringnet.patch_loop(), asyncio.AbstractEventLoop)
+    factory: Callable[[], asyncio.AbstractEventLoop] = aiouringnet.loop_factory(engine="epoll")
+    assert_type(aiouringnet.loop_factory(MyLoop), Callable[[], MyLoop])
+    aiouringnet.install_policy(buffer_size=8192)
+    aiouringnet.new_event_loop().close()
+    assert_type(aiouringnet.stats(loop), dict[str, int])
+    assert_type(aiouringnet.status()["remedy"], str | None)
+    assert_type(aiouringnet.Options(queue_depth=8).queue_depth, int)
+    assert_type(aiouringnet.__version__, str)
+"""
+
+WRONG = {
+    "await aiouringnet.create_connection(loop, Echo, 80, 'host')": "arg-type",
+    "await aiouringnet.create_connection(loop, Echo, 'host', 80, colour='red')": "call-arg",
+    "await aiouringnet.create_server(loop, Echo, 'host', 80, ssl=True)": "arg-type",
+    "await aiouringnet.start_server(loop, print, limit='1000')": "arg-type",
+    "aiouringnet.patch_loop(loop, sqpoll=1)": "call-overload",
+    "aiouringnet.patch_loop(loop, engine='iocp')": "call-overload",
+    "aiouringnet.loop_factory(depth=1)": "call-overload",
+    "aiouringnet.status()['colour']": "typeddict-item",
+    "aiouringnet.Options(1024)": "call-arg",
+    "aiouringnet.nothing()": "attr-defined",
+}
+
+
+def mypy(folder, source):
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    (folder / "user.py").write_text(source)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--no-color-output", "--no-error-summary"]
+        + ["--cache-dir", folder / "cache", STUB, "user.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        # The package as it is imported here, installed or not.
+        # An installed package is found without it, and mypy refuses site-packages there.
+        env={"PATH": "/usr/bin:/bin"}
+        | ({} if "site-packages" in STUB.parts else {"MYPYPATH": str(STUB.parent.parent)}),
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.limit(120)
+def test_users_are_checked_strictly_and_get_precise_types(tmp_path):
+    assert mypy(tmp_path, USER) == ""
+
+
+@pytest.mark.limit(120)
+def test_mistakes_are_found(tmp_path):
+    head = "import asyncio\nimport aiouringnet\n\nclass Echo(asyncio.Protocol): ...\n\n"
+    body = "async def use(loop: asyncio.SelectorEventLoop) -> None:\n" + "".join(f"    {line}\n" for line in WRONG)
+    said = mypy(tmp_path, head + body).splitlines()
+    first = len(head.splitlines()) + 2
+    for number, (line, code) in enumerate(WRONG.items(), first):
+        assert any(f"user.py:{number}: error:" in text and f"[{code}]" in text for text in said), (line, said)
+
+
+# --------------------------------------------------------------------------
+# The stub and the package say the same
+
+
+def stub_functions():
+    """name -> the overloads that the stub has for this Python."""
+    found = {}
+
+    def collect(body):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                found.setdefault(node.name, []).append(node)
+            elif isinstance(node, ast.If) and sys.version_info >= ast.literal_eval(node.test.comparators[0]):
+                collect(node.body)
+
+    collect(ast.parse(STUB.read_text()).body)
+    return found
+
+
+def shape(kind_and_names):
+    return {name: kind for kind, names in kind_and_names for name in names}
+
+
+def of_stub(node):
+    arguments = node.args
+    return shape(
+        [
+            ("positional", [one.arg for one in arguments.posonlyargs + arguments.args]),
+            ("keyword", [one.arg for one in arguments.kwonlyargs]),
+            ("**", [arguments.kwarg.arg] if arguments.kwarg else []),
+        ]
+    )
+
+
+def of_function(function):
+    kinds = {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD: "positional",
+        inspect.Parameter.KEYWORD_ONLY: "keyword",
+        inspect.Parameter.VAR_KEYWORD: "**",
+    }
+    return {name: kinds[parameter.kind] for name, parameter in inspect.signature(function).parameters.items()}
+
+
+@pytest.mark.parametrize("name", sorted(set(aiouringnet.__all__) - {"__version__", "Options"}))
+def test_stubs_have_the_parameters_of_the_functions(name):
+    function = getattr(aiouringnet, name)
+    for node in stub_functions()[name]:
+        ours = of_function(function)
+        if name == "create_datagram_endpoint":
+            ours.pop("reuse_address", None)  # an error to pass since 3.11
+        assert of_stub(node) == ours
+        assert isinstance(node, ast.AsyncFunctionDef) is inspect.iscoroutinefunction(function)
+        positional = [one.arg for one in node.args.args]
+        assert positional == [one for one, kind in ours.items() if kind == "positional"]
+
+
+def test_stubs_have_the_public_names_and_no_others():
+    public = {name for name in stub_functions() if not name.startswith("_")}
+    assert public | {"Options", "__version__"} == set(aiouringnet.__all__)
+
+
+def test_stubs_have_the_options():
+    fields = {}
+    for node in ast.parse(STUB.read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name in ("Options", "_Options"):
+            fields[node.name] = [item.target.id for item in node.body]
+    real = list(aiouringnet.Options.__dataclass_fields__)
+    assert fields == {"Options": real, "_Options": real}
