@@ -178,7 +178,21 @@ async def test_every_ending_at_every_stage(loop, wire, barrier, stage, ending):
     assert w.protocol.log.count("lost") == w.protocol.log.count("made") == 1
     assert w.protocol.log[-1] == "lost"
     await helpers.eventually(lambda: w.transport.get_extra_info("socket").fileno() == -1, why="the socket is open")
-    await nothing_under_way(loop, streams=1, in_flight=1)  # the barrier's
+    barrier.wire.end()
+    await nothing_under_way(loop)
+
+
+@pytest.mark.parametrize("size_bytes", [4, 100_000])
+@pytest.mark.matrix(debug=False, sqpoll=True)
+@over("tcp")
+async def test_data_and_a_reset_that_came_before_reading_began(loop, wire, size_bytes):
+    w = await wire()
+    sent = w.send_at_once(pattern(size_bytes))
+    w.reset()
+    lost = await w.protocol.lost
+    assert isinstance(lost, ConnectionResetError)
+    assert w.protocol.data == pattern(size_bytes)[:sent]
+    await nothing_under_way(loop)
 
 
 @pytest.mark.parametrize("peer_ends", ["closes", "resets"])
@@ -469,7 +483,8 @@ def test_ten_thousand_connections_in_waves_leave_nothing(make_loop, endpoint, ru
     async def wave(number):
         await asyncio.gather(*(visit(loop, endpoint.address, chance, number + i) for i in range(250)))
 
-    server = loop.run_until_complete(endpoint.serve(loop, helpers.Echo))
+    # A full backlog drops the SYN, and TCP tries again a second later.
+    server = loop.run_until_complete(endpoint.serve(loop, helpers.Echo, backlog=512))
     endpoint.accepted = Forgetful()
     loop.run_until_complete(wave(0))
     loop.run_until_complete(wave(1))
@@ -801,7 +816,8 @@ def test_a_listener_closed_while_connections_come_in(make_loop, endpoint):
                     peer.sendall(b"hello")
                 except OSError:
                     counts["refused"] += 1
-                    time.sleep(0.0005)
+            # So slow that the backlog never fills: TCP would then try again a second later.
+            time.sleep(0.005)
 
     async def main():
         server = await endpoint.serve(loop, Recorder)

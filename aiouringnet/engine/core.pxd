@@ -114,6 +114,7 @@ cdef class Listener(Handle):
     cdef readonly bint closed
 
     cdef void accepted(self, int fd) noexcept
+    cdef int accept_ready(self) noexcept
     cdef void accept_failed(self, int error) noexcept
     cdef void resume(self) noexcept
     cdef void stop(self) noexcept

@@ -65,7 +65,8 @@ cdef extern from "sys/socket.h" nogil:
     ssize_t c_recv "recv"(int fd, void* data, size_t size, int flags)
     int c_shutdown "shutdown"(int fd, int how)
     int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, unsigned int size)
-    int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR
+    int accept4(int fd, void* address, void* size, int flags)
+    int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR, SOCK_CLOEXEC
 
 cdef extern from "netinet/in.h" nogil:
     int IPPROTO_TCP
@@ -98,6 +99,7 @@ cdef enum:
     SMALL_QUEUE = 1     # chunks that a stream holds without an allocation
     KEPT_QUEUE = 64     # chunks; a longer queue is freed when it has drained
     EXPECTATION_MAX = 8
+    ACCEPTS = 64        # connections accepted from one ready socket before others get their turn
 
 
 # Counts forks in this process' ancestry.  pthread_atfork sees every fork(),
@@ -529,6 +531,22 @@ cdef class Listener(Handle):
                 "exception": exc,
             })
 
+    cdef int accept_ready(self) noexcept:
+        """Accept what waits at the non-blocking socket; 0, or the errno that ended it."""
+        cdef int i, fd
+        cdef int listening_fd = self.sock.fileno()
+        for i in range(ACCEPTS):
+            if self.closed:
+                break
+            fd = accept4(listening_fd, NULL, NULL, SOCK_CLOEXEC)
+            if fd >= 0:
+                self.accepted(fd)
+            elif errno == EAGAIN:
+                break
+            elif errno != EINTR:
+                return errno
+        return 0
+
     cdef void accept_failed(self, int error) noexcept:
         if self.closed:
             return
@@ -605,6 +623,8 @@ cdef class Waker:
         self.engine = engine
 
     def __call__(self):
+        if self.engine.generation != fork_generation:
+            return  # a child that runs its parent's loop: the wake is the parent's
         self.engine.n_wakes += 1
         self.engine.check()
         self.engine.on_wake()
@@ -815,11 +835,11 @@ cdef class Engine:
         """
         if self.closed:
             return
+        self.closed = True
         if self.generation == fork_generation and not self.in_pass:
             self.in_pass = True
             self.flush_direct()
             self.in_pass = False
-        self.closed = True
         for handle in list(self.live):
             if isinstance(handle, Stream):
                 # What still arrives is for nobody: callbacks could not use the loop.

@@ -40,15 +40,10 @@ cdef extern from "sys/epoll.h" nogil:
 cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
 
-cdef extern from "sys/socket.h" nogil:
-    int accept4(int fd, void* address, void* size, int flags)
-    int SOCK_CLOEXEC
-
 
 cdef enum:
     BATCH = 24          # events of one epoll_wait
     MAX_ROUNDS = 16      # of a pass, before other callbacks of the loop get their turn
-    ACCEPTS = 64        # connections accepted from one socket per event
 
 
 cdef class EpollStream(Stream):
@@ -115,20 +110,10 @@ cdef class EpollListener(Listener):
             (<Epoll>self.engine).add(self, self.sock.fileno(), EPOLLIN)
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
-        cdef int i, fd
-        cdef int listening_fd = self.sock.fileno()
-        for i in range(ACCEPTS):
-            if self.closed:
-                return
-            fd = accept4(listening_fd, NULL, NULL, SOCK_CLOEXEC)
-            if fd >= 0:
-                self.accepted(fd)
-            elif errno == EAGAIN:
-                return
-            elif errno != EINTR:
-                self.pause()
-                self.accept_failed(errno)
-                return
+        cdef int error = self.accept_ready()
+        if error:
+            self.pause()
+            self.accept_failed(error)
 
     cdef void pause(self) noexcept:
         if self.armed:
@@ -289,4 +274,9 @@ cdef class Epoll(Engine):
         if self.epoll_fd >= 0:
             c_close(self.epoll_fd)
             self.epoll_fd = -1
+        handles = list(self.live)
         self.live.clear()
+        for handle in handles:
+            (<Handle>handle).in_flight = 0
+            if isinstance(handle, Stream):
+                (<Stream>handle).maybe_detached()

@@ -50,16 +50,6 @@ cdef extern from "compat.h" nogil:
     struct io_uring_buf:
         pass
 
-    struct __kernel_timespec:
-        long long tv_sec
-        long long tv_nsec
-
-    struct io_uring_sync_cancel_reg:
-        uint64_t addr
-        int fd
-        unsigned int flags
-        __kernel_timespec timeout
-
     struct io_uring_probe:
         pass
 
@@ -81,7 +71,6 @@ cdef extern from "compat.h" nogil:
     int io_uring_register_eventfd(io_uring* ring, int fd)
     int io_uring_register_buf_ring(io_uring* ring, io_uring_buf_reg* reg, unsigned int flags)
     int io_uring_unregister_buf_ring(io_uring* ring, int bgid)
-    int io_uring_register_sync_cancel(io_uring* ring, io_uring_sync_cancel_reg* reg)
     int io_uring_submit(io_uring* ring)
     int io_uring_submit_and_get_events(io_uring* ring)
     int io_uring_submit_and_wait(io_uring* ring, unsigned int wait)

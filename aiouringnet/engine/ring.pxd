@@ -45,3 +45,4 @@ cdef class Ring(Engine):
     cdef bint cancel(self, Handle handle, int tag, io_uring* ring) noexcept
     cdef void broken(self, int error) noexcept
     cdef bint drain(self) noexcept
+    cdef void cancel_everything(self, io_uring* ring) noexcept

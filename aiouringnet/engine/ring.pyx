@@ -30,7 +30,7 @@ in flight, plus a tag in the low bits.  Zero means nobody cares.
 """
 
 from cpython.pythread cimport PyThread_get_thread_ident
-from libc.errno cimport EAGAIN, EALREADY, EBUSY, EINTR, EINVAL, ENOBUFS, ENOMEM, errno
+from libc.errno cimport EAGAIN, EALREADY, EBUSY, EEXIST, EINTR, EINVAL, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -97,6 +97,11 @@ cdef extern from "sys/socket.h" nogil:
     int MSG_NOSIGNAL, MSG_WAITALL, SOCK_CLOEXEC
 
 cdef extern from "poll.h" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd* fds, unsigned long count, int timeout_ms)
     int POLLIN, POLLOUT, POLLPRI, POLLRDHUP, POLLHUP, POLLERR
 
 
@@ -128,6 +133,8 @@ cdef inline uint64_t user_data(Handle handle, int tag) noexcept:
 cdef class RingStream(Stream):
     cdef int read_tag               # the read operation in flight: TAG_RECV, TAG_POLL or 0
     cdef bint cancelling            # it was asked to end
+    cdef bint untried               # a multishot RECV that has not delivered yet
+    cdef bint deaf                  # it will not notice the peer's reset: to be begun anew
     cdef bint bulk                  # readiness and direct reads instead of completions
     cdef int small_reads
     cdef bint send_cancelling
@@ -149,7 +156,7 @@ cdef class RingStream(Stream):
         if self.reading and not self.ended:
             want = TAG_POLL if self.bulk else TAG_RECV
         if self.read_tag:
-            if self.read_tag != want and not self.cancelling:
+            if (self.read_tag != want or self.deaf) and not self.cancelling:
                 self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
                 if not self.cancelling:
                     engine.mark_resync(self)
@@ -172,7 +179,8 @@ cdef class RingStream(Stream):
             sqe.buf_group = BUFFER_GROUP
         sqe.user_data = user_data(self, want)
         self.read_tag = want
-        self.cancelling = False
+        self.cancelling = self.deaf = False
+        self.untried = True
         engine.begin(self)
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
@@ -189,6 +197,9 @@ cdef class RingStream(Stream):
         if flags & IORING_CQE_F_BUFFER:
             bid = flags >> IORING_CQE_BUFFER_SHIFT
             if result > 0:
+                if self.untried:
+                    self.untried = False
+                    self.listen_for_reset()
                 self.deliver(engine.pool + <size_t>bid * engine.buffer_size, result)
                 if <unsigned int>result == engine.buffer_size and not self.bulk and not engine.sqpoll:
                     self.bulk = True
@@ -198,6 +209,19 @@ cdef class RingStream(Stream):
             engine.return_buffer(bid)
         if not flags & IORING_CQE_F_MORE:
             self.on_read_ended(result)
+
+    cdef void listen_for_reset(self) noexcept:
+        """A multishot RECV that was armed when data and a reset had both arrived takes the data and waits.
+
+        It polls only once more for a FIN (tcp_inq_hint() in the kernel), and
+        nothing follows a reset.  One that comes later wakes it.
+        """
+        cdef pollfd state
+        state.fd = self.fd
+        state.events = 0
+        if poll(&state, 1, 0) > 0 and state.revents & (POLLHUP | POLLERR):
+            self.deaf = True
+            self.engine.mark_resync(self)
 
     cdef void on_poll(self, int result, unsigned int flags) noexcept:
         if result >= 0:
@@ -357,6 +381,7 @@ cdef class RingStream(Stream):
 
 cdef class RingListener(Listener):
     cdef bint armed
+    cdef bint polled                # readiness and accept4() instead of a multishot accept
 
     cdef void resume(self) noexcept:
         cdef Ring engine = <Ring>self.engine
@@ -367,7 +392,10 @@ cdef class RingListener(Listener):
         if sqe == NULL:
             engine.loop.call_soon(self._resume)
             return
-        io_uring_prep_multishot_accept(sqe, self.sock.fileno(), NULL, NULL, SOCK_CLOEXEC)
+        if self.polled:
+            io_uring_prep_poll_add(sqe, self.sock.fileno(), POLLIN)
+        else:
+            io_uring_prep_multishot_accept(sqe, self.sock.fileno(), NULL, NULL, SOCK_CLOEXEC)
         sqe.user_data = user_data(self, TAG_ACCEPT)
         self.armed = True
         engine.begin(self)
@@ -378,7 +406,9 @@ cdef class RingListener(Listener):
         if not flags & IORING_CQE_F_MORE:
             self.armed = False
             self.engine.end(self)
-        if result >= 0:
+        if result >= 0 and self.polled:
+            result = -self.accept_ready()
+        elif result >= 0:
             self.accepted(result)
         if self.armed or self.closed or self.engine.closed:
             return
@@ -407,6 +437,13 @@ cdef class RingListener(Listener):
     cdef void rearm(self) noexcept:
         self.in_flight = 0
         self.armed = False
+        if self.closed:
+            return
+        # The old ring's accept waits exclusively until the kernel has taken
+        # that ring down: it would swallow the wake that belongs to a new one.
+        # A poll is woken beside it.
+        self.polled = True
+        self.sock.setblocking(False)
         self.resume()
 
 
@@ -663,9 +700,11 @@ cdef class Ring(Engine):
             if code == -EINTR:
                 continue
             self.n_retries += 1
-            if code == -EAGAIN or code == -EBUSY or code == -ENOMEM:
+            if code == -EAGAIN or code == -EBUSY or code == -ENOMEM or code == -EEXIST:
                 # Out of memory for requests, or overflowed completions wait
                 # to be taken (io_uring_enter(2)): take some, then try again.
+                # EEXIST: SINGLE_ISSUER, and this is not its thread; the loop
+                # does not run, whoever runs it next goes on.
                 return False
             self.broken(-code)
             return False
@@ -875,9 +914,12 @@ cdef class Ring(Engine):
         It takes one round; with a poller, or a busy worker thread, some
         milliseconds.  A second is the limit.
         """
-        cdef io_uring_sync_cancel_reg reg
         cdef int attempts
         for attempts in range(1000):
+            if attempts:
+                self.cancel_everything(&self.ring)
+                if self.send_ring_up:
+                    self.cancel_everything(&self.send_ring)
             self.enter()
             if self.send_ring_up:
                 io_uring_submit(&self.send_ring)
@@ -886,17 +928,20 @@ cdef class Ring(Engine):
                 pass
             if not self.live:
                 return True
-            # Linux 6.0; ANY matches all requests of the ring.
-            memset(&reg, 0, sizeof(reg))
-            reg.fd = -1
-            reg.flags = IORING_ASYNC_CANCEL_ANY
-            reg.timeout.tv_nsec = 1000000
-            io_uring_register_sync_cancel(&self.ring, &reg)
-            if self.send_ring_up:
-                io_uring_register_sync_cancel(&self.send_ring, &reg)
             if attempts:
                 usleep(1000)
         return False
+
+    cdef void cancel_everything(self, io_uring* ring) noexcept:
+        """Cancel all of a ring's requests.
+
+        By a submission, which the poller carries out: IORING_REGISTER_SYNC_CANCEL
+        does not reach what has gone from it to a worker thread.
+        """
+        cdef io_uring_sqe* sqe = self.get_sqe(ring)
+        if sqe != NULL:
+            io_uring_prep_cancel64(sqe, 0, IORING_ASYNC_CANCEL_ANY)  # Linux 5.19
+            sqe.user_data = 0
 
     cdef void shut(self) noexcept:
         if not self.ring_up:
@@ -918,21 +963,31 @@ cdef class Ring(Engine):
             while self.reap():
                 pass
             clean = not self.live
+        handles = list(self.live)
         if not clean:
-            self.abandon(list(self.live))
+            self.abandon(handles)
         self.take_down()
+        self.live.clear()
+        for handle in handles:
+            (<Handle>handle).in_flight = 0
+            if isinstance(handle, Stream):
+                (<Stream>handle).maybe_detached()
 
     cdef void abandon(self, list handles) noexcept:
-        """Leave all that the kernel may still touch to the process, for good."""
-        cdef Stream stream
+        """Leave all that the kernel may still touch to the process, for good.
+
+        Descriptors are not among that: a request keeps the file, not its number.
+        """
+        cdef RingStream stream
         cdef Py_ssize_t i
         cdef list owners = []
         for handle in handles:
-            if isinstance(handle, Stream):
-                stream = <Stream>handle
+            if isinstance(handle, RingStream):
+                stream = <RingStream>handle
+                stream.gather = NULL
                 for i in range(stream.head, stream.head + stream.count):
                     owners.append(<object>stream.chunks[i].owner)
-        abandoned.append((handles, owners))
+        abandoned.append(owners)
         self.pool = NULL
         self.buf_ring = NULL
 

@@ -310,6 +310,8 @@ cdef class StreamTransport(Sink):
 
     def get_write_buffer_size(self):
         """Bytes queued or in flight."""
+        if self.stream.sending and not self.engine.closed:
+            self.engine.poll_sends()
         return self.stream.queued
 
     def can_write_eof(self):
@@ -625,6 +627,11 @@ cdef class StreamTransport(Sink):
         self.lost = 1
         if self.table is not None and self.table.get(self.fileno) is self:
             del self.table[self.fileno]
+        if self.engine.closed:
+            # Nothing can be scheduled any more: as in asyncio, no connection_lost.
+            self.finished = True
+            self.stream.close()
+            return
         self.stream.close()
         self.loop.call_soon(self._connection_lost, exc, context=self.context)
 
