@@ -558,7 +558,6 @@ def test_the_read_budget_bounds_what_one_connection_gets_in_a_pass(make_loop, en
         return sent
 
     sent = helpers.run_on(loop, main())
-    print(sent, [(endpoint.accepted.index(p), n) for p, n in deliveries])
     assert min(sent) > 5 * 16384
     in_a_row, last = 0, None
     for protocol, size in deliveries[: len(deliveries) // 2]:

@@ -259,6 +259,7 @@ cdef class Stream(Handle):
                 size = sink.acquire_buffer(&buffer)
                 if size < 0:
                     break
+                size = min(size, <Py_ssize_t>engine.read_budget - total)
                 n = c_recv(self.fd, buffer, size, MSG_DONTWAIT)
                 error = errno
                 if n > 0:

@@ -1,0 +1,97 @@
+"""The compiled core under AddressSanitizer: no byte is touched that is not ours, on any path that the suite takes.
+
+The extensions are built once more with `-fsanitize=address`, in a folder of
+their own, and the tests of streams, teardown, limits and reliability run on
+them in a process where Python's objects come from malloc, so that each has
+its own fenced block.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import helpers
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.limit(900),
+    pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is compiled"),
+]
+
+ERROR_EXIT_CODE = 86
+
+# One corner of the matrix per engine and loop: the C code that runs is the same in the others.
+CORNERS = "(asyncio-uring or uvloop-epoll or uvloop-sqpoll) and not debug"
+MODULES = ["test_stream_transport.py", "test_teardown.py", "test_limits.py", "test_reliability.py"]
+
+
+def libasan():
+    """The sanitizer's run-time library; None where the compiler has none."""
+    done = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True)
+    path = done.stdout.strip()
+    return path if done.returncode == 0 and os.path.isabs(path) else None
+
+
+@pytest.fixture(scope="module")
+def instrumented(tmp_path_factory):
+    """A copy of the checkout whose extensions are instrumented."""
+    if shutil.which("gcc") is None or libasan() is None:
+        pytest.skip("gcc has no AddressSanitizer here")
+    folder = tmp_path_factory.mktemp("sanitizer")
+    built = shutil.ignore_patterns("*.so", "*.c", "__pycache__")
+    for name in ("aiouringnet", "tests", "examples"):
+        shutil.copytree(helpers.ROOT / name, folder / name, ignore=built)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(helpers.ROOT / name, folder)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "-j2"],
+        cwd=folder,
+        env=os.environ | {"CC": "gcc", "CFLAGS": "-fsanitize=address -fno-omit-frame-pointer -g -O1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run(folder, *arguments, timeout_s=600):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder / "tests",
+        env=os.environ | {
+            "LD_PRELOAD": libasan(),
+            "PYTHONPATH": str(folder),
+            "PYTHONMALLOC": "malloc",
+            # CPython keeps much until the process ends: leaks are judged by the tests' own counts.
+            "ASAN_OPTIONS": f"detect_leaks=0:exitcode={ERROR_EXIT_CODE}",
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )  # fmt: skip
+
+
+def test_the_sanitizer_watches(instrumented):
+    """A build that is not instrumented would pass everything."""
+    extensions = list((instrumented / "aiouringnet").rglob("*.so"))
+    assert len(extensions) == 4
+    for extension in extensions:
+        assert b"__asan_report_load" in extension.read_bytes(), extension
+    done = run(instrumented, "-c", "import aiouringnet.engine.core as core; print(core.__file__)")
+    assert (done.returncode, done.stdout.strip()) == (0, str(next(e for e in extensions if e.name.startswith("core."))))
+    # And the run-time library catches what Python code does to malloc's memory.
+    done = run(instrumented, "-c", "import ctypes; c = ctypes.CDLL(None); c.malloc.restype = ctypes.c_void_p\n"
+               "p = c.malloc(8); c.free(ctypes.c_void_p(p)); c.free(ctypes.c_void_p(p))")  # fmt: skip
+    assert done.returncode == ERROR_EXIT_CODE and "attempting double-free" in done.stderr
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_memory_error(instrumented, module):
+    done = run(instrumented, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", CORNERS,
+               str(instrumented / "tests" / module))  # fmt: skip
+    assert "AddressSanitizer" not in done.stdout + done.stderr, done.stdout[-20000:] + done.stderr[-20000:]
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
+    assert " passed" in done.stdout.splitlines()[-1]
