@@ -612,6 +612,48 @@ async def test_a_slow_peer_with_a_backlog_of_100_megabytes(loop, wire, piece_byt
     await w.protocol.received(4)
 
 
+def worker_threads():
+    """The kernel's io_uring worker threads of this process."""
+    return [task for task in Path("/proc/self/task").iterdir() if (task / "comm").read_text().startswith("iou-wrk")]
+
+
+@pytest.mark.parametrize("reading", ["reading", "paused"])
+@pytest.mark.parametrize("when", ["before", "while"])
+@pytest.mark.matrix(debug=False)
+async def test_half_closed_peers_that_read_slowly_take_no_thread_each(loop, wire, when, reading):
+    """io_uring's own polls report such a peer's RDHUP whatever was asked, and sends then block worker threads."""
+    wires = [await wire(lambda: Recorder(keep_open=True)) for _ in range(8)]
+    wanted = []
+    for w in wires:
+        if reading == "paused":
+            w.transport.pause_reading()
+        if when == "before":
+            w.peer.shutdown(socket.SHUT_WR)
+            if reading == "reading":
+                await w.protocol.eof
+        wanted.append(await w.block_writing())
+        if when == "while":
+            w.peer.shutdown(socket.SHUT_WR)
+            if reading == "reading":
+                await w.protocol.eof
+    before = time.process_time()
+    await asyncio.sleep(0.1)
+    assert time.process_time() - before < 0.05, "busy waiting"
+    assert worker_threads() == []
+    for w, whole in zip(wires[:4], wanted):
+        w.transport.write(b"end")
+        assert await w.receive(len(whole) + 3) == whole + b"end"
+        w.transport.abort()
+    # Those that end while they wait.
+    for w in wires[4:6]:
+        w.transport.abort()
+    for w in wires[6:]:
+        w.reset()
+    for w in wires:
+        await w.protocol.lost
+    await nothing_under_way(loop)
+
+
 @pytest.mark.matrix(debug=False, sqpoll=True)
 @over("tcp")
 async def test_a_peer_that_never_reads_does_not_hold_up_others(loop, wire, barrier):

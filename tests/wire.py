@@ -128,6 +128,9 @@ class Wire:
                 size = self.transport.get_write_buffer_size()
                 for _ in range(10):
                     await asyncio.sleep(0)
+                if size > 1 << 16:
+                    # A late acknowledgement may make room, or a grown receive window.
+                    await asyncio.sleep(0.02)
             if size > 1 << 16:
                 break
         self.transport.set_write_buffer_limits(high=max(high, size), low=low)

@@ -27,6 +27,8 @@ cdef class Handle:
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept
     cdef void rearm(self) noexcept
+    # A request to end an operation of this handle did not find it
+    cdef void cancel_again(self) noexcept
 
 
 # Where a stream delivers what it reads.  A transport subclasses it.
@@ -143,6 +145,7 @@ cdef class Engine:
     cdef list dirty, dirty_spare    # streams with something to send
     cdef list resync                # streams whose reading state changed
     cdef set live                   # handles with operations in flight: their owner
+    cdef set cancelled              # those of them that were asked to end
     cdef object interrupt           # SystemExit or KeyboardInterrupt to raise when the pass ends
     cdef size_t read_budget
     # What the one direct read under way receives into: a protocol's own

@@ -123,6 +123,9 @@ cdef class Handle:
     cdef void rearm(self) noexcept:
         pass
 
+    cdef void cancel_again(self) noexcept:
+        pass
+
 
 cdef class Sink:
     cdef void on_data(self, const char* data, Py_ssize_t size) noexcept:
@@ -653,6 +656,7 @@ cdef class Engine:
         self.dirty_spare = []
         self.resync = []
         self.live = set()
+        self.cancelled = set()
         self.read_budget = options.read_budget
         self.expectation = EXPECTATION_MAX // 2
 
@@ -698,6 +702,8 @@ cdef class Engine:
         handle.in_flight -= 1
         if handle.in_flight == 0:
             self.live.discard(handle)
+            if self.cancelled:
+                self.cancelled.discard(handle)
 
     # --- gathering -------------------------------------------------------
 

@@ -1,5 +1,69 @@
-from aiouringnet.engine.core cimport Connection, Engine, Handle, Listener, Sink, Stream
-from aiouringnet.engine.liburing cimport io_uring, io_uring_buf_ring, io_uring_cqe, io_uring_sqe
+from aiouringnet.engine.core cimport Engine, Handle, Stream
+from aiouringnet.engine.liburing cimport io_uring, io_uring_buf_ring, io_uring_cqe, io_uring_sqe, msghdr
+
+
+cdef extern from "sys/uio.h" nogil:
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+
+cdef extern from *:
+    """
+    #include <sys/socket.h>
+    #include <sys/uio.h>
+    #define AIRN_MAX_IOVECS 64
+    /* What a gathered ring send needs until its completion. */
+    struct airn_gather {
+        struct msghdr message;
+        struct iovec vector[AIRN_MAX_IOVECS];
+    };
+    static inline void airn_gather_init(struct airn_gather *gather, size_t count)
+    {
+        memset(&gather->message, 0, sizeof(gather->message));
+        gather->message.msg_iov = gather->vector;
+        gather->message.msg_iovlen = count;
+    }
+    """
+    enum: AIRN_MAX_IOVECS
+    struct airn_gather:
+        msghdr message
+        iovec* vector
+    void airn_gather_init(airn_gather* gather, size_t count) nogil
+
+
+cdef class RingStream(Stream):
+    cdef int read_tag               # the read operation in flight: TAG_RECV, TAG_POLL or 0
+    cdef bint cancelling            # it was asked to end
+    cdef bint untried               # a multishot RECV that has not delivered yet
+    cdef bint deaf                  # it will not notice the peer's reset: to be begun anew
+    cdef bint bulk                  # readiness and direct reads instead of completions
+    cdef int small_reads
+    cdef int send_tag               # the send operation in flight: TAG_SEND, TAG_WRITABLE or 0
+    cdef bint send_cancelling
+    cdef bint gated                 # waits in the engine's Gate for the socket to drain
+    cdef airn_gather* gather
+
+    cdef void on_recv(self, int result, unsigned int flags) noexcept
+    cdef void listen_for_reset(self) noexcept
+    cdef void on_poll(self, int result, unsigned int flags) noexcept
+    cdef void read_bulk(self) noexcept
+    cdef void on_read_ended(self, int result) noexcept
+    cdef void on_writable(self, int result) noexcept
+    cdef void wait_at_gate(self) noexcept
+    cdef void leave_gate(self) noexcept
+    cdef void submit_chunks(self, bint poll_first) noexcept
+    cdef void on_send(self, int result) noexcept
+
+
+cdef class Gate(Handle):
+    cdef int epoll_fd
+    cdef Py_ssize_t waiting
+    cdef bint armed
+
+    cdef void close(self) noexcept
+    cdef bint add(self, RingStream stream) noexcept
+    cdef void remove(self, RingStream stream) noexcept
+    cdef void arm(self) noexcept
 
 
 cdef class Ring(Engine):
@@ -14,6 +78,7 @@ cdef class Ring(Engine):
     cdef io_uring_cqe* send_batch
     cdef bint reaping_sends
     cdef int event_fd
+    cdef Gate gate                  # made when somebody has to wait there
     cdef int direct_limit           # up to so many streams are sent to directly at a flush
 
     # provided receive buffers: buffer i lies at pool + i * buffer_size
@@ -43,6 +108,7 @@ cdef class Ring(Engine):
     cdef void flush_output(self) noexcept
     cdef void mask(self, bint masked) noexcept
     cdef bint cancel(self, Handle handle, int tag, io_uring* ring) noexcept
+    cdef void cancel_failed(self, int result) noexcept
     cdef void broken(self, int error) noexcept
     cdef bint drain(self) noexcept
     cdef void cancel_everything(self, io_uring* ring) noexcept

@@ -18,7 +18,11 @@ that fills a whole buffer is moved to a multishot POLL with direct recv() into
 one hot buffer, and back after a run of small reads.  Unix sockets are read
 that way from the start.
 
-Sending: at a flush, few streams are sent to directly, many through the ring.
+Sending: at a flush, few streams are sent to directly, many through the ring,
+in both cases without waiting: what the socket refuses follows when a POLL says
+that it has drained.  (A send that waited in the kernel would go to a worker
+thread once the peer has half-closed, since io_uring's polls then report
+RDHUP at once and for ever; a Gate waits for such sockets.)
 
 With a kernel poller (SQPOLL) nothing is direct: the poller's core runs the
 network stack.  Sends then have a ring of their own whose eventfd stays masked
@@ -30,7 +34,7 @@ in flight, plus a tag in the low bits.  Zero means nobody cares.
 """
 
 from cpython.pythread cimport PyThread_get_thread_ident
-from libc.errno cimport EAGAIN, EALREADY, EBUSY, EEXIST, EINTR, EINVAL, ENOBUFS, ENOMEM, errno
+from libc.errno cimport EAGAIN, EALREADY, EBUSY, EEXIST, EINTR, EINVAL, ENOBUFS, ENOENT, ENOMEM, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -63,38 +67,22 @@ cdef extern from "sys/mman.h" nogil:
     void* MAP_FAILED
     int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MADV_DONTFORK
 
-cdef extern from "sys/uio.h" nogil:
-    struct iovec:
-        void* iov_base
-        size_t iov_len
-
-cdef extern from *:
-    """
-    #include <sys/socket.h>
-    #include <sys/uio.h>
-    #define AIRN_MAX_IOVECS 64
-    /* What a gathered ring send needs until its completion. */
-    struct airn_gather {
-        struct msghdr message;
-        struct iovec vector[AIRN_MAX_IOVECS];
-    };
-    static inline void airn_gather_init(struct airn_gather *gather, size_t count)
-    {
-        memset(&gather->message, 0, sizeof(gather->message));
-        gather->message.msg_iov = gather->vector;
-        gather->message.msg_iovlen = count;
-    }
-    """
-    enum: AIRN_MAX_IOVECS
-    struct airn_gather:
-        msghdr message
-        iovec* vector
-    void airn_gather_init(airn_gather* gather, size_t count) nogil
-
 cdef extern from "sys/socket.h" nogil:
     struct sockaddr_storage:
         pass
-    int MSG_NOSIGNAL, MSG_WAITALL, SOCK_CLOEXEC
+    int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITALL, SOCK_CLOEXEC
+
+cdef extern from "sys/epoll.h" nogil:
+    ctypedef union epoll_data_t:
+        void* ptr
+    struct epoll_event:
+        unsigned int events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
+    int epoll_wait(int epfd, epoll_event* events, int limit, int timeout_ms)
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL
+    unsigned int EPOLLOUT
 
 cdef extern from "poll.h" nogil:
     struct pollfd:
@@ -111,7 +99,9 @@ cdef enum:
     TAG_SEND = 3
     TAG_ACCEPT = 4
     TAG_CONNECT = 5
+    TAG_WRITABLE = 6
     TAG_MASK = 7        # objects are aligned to 16 bytes: the low bits are free
+    CANCEL_FAILED = 1   # user_data of a request to cancel, whose success posts nothing
 
     BUFFER_GROUP = 1
     BATCH = 256         # completions copied out at a time
@@ -120,10 +110,15 @@ cdef enum:
     # Direct reads of less than half the scratch area in a row before a
     # connection goes back to completions.
     SMALL_READS = 32
+    # A send of so much may find the socket full.
+    BULK_BYTES = 16384
     # Several chunks up to this size are copied together for a ring send.
     FLATTEN_BYTES = 16384
     # One send's length is an unsigned 32-bit number in the submission.
     MAX_SEND_BYTES = 0x40000000
+
+
+GATE_RETRY_S = 0.05
 
 
 cdef inline uint64_t user_data(Handle handle, int tag) noexcept:
@@ -131,15 +126,6 @@ cdef inline uint64_t user_data(Handle handle, int tag) noexcept:
 
 
 cdef class RingStream(Stream):
-    cdef int read_tag               # the read operation in flight: TAG_RECV, TAG_POLL or 0
-    cdef bint cancelling            # it was asked to end
-    cdef bint untried               # a multishot RECV that has not delivered yet
-    cdef bint deaf                  # it will not notice the peer's reset: to be begun anew
-    cdef bint bulk                  # readiness and direct reads instead of completions
-    cdef int small_reads
-    cdef bint send_cancelling
-    cdef airn_gather* gather
-
     def __dealloc__(self):
         free(self.gather)
 
@@ -188,10 +174,12 @@ cdef class RingStream(Stream):
             self.on_recv(result, flags)
         elif tag == TAG_SEND:
             self.on_send(result)
+        elif tag == TAG_WRITABLE:
+            self.on_writable(result)
         else:
             self.on_poll(result, flags)
 
-    cdef inline void on_recv(self, int result, unsigned int flags) noexcept:
+    cdef void on_recv(self, int result, unsigned int flags) noexcept:
         cdef Ring engine = <Ring>self.engine
         cdef unsigned int bid
         if flags & IORING_CQE_F_BUFFER:
@@ -277,8 +265,8 @@ cdef class RingStream(Stream):
         """The ring in which operations were in flight is gone: begin them anew."""
         cdef bint was_sending = self.sending
         self.in_flight = 0
-        self.read_tag = 0
-        self.cancelling = self.send_cancelling = False
+        self.read_tag = self.send_tag = 0
+        self.cancelling = self.send_cancelling = self.gated = False
         self.end_send()
         if self.closed:
             self.discard_output()
@@ -294,7 +282,59 @@ cdef class RingStream(Stream):
         self.submit_chunks(False)
 
     cdef void await_writable(self) noexcept:
-        self.submit_chunks(True)
+        """The socket is full: send the rest when it has drained."""
+        cdef Ring engine = <Ring>self.engine
+        cdef io_uring_sqe* sqe
+        if engine.sqpoll:
+            self.submit_chunks(True)
+            return
+        sqe = engine.get_sqe(&engine.ring)
+        if sqe == NULL:
+            if not self.dirty:
+                engine.mark_dirty(self)
+            return
+        io_uring_prep_poll_add(sqe, self.fd, POLLOUT)
+        sqe.user_data = user_data(self, TAG_WRITABLE)
+        self.send_tag = TAG_WRITABLE
+        self.begin_send(False)
+        engine.begin(self)
+        if not engine.in_pass and not engine.flush_scheduled:
+            engine.schedule()
+
+    cdef void on_writable(self, int result) noexcept:
+        cdef Ring engine = <Ring>self.engine
+        self.end_send()
+        self.send_tag = 0
+        engine.end(self)
+        if self.closed or engine.closed:
+            self.discard_output()
+            self.maybe_detached()
+        elif result >= 0 and not result & (POLLOUT | POLLERR | POLLHUP):
+            self.wait_at_gate()
+        else:
+            # Drained, or in error, which the send will say; or ECANCELED.
+            self.send_direct()
+            if not self.closed:
+                self.sink.on_sent()
+
+    cdef void wait_at_gate(self) noexcept:
+        """RDHUP, which a ring's poll reports whatever it was asked: only epoll waits for POLLOUT alone."""
+        cdef Ring engine = <Ring>self.engine
+        if engine.gate is None:
+            engine.gate = Gate(engine)
+        if engine.gate.add(self):
+            self.gated = True
+            self.begin_send(False)
+            engine.begin(self)
+        else:
+            engine.n_retries += 1
+            engine.loop.call_later(GATE_RETRY_S, engine.gate.retry, self)
+
+    cdef void leave_gate(self) noexcept:
+        (<Ring>self.engine).gate.remove(self)
+        self.gated = False
+        self.send_tag = TAG_WRITABLE
+        self.on_writable(POLLOUT)
 
     cdef void submit_chunks(self, bint poll_first) noexcept:
         """Submit a send of the queue's front; its completion continues with the rest."""
@@ -302,8 +342,8 @@ cdef class RingStream(Stream):
         cdef io_uring_sqe* sqe
         cdef Chunk* chunk
         cdef Py_ssize_t i, n
-        # With a poller the kernel retries short sends by itself: less for us to do.
-        cdef int flags = MSG_NOSIGNAL | MSG_WAITALL if engine.sqpoll else MSG_NOSIGNAL
+        # With a poller the kernel waits and retries by itself: the loop need not be woken for it.
+        cdef int flags = MSG_NOSIGNAL | MSG_WAITALL if engine.sqpoll else MSG_NOSIGNAL | MSG_DONTWAIT
         if self.count > 1 and self.queued <= FLATTEN_BYTES:
             self.flatten()
         sqe = engine.get_sqe(engine.sends)
@@ -329,15 +369,18 @@ cdef class RingStream(Stream):
             # The socket has just refused: wait for it instead of trying again.
             sqe.ioprio |= IORING_RECVSEND_POLL_FIRST
         sqe.user_data = user_data(self, TAG_SEND)
-        self.begin_send(self.count > n)
+        self.send_tag = TAG_SEND
+        # With a poller: what may block is waited for, and so is noticed when it fails.
+        self.begin_send(self.count > n or self.queued >= BULK_BYTES)
         engine.n_sends += 1
         engine.begin(self)
         if not engine.in_pass and not engine.flush_scheduled:
             engine.schedule()
 
-    cdef inline void on_send(self, int result) noexcept:
+    cdef void on_send(self, int result) noexcept:
         cdef Ring engine = <Ring>self.engine
         self.end_send()
+        self.send_tag = 0
         if self.gather != NULL:
             free(self.gather)
             self.gather = NULL
@@ -349,10 +392,13 @@ cdef class RingStream(Stream):
         if result >= 0:
             self.consume(result)
             if self.count:
+                self.awaited = True
                 engine.n_short_sends += 1
                 if not self.dirty:
                     engine.mark_dirty(self)
             self.sink.on_sent()
+        elif result == -EAGAIN and not engine.sqpoll:
+            self.await_writable()
         elif result == -EAGAIN or result == -EINTR or result == -ENOMEM or result == -ECANCELED:
             engine.n_retries += 1
             if not self.dirty:
@@ -371,12 +417,100 @@ cdef class RingStream(Stream):
         if self.read_tag and not self.cancelling:
             self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
             asked = True
-        if self.sending and not self.send_cancelling:
-            self.send_cancelling = engine.cancel(self, TAG_SEND, engine.sends)
+        if self.gated:
+            self.leave_gate()
+        elif self.send_tag and not self.send_cancelling:
+            self.send_cancelling = engine.cancel(self, self.send_tag, engine.sends)
             self.expect_sent()
             asked = True
         if asked:
             engine.mark_resync(self)
+
+    cdef void cancel_again(self) noexcept:
+        self.cancelling = self.send_cancelling = False
+        self.engine.mark_resync(self)
+
+
+cdef class Gate(Handle):
+    """Streams that wait for a full socket to drain whose peer has half-closed.
+
+    An epoll set of their own, for which the ring polls while anybody waits.
+    """
+    def __cinit__(self):
+        self.epoll_fd = -1
+
+    def __init__(self, Ring engine):
+        self.engine = engine
+        self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+
+    def __dealloc__(self):
+        self.close()
+
+    cdef void close(self) noexcept:
+        if self.epoll_fd >= 0:
+            c_close(self.epoll_fd)
+            self.epoll_fd = -1
+
+    cdef bint add(self, RingStream stream) noexcept:
+        cdef epoll_event event
+        memset(&event, 0, sizeof(event))
+        event.events = EPOLLOUT
+        event.data.ptr = <void*>stream
+        if epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, stream.fd, &event) < 0:
+            return False
+        self.waiting += 1
+        self.arm()
+        return True
+
+    def retry(self, RingStream stream):
+        """Out of descriptors or memory a moment ago."""
+        if self.epoll_fd < 0:
+            self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        if not stream.closed and not stream.sending and not self.engine.closed:
+            stream.wait_at_gate()
+
+    cdef void remove(self, RingStream stream) noexcept:
+        cdef epoll_event event
+        epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, stream.fd, &event)
+        self.waiting -= 1
+        if self.waiting == 0 and self.armed and not self.engine.closed:
+            (<Ring>self.engine).cancel(self, TAG_POLL, &(<Ring>self.engine).ring)
+            if not self.engine.in_pass and not self.engine.flush_scheduled:
+                self.engine.schedule()
+
+    cdef void arm(self) noexcept:
+        cdef Ring engine = <Ring>self.engine
+        cdef io_uring_sqe* sqe
+        if self.armed:
+            return
+        sqe = engine.get_sqe(&engine.ring)
+        if sqe == NULL:
+            engine.loop.call_soon(self._arm)
+            return
+        io_uring_prep_poll_add(sqe, self.epoll_fd, POLLIN)
+        sqe.user_data = user_data(self, TAG_POLL)
+        self.armed = True
+        engine.begin(self)
+        if not engine.in_pass and not engine.flush_scheduled:
+            engine.schedule()
+
+    def _arm(self):
+        if self.waiting and not self.engine.closed:
+            self.arm()
+
+    cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
+        cdef epoll_event event
+        self.armed = False
+        self.engine.end(self)
+        # One at a time: what a stream's end sets off may take others away.
+        while self.waiting and not self.engine.closed and epoll_wait(self.epoll_fd, &event, 1, 0) > 0:
+            (<RingStream>event.data.ptr).leave_gate()
+        if self.waiting and not self.engine.closed:
+            self.arm()
+
+    cdef void cancel_again(self) noexcept:
+        if self.armed and not self.waiting:
+            (<Ring>self.engine).cancel(self, TAG_POLL, &(<Ring>self.engine).ring)
 
 
 cdef class RingListener(Listener):
@@ -433,6 +567,10 @@ cdef class RingListener(Listener):
                 usleep(50)
         if not engine.in_pass and not engine.flush_scheduled:
             engine.schedule()
+
+    cdef void cancel_again(self) noexcept:
+        if self.armed and self.closed:
+            (<Ring>self.engine).cancel(self, TAG_ACCEPT, &(<Ring>self.engine).ring)
 
     cdef void rearm(self) noexcept:
         self.in_flight = 0
@@ -493,6 +631,10 @@ cdef class RingConnection(Connection):
         engine.cancel(self, TAG_CONNECT, &engine.ring)
         if not engine.in_pass and not engine.flush_scheduled:
             engine.schedule()
+
+    cdef void cancel_again(self) noexcept:
+        if self.future.done():
+            (<Ring>self.engine).cancel(self, TAG_CONNECT, &(<Ring>self.engine).ring)
 
     cdef void rearm(self) noexcept:
         self.in_flight = 0
@@ -719,8 +861,18 @@ cdef class Ring(Engine):
             return False
         io_uring_prep_cancel64(sqe, user_data(handle, tag), 0)
         sqe.flags |= IOSQE_CQE_SKIP_SUCCESS
-        sqe.user_data = 0
+        sqe.user_data = CANCEL_FAILED
+        self.cancelled.add(handle)
         return True
+
+    cdef void cancel_failed(self, int result) noexcept:
+        """ENOENT: the operation had just ended, or the kernel was about to try it again.  Ask once more.
+
+        EALREADY: a worker thread runs it and was told to stop.
+        """
+        if result == -ENOENT:
+            for handle in list(self.cancelled):
+                (<Handle>handle).cancel_again()
 
     cdef void broken(self, int error) noexcept:
         """The kernel refuses the ring itself: say so once, end all connections."""
@@ -820,7 +972,9 @@ cdef class Ring(Engine):
         self.n_cqes += n
         for i in range(n):
             data = self.batch[i].user_data
-            if data == 0:
+            if data <= TAG_MASK:
+                if data == CANCEL_FAILED:
+                    self.cancel_failed(self.batch[i].res)
                 continue
             handle = <Handle><void*><uintptr_t>(data & ~<uint64_t>TAG_MASK)
             handle.complete(<int>(data & TAG_MASK), self.batch[i].res, self.batch[i].flags)
@@ -840,7 +994,9 @@ cdef class Ring(Engine):
         self.n_cqes += n
         for i in range(n):
             data = self.send_batch[i].user_data
-            if data == 0:
+            if data <= TAG_MASK:
+                if data == CANCEL_FAILED:
+                    self.cancel_failed(self.send_batch[i].res)
                 continue
             handle = <Handle><void*><uintptr_t>(data & ~<uint64_t>TAG_MASK)
             handle.complete(<int>(data & TAG_MASK), self.send_batch[i].res, self.send_batch[i].flags)
@@ -915,6 +1071,9 @@ cdef class Ring(Engine):
         milliseconds.  A second is the limit.
         """
         cdef int attempts
+        for handle in list(self.live):
+            if isinstance(handle, RingStream) and (<RingStream>handle).gated:
+                (<RingStream>handle).leave_gate()
         for attempts in range(1000):
             if attempts:
                 self.cancel_everything(&self.ring)
@@ -1004,6 +1163,9 @@ cdef class Ring(Engine):
 
     cdef void take_down(self) noexcept:
         self.take_down_rings()
+        if self.gate is not None:
+            self.gate.close()
+            self.gate = None
         if self.event_fd >= 0:
             c_close(self.event_fd)
             self.event_fd = -1
@@ -1027,6 +1189,8 @@ cdef class Ring(Engine):
             self.abandon(handles)
         self.take_down_rings()
         self.live.clear()
+        self.cancelled.clear()
+        self.gate = None
         self.set_up()
         for handle in handles:
             handle.rearm()
