@@ -331,8 +331,11 @@ class Endpoint:
 
         return make
 
-    async def serve(self, loop, factory, **options):
+    async def serve(self, loop, factory, backlog=512, **options):
+        # asyncio's 100 are too few for tests that connect by the hundred: a full
+        # queue refuses on Unix sockets (EAGAIN) and costs a second on TCP.
         factory = self._remembering(factory)
+        options["backlog"] = backlog
         if self.kind == "unix":
             return await loop.create_unix_server(factory, self.address, **options)
         server = await loop.create_server(factory, "127.0.0.1", 0, **options)

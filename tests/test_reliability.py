@@ -23,6 +23,8 @@ import pytest
 from helpers import BufferedRecorder, Recorder, pattern
 from wire import Boom, Wire, barrier, boom, over, recorder, serve, wire  # noqa: F401
 
+import aiouringnet
+
 MIB = 1 << 20
 
 PEER_IS_GONE = (BrokenPipeError, ConnectionResetError)
@@ -360,6 +362,23 @@ def test_closing_the_loop_with_everything_in_flight(make_loop):
         everything.every_peer_sees_the_end()
 
 
+@pytest.mark.matrix(debug=False, sqpoll=True)
+def test_the_engine_of_an_unpatched_loop_ends_with_it(make_loop):
+    loop = make_loop(patched=False)
+
+    async def main():
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            transport, _ = await aiouringnet.create_connection(loop, Recorder, *listener.getsockname())
+            transport.abort()
+            await asyncio.sleep(0)
+
+    helpers.run_on(loop, main())
+    engine = engine_of(loop)
+    assert not engine.closed
+    loop.close()
+    assert engine.closed
+
+
 @pytest.mark.matrix(sqpoll=True)
 def test_what_was_written_before_the_loop_is_closed_leaves(make_loop):
     loop = make_loop()
@@ -483,8 +502,7 @@ def test_ten_thousand_connections_in_waves_leave_nothing(make_loop, endpoint, ru
     async def wave(number):
         await asyncio.gather(*(visit(loop, endpoint.address, chance, number + i) for i in range(250)))
 
-    # A full backlog drops the SYN, and TCP tries again a second later.
-    server = loop.run_until_complete(endpoint.serve(loop, helpers.Echo, backlog=512))
+    server = loop.run_until_complete(endpoint.serve(loop, helpers.Echo))
     endpoint.accepted = Forgetful()
     loop.run_until_complete(wave(0))
     loop.run_until_complete(wave(1))
