@@ -1,6 +1,7 @@
 """python -m aiouringnet: what is active on this machine, and why not.  Exits 0 only if io_uring is usable."""
 
 import asyncio
+import os
 import sys
 
 import aiouringnet
@@ -66,4 +67,11 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Somebody has read enough: python -m aiouringnet | head -n 3
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

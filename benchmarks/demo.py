@@ -24,8 +24,8 @@ SECONDS = 0.4
 LIMIT_SECONDS = 180
 
 
-def measure(servers: list[str]) -> report.View:
-    """Runs run.py; everything it says goes to a file that is shown only when it fails."""
+def measure(servers: list[str]) -> tuple[report.View, bool]:
+    """Runs run.py, whose words are shown only when it fails; also whether other processes were in the way."""
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="aiouringnet-demo-") as folder:
         path, log = pathlib.Path(folder, "demo.json"), pathlib.Path(folder, "log")
@@ -37,7 +37,9 @@ def measure(servers: list[str]) -> report.View:
         result = json.loads(path.read_text()) if path.exists() else {"measurements": [], "failures": []}
         if not result["measurements"] or result["failures"]:
             sys.exit(f"the measurement failed:\n{log.read_text()[-3000:]}")
-    return report.View("warm", report.medians(result["measurements"]))
+    known = result["measurements"]
+    noisy = sum(not m.get("quiet", True) for m in known) > len(known) / 3
+    return report.View("warm", report.medians(known)), noisy
 
 
 def show(view: report.View, pairs: list[tuple[str, str]]) -> None:
@@ -63,7 +65,10 @@ def main() -> None:
     if len(os.sched_getaffinity(0)) < 2:
         print("Service and clients share the only core, which blurs the comparison.")
     print("Measuring for about half a minute ...\n", flush=True)
-    show(measure([name for pair in pairs for name in pair]), pairs)
+    view, noisy = measure([name for pair in pairs for name in pair])
+    show(view, pairs)
+    if noisy:
+        print("Other processes were busy meanwhile: take these figures with care, or run it again on a quiet machine.")
     print("Medians of interleaved rounds on loopback. Where the server saves CPU and answers no more, the client that\n"
           "loads it is the limit. All cells, HTTP and the other loops: python benchmarks/run.py")
 

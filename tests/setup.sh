@@ -67,7 +67,7 @@ missing_packages() { # build|test
     local version
     command -v cc >/dev/null && command -v make >/dev/null || echo build-essential
     command -v pkg-config >/dev/null || echo pkg-config
-    pkg-config --exists liburing 2>/dev/null || echo liburing-dev
+    pkg-config --atleast-version=2.3 liburing 2>/dev/null || echo liburing-dev
     if [ -z "${python:-}" ]; then
         echo python3-dev python3-venv
     elif is_systems "$python"; then
@@ -82,7 +82,6 @@ missing_packages() { # build|test
     [ "$1" = test ] || return 0
     command -v curl >/dev/null || echo curl
     command -v wrk >/dev/null || echo wrk
-    command -v valgrind >/dev/null || echo valgrind
     command -v redis-server >/dev/null || echo redis-server
     compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || command -v initdb >/dev/null || echo postgresql
 }

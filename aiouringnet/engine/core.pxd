@@ -7,6 +7,10 @@ cdef enum:
     EOF_HELD = -1       # Stream.held_end and deliver_end(): end of file rather than an errno
 
 
+# A bint of one byte, for what programs have ten thousands of.
+ctypedef unsigned char flag
+
+
 # One piece of queued output.  `owner` is a strong reference to an immutable
 # bytes object; `data` points into it.
 cdef struct Chunk:
@@ -33,7 +37,7 @@ cdef class Handle:
 
 # Where a stream delivers what it reads.  A transport subclasses it.
 cdef class Sink:
-    cdef bint buffered              # asking for a buffer is noticed: only when there is something to read
+    cdef flag buffered              # asking for a buffer is noticed: only when there is something to read
 
     # size > 0 bytes at data, valid during the call only
     cdef void on_data(self, const char* data, Py_ssize_t size) noexcept
@@ -53,28 +57,28 @@ cdef class Sink:
 cdef class Stream(Handle):
     cdef Sink sink
     cdef int fd
-    cdef bint tcp                   # else a Unix socket
+    cdef int held_end               # 0, or EOF_HELD, or an errno, that follows `held`
+    cdef flag tcp                   # else a Unix socket
 
     # input
-    cdef bint reading               # the sink wants data
-    cdef bint closed                # close() was called: nothing is delivered
-    cdef bint resyncing             # in engine.resync
-    cdef bint readable              # direct reads stopped before the socket was empty
-    cdef bint thorough              # a short read may leave something behind: direct reads go on until EAGAIN
+    cdef flag ended                 # end of file or an error was met: nothing more to read
+    cdef flag reading               # the sink wants data
+    cdef flag closed                # close() was called: nothing is delivered
+    cdef flag resyncing             # in engine.resync
+    cdef flag readable              # direct reads stopped before the socket was empty
+    cdef flag thorough              # a short read may leave something behind: direct reads go on until EAGAIN
     cdef list held                  # data that arrived after stop_reading(), oldest first
-    cdef bint ended                 # end of file or an error was met: nothing more to read
     cdef bytes rest                 # what put_back() returned, until it is held
-    cdef int held_end               # 0, or EOF_HELD, or an errno, that follows `held`
 
     # output: a queue of chunks, chunks[head : head + count]
     cdef Chunk* chunks              # `small`, or allocated when it does not suffice
     cdef Chunk small[1]
     cdef Py_ssize_t head, count, capacity
     cdef readonly size_t queued     # bytes in the queue, those in flight included
-    cdef bint dirty                 # in engine.dirty
-    cdef bint sending               # a send is in flight or waits for the socket to drain
-    cdef bint awaited               # the sink asked for on_sent() as soon as possible
-    cdef bint urgent                # the send in flight must wake the loop: counted in engine.n_urgent
+    cdef flag dirty                 # in engine.dirty
+    cdef flag sending               # a send is in flight or waits for the socket to drain
+    cdef flag awaited               # the sink asked for on_sent() as soon as possible
+    cdef flag urgent                # the send in flight must wake the loop: counted in engine.n_urgent
 
     cdef void start_reading(self) noexcept
     cdef void stop_reading(self) noexcept

@@ -1,4 +1,4 @@
-from aiouringnet.engine.core cimport Engine, Handle, Stream
+from aiouringnet.engine.core cimport Engine, Handle, Stream, flag
 from aiouringnet.engine.liburing cimport io_uring, io_uring_buf_ring, io_uring_cqe, io_uring_sqe, msghdr
 
 
@@ -32,15 +32,15 @@ cdef extern from *:
 
 
 cdef class RingStream(Stream):
-    cdef int read_tag               # the read operation in flight: TAG_RECV, TAG_POLL or 0
-    cdef bint cancelling            # it was asked to end
-    cdef bint untried               # a multishot RECV that has not delivered yet
-    cdef bint deaf                  # it will not notice the peer's reset: to be begun anew
-    cdef bint bulk                  # readiness and direct reads instead of completions
-    cdef int small_reads
-    cdef int send_tag               # the send operation in flight: TAG_SEND, TAG_WRITABLE or 0
-    cdef bint send_cancelling
-    cdef bint gated                 # waits in the engine's Gate for the socket to drain
+    cdef flag read_tag               # the read operation in flight: TAG_RECV, TAG_POLL or 0
+    cdef flag cancelling            # it was asked to end
+    cdef flag untried               # a multishot RECV that has not delivered yet
+    cdef flag deaf                  # it will not notice the peer's reset: to be begun anew
+    cdef flag bulk                  # readiness and direct reads instead of completions
+    cdef flag small_reads
+    cdef flag send_tag               # the send operation in flight: TAG_SEND, TAG_WRITABLE or 0
+    cdef flag send_cancelling
+    cdef flag gated                 # waits in the engine's Gate for the socket to drain
     cdef airn_gather* gather
 
     cdef void on_recv(self, int result, unsigned int flags) noexcept

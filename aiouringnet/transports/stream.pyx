@@ -32,7 +32,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from libc.string cimport memcpy
 
-from aiouringnet.engine.core cimport Engine, Sink, Stream
+from aiouringnet.engine.core cimport Engine, Sink, Stream, flag
 
 
 cdef extern from "Python.h":
@@ -87,14 +87,14 @@ cdef class StreamTransport(Sink):
     cdef object __weakref__
 
     # state
-    cdef bint closing, paused, eof
-    cdef bint in_context            # a callback of ours is running
-    cdef bint detached              # nothing is in flight
-    cdef bint finished              # connection_lost was called
+    cdef flag closing, paused, eof
+    cdef flag in_context            # a callback of ours is running
+    cdef flag detached              # nothing is in flight
+    cdef flag finished              # connection_lost was called
     cdef int lost                   # how often a write was dropped, plus one; 0: not lost
 
     # flow control
-    cdef bint protocol_paused
+    cdef flag protocol_paused
     cdef size_t high, low
 
     # loop.sendfile() waits with it for the queue to drain; no write meanwhile
@@ -186,7 +186,7 @@ cdef class StreamTransport(Sink):
 
     @property
     def _protocol_paused(self):
-        return self.protocol_paused
+        return self.protocol_paused != 0
 
     @property
     def _sock(self):
@@ -245,7 +245,7 @@ cdef class StreamTransport(Sink):
         return self.protocol
 
     def is_closing(self):
-        return self.closing
+        return self.closing != 0
 
     def close(self):
         """Close when all queued output has been sent."""
