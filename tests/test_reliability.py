@@ -492,9 +492,8 @@ async def visit(loop, address, chance, number):
 @pytest.mark.slow
 @pytest.mark.limit(60)
 @pytest.mark.matrix(debug=False, sqpoll=True)
-def test_ten_thousand_connections_in_waves_leave_nothing(make_loop, endpoint, run):
-    if endpoint.kind == "unix":
-        pytest.skip("10,000 TCP connections are enough")
+@over("tcp")
+def test_ten_thousand_connections_in_waves_leave_nothing(make_loop, endpoint):
     # So few receive buffers that one lost per wave would be missed soon.
     loop = make_loop(buffer_count=16, buffer_size=1024)
     chance = random.Random(2)
