@@ -927,7 +927,9 @@ cdef class Ring(Engine):
             n = self.reap()
             delivered += n
             if self.send_ring_up:
-                io_uring_submit(&self.send_ring)
+                # Refused now and then: the pass that ok = False brings tries again.
+                if io_uring_submit(&self.send_ring) < 0:
+                    ok = False
                 n += self.reap_sends()
             if n == 0 and not self.dirty and not self.resync and not airn_unsubmitted(&self.ring):
                 break
@@ -941,8 +943,8 @@ cdef class Ring(Engine):
                 self.flush_output()
             if airn_unsubmitted(&self.ring):
                 ok = self.enter()
-            if self.send_ring_up:
-                io_uring_submit(&self.send_ring)
+            if self.send_ring_up and io_uring_submit(&self.send_ring) < 0:
+                ok = False
         if self.flush_scheduled:
             return
         if not ok or self.dirty or self.resync or self.pending():
