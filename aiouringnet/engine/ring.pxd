@@ -32,13 +32,13 @@ cdef extern from *:
 
 
 cdef class RingStream(Stream):
-    cdef flag read_tag               # the read operation in flight: TAG_RECV, TAG_POLL or 0
+    cdef flag read_tag              # the read operation in flight: TAG_RECV, TAG_POLL or 0
     cdef flag cancelling            # it was asked to end
     cdef flag untried               # a multishot RECV that has not delivered yet
     cdef flag deaf                  # it will not notice the peer's reset: to be begun anew
     cdef flag bulk                  # readiness and direct reads instead of completions
     cdef flag small_reads
-    cdef flag send_tag               # the send operation in flight: TAG_SEND, TAG_WRITABLE or 0
+    cdef flag send_tag              # the send operation in flight: TAG_SEND, TAG_WRITABLE or 0
     cdef flag send_cancelling
     cdef flag gated                 # waits in the engine's Gate for the socket to drain
     cdef airn_gather* gather
