@@ -11,6 +11,7 @@ import gc
 import multiprocessing
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -267,18 +268,55 @@ def fork_and_make_a_loop(make_loop):
 
 
 def fork_and_exit_normally(make_loop):
-    """The child runs destructors, atexit functions and the collector over the parent's loop."""
+    """The child runs destructors, atexit functions and the collector over the parent's loop.
+
+    Forked while the loop does not run: a child that unwinds through a running
+    uvloop polls once more, on an io_uring that libuv shares with the parent.
+    """
     loop = make_loop()
     connections = loop.run_until_complete(Connections().begin(loop))
-
-    def in_child():
+    pid = os.fork()
+    if pid == 0:
         connections.pairs.clear()
         connections.server = None
         gc.collect()
         print("child done", flush=True)
         sys.exit(0)
 
-    forked(loop, connections, in_child)
+    async def in_parent():
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            await check(connections)
+            await asyncio.sleep(0.005)
+        for size in (10, 300_000, 10):
+            await check(connections, size)
+        print("parent done")
+
+    loop.run_until_complete(in_parent())
+
+
+def fork_and_poll_the_parents_loop(make_loop):
+    """The child sees the parent's wake-up first; the parent must see it all the same."""
+    loop = make_loop()
+    connections = loop.run_until_complete(Connections().begin(loop))
+
+    async def main():
+        epoll = loop._get_backend_id() if hasattr(loop, "_get_backend_id") else loop._selector.fileno()
+        reader, writer = socket.socketpair()
+        peer, theirs = socket.socketpair()
+        _, protocol = await loop.create_connection(Recorder, sock=theirs)
+        await check(connections)
+        if os.fork() == 0:
+            writer.recv(1)
+            seen = select.epoll.fromfd(epoll).poll(5)
+            print("child done" if seen else "nothing to see", flush=True)
+            os._exit(0)
+        peer.send(b"for the parent")
+        reader.send(b"x")
+        os.wait()
+        assert await protocol.received(14) == b"for the parent"
+        print("parent done")
+
+    loop.run_until_complete(main())
 
 
 def fork_under_load(make_loop):

@@ -981,8 +981,8 @@ def test_closing_the_loop_while_connecting(make_loop):
 
 @pytest.mark.parametrize(
     "scenario",
-    ["fork_and_use_the_parents_loop", "fork_and_make_a_loop", "fork_and_exit_normally", "fork_under_load",
-     "fork_by_multiprocessing"],
+    ["fork_and_use_the_parents_loop", "fork_and_make_a_loop", "fork_and_exit_normally",
+     "fork_and_poll_the_parents_loop", "fork_under_load", "fork_by_multiprocessing"],
 )  # fmt: skip
 @pytest.mark.matrix(debug=False, sqpoll=True)
 def test_a_live_loop_survives_fork(case, scenario):

@@ -6,6 +6,7 @@ engine is None and callers use the loop's own implementation.
 
 import functools
 import logging
+import os
 import sys
 import weakref
 
@@ -55,6 +56,16 @@ def active_engine(loop):
     ref = _engines.get(loop)
     engine = None if ref is None else ref()
     return None if engine is None or engine.closed else engine
+
+
+def _before_fork():
+    for loop in list(_engines):
+        engine = active_engine(loop)
+        if engine is not None:
+            engine.before_fork()
+
+
+os.register_at_fork(before=_before_fork)
 
 
 def engine_for(loop):

@@ -831,6 +831,22 @@ cdef class Engine:
         if epoll_ctl(fd, EPOLL_CTL_MOD, self.wake_fd, &event) == 0:
             self.loop_epoll_fd = fd
 
+    def before_fork(self):
+        """Watch level-triggered from now on.
+
+        Parent and child share the loop's epoll set, and an edge is told to
+        one of them: a child that runs its loop once more before it exits
+        would take the parent's.
+        """
+        cdef epoll_event event
+        if self.loop_epoll_fd < 0:
+            return
+        memset(&event, 0, sizeof(event))
+        event.events = EPOLLIN
+        event.data.u64 = self.wake_fd
+        if epoll_ctl(self.loop_epoll_fd, EPOLL_CTL_MOD, self.wake_fd, &event) == 0:
+            self.loop_epoll_fd = -1
+
     # --- the end -----------------------------------------------------------
 
     def close(self):
