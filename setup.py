@@ -18,6 +18,9 @@ MODULES = [
     "aiouringnet.engine.core",
     "aiouringnet.engine.epoll",
     "aiouringnet.engine.ring",
+    "aiouringnet.tls.openssl",
+    "aiouringnet.tls.records",
+    "aiouringnet.tls.transport",
     "aiouringnet.transports.stream",
 ]
 NEEDS_LIBURING = {"aiouringnet.engine.ring"}

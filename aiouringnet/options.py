@@ -5,12 +5,22 @@ from dataclasses import dataclass, field
 
 ENGINES = ("auto", "uring", "epoll", "loop")
 ENGINE_VARIABLE = "AIOURINGNET_ENGINE"
+TLS_ENGINES = ("auto", "openssl", "ssl")
+TLS_VARIABLE = "AIOURINGNET_TLS"
+
+
+def _from_environment(variable, allowed):
+    value = os.environ.get(variable) or "auto"
+    _check_choice(variable, value, allowed)
+    return value
 
 
 def _engine_from_environment():
-    value = os.environ.get(ENGINE_VARIABLE) or "auto"
-    _check_engine(ENGINE_VARIABLE, value)
-    return value
+    return _from_environment(ENGINE_VARIABLE, ENGINES)
+
+
+def _tls_from_environment():
+    return _from_environment(TLS_VARIABLE, TLS_ENGINES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +37,9 @@ class Options:
     sqpoll: let a kernel thread submit (IORING_SETUP_SQPOLL).
     sqpoll_idle_ms: milliseconds without work after which that thread sleeps.
     sqpoll_cpu: the core it is bound to, None for any.
+    tls: what makes TLS records: "auto" (OpenSSL's functions in the library
+        that the ssl module has loaded, else ssl.SSLObject), "openssl" (or an
+        error), or "ssl".  Default: AIOURINGNET_TLS.
     """
 
     engine: str = field(default_factory=_engine_from_environment)
@@ -37,9 +50,11 @@ class Options:
     sqpoll: bool = False
     sqpoll_idle_ms: int = 50
     sqpoll_cpu: int | None = None
+    tls: str = field(default_factory=_tls_from_environment)
 
     def __post_init__(self):
-        _check_engine("engine", self.engine)
+        _check_choice("engine", self.engine, ENGINES)
+        _check_choice("tls", self.tls, TLS_ENGINES)
         # 32768: the kernel's limit for both, io_uring_setup(2) and io_uring_register(2).
         _check_range("queue_depth", self.queue_depth, 8, 32768)
         _check_range("buffer_size", self.buffer_size, 256, 1 << 20)
@@ -56,9 +71,9 @@ class Options:
                 raise ValueError("sqpoll_cpu is only meaningful with sqpoll=True")
 
 
-def _check_engine(name, value):
-    if value not in ENGINES:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, ENGINES))}, not {value!r}")
+def _check_choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
 def _check_range(name, value, low, high):

@@ -162,6 +162,7 @@ def exit_with_a_loop_in_an_atexit_function(make_loop):
 
 
 def exit_after_a_signal(make_loop):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     loop = make_loop()
     globals()["kept"] = loop.run_until_complete(Connections().begin(loop))
     loop.call_soon(os.kill, os.getpid(), signal.SIGINT)

@@ -73,8 +73,8 @@ def loops_own(loop, name):
 
 
 async def call(loop, name, args, kwargs):
-    """Run asyncio's method `name` on our transports, or the loop's own for TLS and without an engine."""
-    engine = None if kwargs.get("ssl") else engine_for(loop)
+    """Run asyncio's method `name` on our transports, or the loop's own without an engine."""
+    engine = engine_for(loop)
     if engine is None:
         method = loops_own(loop, name)
         return await method(*args, **understood(method, name, kwargs))

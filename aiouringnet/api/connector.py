@@ -19,6 +19,8 @@ import sys
 import types
 
 from aiouringnet.api.call import parameters_of
+from aiouringnet.tls import records_class
+from aiouringnet.tls.transport import TLSTransport
 from aiouringnet.transports.stream import StreamTransport
 
 _Base = asyncio.SelectorEventLoop
@@ -30,7 +32,7 @@ _KNOWS_KEEP_ALIVE = "keep_alive" in parameters_of(_Base.create_server)
 _KNOWS_CLEANUP_SOCKET = "cleanup_socket" in parameters_of(_Base.create_unix_server)
 _KNOWS_SHUTDOWN_TIMEOUT = "ssl_shutdown_timeout" in parameters_of(_Base.create_connection)
 
-# Parameters that no asyncio has: aiofastnet's.
+# Parameters that no asyncio has (aiofastnet's), or not every one: kept here for the TLS transports.
 _TLS_ONLY = ("ssl_incoming_bio_size", "ssl_outgoing_bio_size")
 if not _KNOWS_SHUTDOWN_TIMEOUT:
     _TLS_ONLY += ("ssl_shutdown_timeout",)
@@ -47,6 +49,7 @@ class Connector:
         self._unix_server_sockets = {}  # listening socket -> inode of its file, which goes with it
         self._attempts = []  # for each address tried, the list of its errors
         self._unowned = None  # a socket made here that no transport owns yet
+        self._tls_options = {}  # what asyncio's functions would not pass on
 
     def __getattr__(self, name):
         """asyncio's helpers, with this object as their `self`; all else is the loop's."""
@@ -68,7 +71,7 @@ class Connector:
     # --- the loop methods ---------------------------------------------------
 
     async def create_connection(self, *args, all_errors=False, **kwargs):
-        self._drop_tls_only(kwargs)
+        self._keep_tls_options(kwargs)
         if not all_errors:
             return await _Base.create_connection(self, *args, **kwargs)
         if _KNOWS_ALL_ERRORS:
@@ -84,15 +87,15 @@ class Connector:
             raise ExceptionGroup("create_connection failed", errors) from None  # noqa: F821
 
     async def create_unix_connection(self, *args, **kwargs):
-        self._drop_tls_only(kwargs)
+        self._keep_tls_options(kwargs)
         return await _Base.create_unix_connection(self, *args, **kwargs)
 
     async def connect_accepted_socket(self, *args, **kwargs):
-        self._drop_tls_only(kwargs)
+        self._keep_tls_options(kwargs)
         return await _Base.connect_accepted_socket(self, *args, **kwargs)
 
     async def create_server(self, *args, **kwargs):
-        self._drop_tls_only(kwargs)
+        self._keep_tls_options(kwargs)
         if _KNOWS_KEEP_ALIVE or not kwargs.pop("keep_alive", None) or kwargs.get("sock") is not None:
             return _ours(await _Base.create_server(self, *args, **kwargs))
         start_serving = kwargs.pop("start_serving", True)
@@ -104,7 +107,7 @@ class Connector:
         return server
 
     async def create_unix_server(self, *args, **kwargs):
-        self._drop_tls_only(kwargs)
+        self._keep_tls_options(kwargs)
         cleanup = not _KNOWS_CLEANUP_SOCKET and kwargs.pop("cleanup_socket", False)
         server = _ours(await _Base.create_unix_server(self, *args, **kwargs))
         if cleanup:
@@ -112,10 +115,13 @@ class Connector:
                 self._remember_file(sock)
         return server
 
-    def _drop_tls_only(self, kwargs):
+    def _keep_tls_options(self, kwargs):
         for name in _TLS_ONLY:
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(f"{name} is only meaningful with ssl")
+            value = kwargs.pop(name, None)
+            if value is not None:
+                if not kwargs.get("ssl"):
+                    raise ValueError(f"{name} is only meaningful with ssl")
+                self._tls_options[name] = value
 
     # --- what asyncio's functions ask for -------------------------------------
 
@@ -140,16 +146,53 @@ class Connector:
         self._unowned = None
         return transport
 
-    def _start_serving(self, protocol_factory, sock, sslcontext=None, server=None, *_):
+    def _make_ssl_transport(
+        self, rawsock, protocol, sslcontext, waiter=None, *, extra=None, server=None, **options
+    ):
+        tls = TLSTransport(
+            self.engine, records_class(self.loop), protocol, sslcontext, waiter, **options, **self._tls_options
+        )
+        StreamTransport(self.engine, rawsock, tls, None, extra, server)
+        self._unowned = None
+        return tls
+
+    def _start_serving(
+        self,
+        protocol_factory,
+        sock,
+        sslcontext=None,
+        server=None,
+        backlog=100,
+        ssl_handshake_timeout=None,
+        ssl_shutdown_timeout=None,
+    ):
         sock.setblocking(False)
+        if sslcontext:
+            timeouts = {"ssl_handshake_timeout": ssl_handshake_timeout}
+            if _KNOWS_SHUTDOWN_TIMEOUT:
+                timeouts["ssl_shutdown_timeout"] = ssl_shutdown_timeout
+            accept = functools.partial(self._accept_tls, protocol_factory, server, sslcontext, timeouts)
+        else:
+            accept = functools.partial(self._accept, protocol_factory, server)
         # Connections see the context variables of whoever let the server serve, as in asyncio.
         context = contextvars.copy_context()
-        accept = functools.partial(context.run, self._accept, protocol_factory, server)
-        self._listeners[sock] = self.engine.listen(sock, accept)
+        self._listeners[sock] = self.engine.listen(sock, functools.partial(context.run, accept))
 
     def _accept(self, protocol_factory, server, conn, peername):
         # Where this raises, the engine says so and closes the socket.
         StreamTransport(self.engine, conn, protocol_factory(), None, {"peername": peername}, server)
+
+    def _accept_tls(self, protocol_factory, server, sslcontext, timeouts, conn, peername):
+        self._make_ssl_transport(
+            conn,
+            protocol_factory(),
+            sslcontext,
+            extra={"peername": peername},
+            server=server,
+            server_side=True,
+            accepted=True,
+            **timeouts,
+        )
 
     def _stop_serving(self, sock):
         inode = self._unix_server_sockets.pop(sock, None)

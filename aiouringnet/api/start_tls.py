@@ -1,30 +1,56 @@
 """Upgrading a connection to TLS."""
 
-from asyncio import BaseEventLoop, sslproto
+import ssl
 
 from aiouringnet.api.call import like, loops_own, understood
 
 try:
+    from aiouringnet.tls import records_class
+    from aiouringnet.tls.transport import TLSTransport
     from aiouringnet.transports.stream import StreamTransport
 except ImportError:  # not built: no such transports
-    StreamTransport = None
+    StreamTransport = TLSTransport = None
 
 
 @like("start_tls")
 async def start_tls(loop, transport, *args, **kwargs):
     """Upgrade `transport` to TLS; like loop.start_tls().  Returns the new transport.
 
-    One of our transports carries the standard library's TLS protocol, on any
-    loop (uvloop's own start_tls() takes uvloop's transports only); others go
-    to the loop's own method.  Raises TypeError for a transport that cannot be
-    upgraded, ssl.SSLError or OSError when the handshake fails.
+    Transports of ours are upgraded on any loop, TLS ones included (TLS within
+    TLS); others go to the loop's own method.  What the peer sent before the
+    upgrade, and a StreamReader holds, is taken over.  Raises TypeError for a
+    transport that cannot be upgraded or a context that is none, ssl.SSLError
+    or OSError when the handshake fails.
     """
-    method = BaseEventLoop.start_tls.__get__(loop) if _is_ours(transport) else loops_own(loop, "start_tls")
+    if StreamTransport is not None and isinstance(transport, (StreamTransport, TLSTransport)):
+        return await _upgrade(loop, transport, *args, **kwargs)
+    method = loops_own(loop, "start_tls")
     return await method(transport, *args, **understood(method, "start_tls", kwargs))
 
 
-def _is_ours(transport):
-    """Ours, or the standard library's TLS on top of one of ours, for TLS within TLS."""
-    if isinstance(transport, sslproto._SSLProtocolTransport):
-        return True
-    return StreamTransport is not None and isinstance(transport, StreamTransport)
+async def _upgrade(loop, transport, protocol, sslcontext, **options):
+    if not isinstance(sslcontext, ssl.SSLContext):
+        raise TypeError(f"sslcontext is expected to be an instance of ssl.SSLContext, got {sslcontext!r}")
+    if transport.is_closing():
+        raise ConnectionAbortedError("the transport is closing: it cannot be upgraded to TLS")
+    waiter = loop.create_future()
+    tls = TLSTransport(
+        transport._engine, records_class(loop), protocol, sslcontext, waiter, call_connection_made=False, **options
+    )
+    # Nothing is delivered before connection_made().
+    transport.pause_reading()
+    transport.set_protocol(tls)
+    reader = getattr(protocol, "_stream_reader", None)
+    if reader is not None and reader._buffer:
+        tls.feed_early(bytes(reader._buffer))
+        reader._buffer.clear()
+    begin = loop.call_soon(tls.connection_made, transport)
+    resume = loop.call_soon(transport.resume_reading)
+    try:
+        await waiter
+    except BaseException:
+        transport.close()
+        begin.cancel()
+        resume.cancel()
+        raise
+    return tls

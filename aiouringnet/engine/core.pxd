@@ -53,6 +53,16 @@ cdef class Sink:
     cdef void on_detached(self) noexcept
 
 
+# What stands between a transport and a protocol and changes the bytes: TLS.
+cdef class Layer:
+    cdef flag gathering             # in engine.layers
+
+    # size > 0 bytes at data from the transport below, valid during the call only
+    cdef void received(self, const char* data, Py_ssize_t size) noexcept
+    # Pass on what was written since the last time
+    cdef void gather(self) noexcept
+
+
 # The I/O of one connected stream socket.
 cdef class Stream(Handle):
     cdef Sink sink
@@ -147,6 +157,7 @@ cdef class Engine:
     cdef bint expecting             # data was delivered in this pass: writes may follow in the same iteration
     cdef int expectation            # how often that came true lately, 0..EXPECTATION_MAX
     cdef list dirty, dirty_spare    # streams with something to send
+    cdef list layers, layers_spare  # layers with something to pass on to their streams
     cdef list resync                # streams whose reading state changed
     cdef set live                   # handles with operations in flight: their owner
     cdef set cancelled              # those of them that were asked to end
@@ -156,6 +167,7 @@ cdef class Engine:
     # buffer, or a bytes object that is handed over, or kept for the next read.
     cdef Py_buffer view
     cdef PyObject* spare
+    cdef PyObject* plain            # the same for what a layer makes of it
     cdef int wake_fd                # watched by the loop
     cdef int loop_epoll_fd          # where it is watched edge-triggered, -1: level-triggered, must be read
     cdef bint wake_tuned
@@ -166,9 +178,11 @@ cdef class Engine:
     cdef void begin(self, Handle handle) noexcept
     cdef void end(self, Handle handle) noexcept
     cdef void mark_dirty(self, Stream stream) noexcept
+    cdef void mark_layer(self, Layer layer) noexcept
     cdef void mark_resync(self, Stream stream) noexcept
     cdef void schedule(self) noexcept
     cdef void interrupted(self, object exception) noexcept
+    cdef void gather_layers(self) noexcept
     cdef void flush_direct(self) noexcept
     cdef void resync_all(self) noexcept
     cdef void watch(self, int fd) except *

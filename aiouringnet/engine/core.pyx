@@ -150,6 +150,14 @@ cdef class Sink:
         pass
 
 
+cdef class Layer:
+    cdef void received(self, const char* data, Py_ssize_t size) noexcept:
+        pass
+
+    cdef void gather(self) noexcept:
+        pass
+
+
 cdef class Stream(Handle):
     def __cinit__(self):
         self.chunks = self.small
@@ -654,6 +662,8 @@ cdef class Engine:
         self.generation = fork_generation
         self.dirty = []
         self.dirty_spare = []
+        self.layers = []
+        self.layers_spare = []
         self.resync = []
         self.live = set()
         self.cancelled = set()
@@ -662,6 +672,7 @@ cdef class Engine:
 
     def __dealloc__(self):
         Py_XDECREF(self.spare)
+        Py_XDECREF(self.plain)
 
     def __del__(self):
         self.close()
@@ -714,6 +725,13 @@ cdef class Engine:
             self.expectation = min(self.expectation + 1, EXPECTATION_MAX)
             self.schedule()
 
+    cdef void mark_layer(self, Layer layer) noexcept:
+        layer.gathering = True
+        self.layers.append(layer)
+        if not self.in_pass and not self.flush_scheduled:
+            self.expectation = min(self.expectation + 1, EXPECTATION_MAX)
+            self.schedule()
+
     cdef void mark_resync(self, Stream stream) noexcept:
         if stream.resyncing:
             return
@@ -746,7 +764,7 @@ cdef class Engine:
         # Was it worth coming back right after the iteration's tasks?
         if self.expecting:
             self.expecting = False
-            if self.dirty:
+            if self.dirty or self.layers:
                 self.expectation = min(self.expectation + 2, EXPECTATION_MAX)
             else:
                 self.expectation -= 1
@@ -772,13 +790,29 @@ cdef class Engine:
 
         For a loop that stops running while output is gathered.
         """
-        if not self.closed and self.generation == fork_generation and not self.in_pass and self.dirty:
+        if not self.closed and self.generation == fork_generation and not self.in_pass:
             self.flush_direct()
+
+    cdef void gather_layers(self) noexcept:
+        """Let layers pass on what was written to them: to streams, which become dirty, or to other layers."""
+        cdef list batch
+        cdef Layer layer
+        while self.layers:
+            batch = self.layers
+            self.layers = self.layers_spare
+            self.layers_spare = batch
+            for layer in batch:
+                layer.gathering = False
+                layer.gather()
+            batch.clear()
 
     cdef void flush_direct(self) noexcept:
         """Send every dirty stream's queue with a call of its own."""
-        cdef list batch = self.dirty
+        cdef list batch
         cdef Stream stream
+        if self.layers:
+            self.gather_layers()
+        batch = self.dirty
         self.dirty = self.dirty_spare
         self.dirty_spare = batch
         for stream in batch:
@@ -869,6 +903,7 @@ cdef class Engine:
                 (<Stream>handle).reading = False
         self.shut()
         self.dirty.clear()
+        self.layers.clear()
         self.resync.clear()
 
     def stats(self):

@@ -235,12 +235,12 @@ cdef class Epoll(Engine):
                     handle.complete(0, 0, self.events[i].events)
             handles.clear()
             delivered += n
-            if self.dirty:
+            if self.dirty or self.layers:
                 self.flush_direct()
             more = n == BATCH or bool(self.resync)
         if self.flush_scheduled:
             return
-        if more or self.dirty or self.resync:
+        if more or self.dirty or self.layers or self.resync:
             self.schedule()
         elif delivered and self.expectation > 0:
             self.expecting = True

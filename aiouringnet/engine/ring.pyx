@@ -918,7 +918,7 @@ cdef class Ring(Engine):
             rounds += 1
             if self.resync:
                 self.resync_all()
-            if self.dirty:
+            if self.dirty or self.layers:
                 self.flush_output()
             if airn_unsubmitted(&self.ring) or (
                 airn_sq_flags(&self.ring) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)
@@ -931,7 +931,7 @@ cdef class Ring(Engine):
                 if io_uring_submit(&self.send_ring) < 0:
                     ok = False
                 n += self.reap_sends()
-            if n == 0 and not self.dirty and not self.resync and not airn_unsubmitted(&self.ring):
+            if n == 0 and not self.dirty and not self.layers and not self.resync and not airn_unsubmitted(&self.ring):
                 break
             if not ok:
                 break
@@ -939,7 +939,7 @@ cdef class Ring(Engine):
             # Others get their turn; what was written goes out before.
             if self.resync:
                 self.resync_all()
-            if self.dirty:
+            if self.dirty or self.layers:
                 self.flush_output()
             if airn_unsubmitted(&self.ring):
                 ok = self.enter()
@@ -947,7 +947,7 @@ cdef class Ring(Engine):
                 ok = False
         if self.flush_scheduled:
             return
-        if not ok or self.dirty or self.resync or self.pending():
+        if not ok or self.dirty or self.layers or self.resync or self.pending():
             self.schedule()
             return
         if delivered and self.expectation > 0:
@@ -1020,6 +1020,8 @@ cdef class Ring(Engine):
         """Send what was written: directly for few streams, through the ring for many."""
         cdef list batch
         cdef Stream stream
+        if self.layers:
+            self.gather_layers()
         if len(self.dirty) <= self.direct_limit:
             self.flush_direct()
             return

@@ -32,7 +32,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from libc.string cimport memcpy
 
-from aiouringnet.engine.core cimport Engine, Sink, Stream, flag
+from aiouringnet.engine.core cimport Engine, Layer, Sink, Stream
 
 
 cdef extern from "Python.h":
@@ -74,32 +74,6 @@ class Transport(transports._FlowControlMixin):
 
 
 cdef class StreamTransport(Sink):
-    # the connection
-    cdef Engine engine
-    cdef Stream stream
-    cdef object loop, sock
-    cdef int fileno
-    cdef object protocol, context
-    cdef object server
-    cdef object extra               # dict or None
-    cdef object peername, sockname, transport_socket
-    cdef object table               # the loop's descriptor -> transport, or None
-    cdef object __weakref__
-
-    # state
-    cdef flag closing, paused, eof
-    cdef flag in_context            # a callback of ours is running
-    cdef flag detached              # nothing is in flight
-    cdef flag finished              # connection_lost was called
-    cdef int lost                   # how often a write was dropped, plus one; 0: not lost
-
-    # flow control
-    cdef flag protocol_paused
-    cdef size_t high, low
-
-    # loop.sendfile() waits with it for the queue to drain; no write meanwhile
-    cdef object empty_waiter
-
     _start_tls_compatible = True
     _sendfile_compatible = TRY_NATIVE
 
@@ -189,6 +163,10 @@ cdef class StreamTransport(Sink):
         return self.protocol_paused != 0
 
     @property
+    def _engine(self):
+        return self.engine
+
+    @property
     def _sock(self):
         return self.sock
 
@@ -240,6 +218,7 @@ cdef class StreamTransport(Sink):
         """Hand what arrives from now on to `protocol`, an asyncio.Protocol or BufferedProtocol."""
         self.protocol = protocol
         self.buffered = isinstance(protocol, BufferedProtocol)
+        self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
 
     def get_protocol(self):
         return self.protocol
@@ -345,6 +324,17 @@ cdef class StreamTransport(Sink):
         if self.stream.queued > self.high:
             self.on_high_water()
 
+    cdef void put(self, object owner, const char* data, size_t size) noexcept:
+        if self.lost:
+            return
+        try:
+            self.stream.write(owner, data, size)
+        except MemoryError as exc:
+            self.fatal(exc, "Fatal write error on socket transport")
+            return
+        if self.stream.queued > self.high:
+            self.on_high_water()
+
     def writelines(self, list_of_data):
         """Queue each bytes-like object of an iterable, to be sent together."""
         cdef const char* start
@@ -389,12 +379,15 @@ cdef class StreamTransport(Sink):
     # --- Sink: input ---------------------------------------------------------
 
     cdef void on_data(self, const char* data, Py_ssize_t size) noexcept:
+        if self.layer is not None:
+            self.layer.received(data, size)
+            return
         if self.buffered:
             self.feed(data, size)
             return
         self.receive(PyBytes_FromStringAndSize(data, size))
 
-    cdef inline void receive(self, object data) noexcept:
+    cdef void receive(self, object data) noexcept:
         try:
             PyContext_Enter(self.context)
             self.in_context = True
@@ -469,7 +462,7 @@ cdef class StreamTransport(Sink):
         cdef PyObject* spare
         if not self.buffered:
             spare = self.engine.spare
-            if 0 < size < HANDOVER_BYTES:
+            if 0 < size < HANDOVER_BYTES or (size and self.layer is not None):
                 self.on_data(PyBytes_AS_STRING(<object>spare), size)
             elif size:
                 self.engine.spare = NULL
@@ -641,6 +634,7 @@ cdef class StreamTransport(Sink):
         finally:
             self.finished = True
             self.protocol = None
+            self.layer = None
             if self.empty_waiter is not None and not self.empty_waiter.done():
                 self.empty_waiter.set_exception(ConnectionError("Connection is closed by peer"))
             if self.detached:

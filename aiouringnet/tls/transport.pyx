@@ -1,0 +1,998 @@
+"""asyncio's TLS over any of our transports.
+
+A TLSTransport has two faces.  To the transport below it is the protocol: a
+Layer, which gets ciphertext where it lies.  To the application it is the
+transport.  What it does follows asyncio.sslproto; Records does the
+cryptography.
+
+States, in their order:
+
+    NEW         the transport below has not begun yet
+    HANDSHAKE
+    OPEN
+    FLUSHING    close() was called, or the peer has ended: what was written is yet to be encrypted
+    SHUTDOWN    our close_notify is on its way, the peer's is awaited; data before it is dropped
+    OVER        the transport below closes, or is lost; connection_lost() follows from there
+
+Output.  write() queues plaintext.  The engine calls gather() when a pass or a
+loop iteration ends: then everything queued becomes as few records as
+possible, and ciphertext goes to the transport below.  While that is over its
+limit nothing more is encrypted, so a slow peer costs plaintext that the
+application holds anyway, and a bounded amount of ciphertext.  That limit is
+the application's own low-water mark: whenever both queues together are above
+it, the transport below has told us to pause and will tell us to resume.
+
+Input.  Everything that arrives is decrypted at once, unless the application
+has paused reading: then the transport below is paused, and what it had
+delivered is kept.
+"""
+
+import asyncio
+import ssl
+import sys
+from asyncio import sslproto
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_XDECREF
+from libc.string cimport memcpy
+
+from aiouringnet.engine.core cimport Engine, Layer, flag
+from aiouringnet.tls.records cimport FAILED, Records, WANTS_MORE
+from aiouringnet.transports.stream cimport StreamTransport, own
+
+from aiouringnet.tls.records import AGAIN
+from aiouringnet.transports.stream import Transport
+
+
+cdef extern from "Python.h":
+    PyObject* new_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
+    int _PyBytes_Resize(PyObject** data, Py_ssize_t size)
+    object PyContext_CopyCurrent()
+    int PyContext_Enter(object) except -1
+    int PyContext_Exit(object) except -1
+
+
+cdef object logger = asyncio.log.logger
+cdef object BufferedProtocol = asyncio.BufferedProtocol
+
+# asyncio.constants
+cdef enum:
+    LOG_THRESHOLD_FOR_CONNLOST_WRITES = 5
+    DEFAULT_HIGH_WATER = 524288     # FLOW_CONTROL_HIGH_WATER_SSL_WRITE
+    DEFAULT_READ_HIGH_WATER = 262144
+HANDSHAKE_TIMEOUT_S = asyncio.constants.SSL_HANDSHAKE_TIMEOUT
+SHUTDOWN_TIMEOUT_S = getattr(asyncio.constants, "SSL_SHUTDOWN_TIMEOUT", 30.0)  # since Python 3.11
+
+cdef enum:
+    NEW
+    HANDSHAKE
+    OPEN
+    FLUSHING
+    SHUTDOWN
+    OVER
+
+cdef enum:
+    RECORD_BYTES = 16384    # plaintext of a full record, RFC 8446 section 5.1
+    # Encrypted and sent at a time: the ciphertext is sent while it is in the cache.
+    BATCH_BYTES = 65536
+    # A direct delivery's bytes object, and from what size it is handed over
+    # rather than copied; see transports/stream.pyx.
+    READ_BYTES = 122880
+    HANDOVER_BYTES = 8192
+
+cdef object TimeoutError_ = asyncio.TimeoutError
+cdef object FALLBACK = asyncio.constants._SendfileMode.FALLBACK
+
+
+def positive(name, value, default):
+    """A timeout in seconds, or a size in bytes, as asyncio checks it."""
+    if value is None:
+        return default
+    if value <= 0:
+        raise ValueError(f"{name} should be a positive number, got {value}")
+    return value
+
+
+cdef class TLSTransport(Layer):
+    # the connection
+    cdef Engine engine
+    cdef Records records
+    cdef object lower               # the transport below
+    cdef StreamTransport stream     # the same, where it is a stream's
+    cdef object loop, protocol, context, sslcontext
+    cdef Layer layer                # the protocol, where it takes bytes where they lie
+    cdef object waiter, timer
+    cdef object handshake_timeout_s, shutdown_timeout_s
+    cdef object started_at          # in debug mode, when the handshake started
+    cdef object __weakref__
+
+    # state
+    cdef int state
+    cdef flag closing               # close() was called, or it is over
+    cdef flag buffered              # the protocol is a BufferedProtocol
+    cdef flag made, ended           # connection_made() and eof_received() were called
+    cdef flag accepted              # by a server: nobody waits for the handshake
+    cdef flag in_context            # a callback of ours is running
+    cdef flag eof                   # the transport below has ended
+    cdef flag peer_closed           # the peer's close_notify has come
+    cdef int dropped                # how often a write was dropped
+
+    # input
+    cdef flag paused                # by the application
+    cdef flag holding               # until whoever made the connection has the transport in hand
+    cdef flag resuming              # _resume() is scheduled
+    cdef Py_ssize_t read_bytes
+    cdef object read_limits
+
+    # output: plaintext, pieces[head:], the first one from `offset`
+    cdef list pieces
+    cdef Py_ssize_t head, offset, queued
+    cdef Py_ssize_t batch_bytes
+    cdef flag blocked               # nothing can be written before something is read (renegotiation)
+    cdef flag lower_paused
+    cdef flag protocol_paused
+    cdef Py_ssize_t high, low
+
+    _start_tls_compatible = True
+    _sendfile_compatible = FALLBACK
+
+    def __init__(
+        self,
+        Engine engine,
+        records_class,
+        protocol,
+        sslcontext,
+        waiter=None,
+        *,
+        server_side=False,
+        server_hostname=None,
+        call_connection_made=True,
+        accepted=False,
+        ssl_handshake_timeout=None,
+        ssl_shutdown_timeout=None,
+        ssl_incoming_bio_size=None,
+        ssl_outgoing_bio_size=None,
+    ):
+        self.handshake_timeout_s = positive("ssl_handshake_timeout", ssl_handshake_timeout, HANDSHAKE_TIMEOUT_S)
+        self.shutdown_timeout_s = positive("ssl_shutdown_timeout", ssl_shutdown_timeout, SHUTDOWN_TIMEOUT_S)
+        self.read_bytes = max(positive("ssl_incoming_bio_size", ssl_incoming_bio_size, READ_BYTES), 1024)
+        self.batch_bytes = max(positive("ssl_outgoing_bio_size", ssl_outgoing_bio_size, BATCH_BYTES), RECORD_BYTES)
+        self.read_bytes = min(self.read_bytes, READ_BYTES)
+        if not sslcontext:
+            sslcontext = sslproto._create_transport_context(server_side, server_hostname)
+        self.engine = engine
+        self.loop = engine.loop
+        self.sslcontext = sslcontext
+        self.records = records_class(sslcontext, server_side, None if server_side else server_hostname or None)
+        self.waiter = waiter
+        self.accepted = accepted
+        self.made = not call_connection_made
+        self.context = PyContext_CopyCurrent()
+        self.pieces = []
+        self.high = DEFAULT_HIGH_WATER
+        self.low = DEFAULT_HIGH_WATER // 4
+        self.set_protocol(protocol)
+
+    @property
+    def __class__(self):
+        return Transport
+
+    def __repr__(self):
+        cdef list info = ["TLSTransport"]
+        if self.state == OVER:
+            info.append("closed")
+        elif self.closing:
+            info.append("closing")
+        elif self.state < OPEN:
+            info.append("handshaking")
+        if self.lower is not None:
+            info.append(f"over={self.lower!r}")
+        return "<{}>".format(" ".join(info))
+
+    # --- what asyncio's own helpers look at ----------------------------------
+
+    @property
+    def _loop(self):
+        return self.loop
+
+    @property
+    def _protocol_paused(self):
+        return self.protocol_paused != 0
+
+    @property
+    def _ssl_protocol(self):
+        return self
+
+    @property
+    def _engine(self):
+        return self.engine
+
+    @property
+    def _sslcontext(self):
+        return self.sslcontext
+
+    def _force_close(self, exc):
+        self.closing = True
+        self.abandon(exc)
+
+    def _fatal_error(self, exc, message="Fatal error on transport"):
+        self.fatal(exc, message)
+
+    # --- the protocol of the transport below ---------------------------------
+
+    def connection_made(self, transport):
+        self.lower = transport
+        if isinstance(transport, StreamTransport):
+            self.stream = transport
+        if self.state == OVER:
+            transport.abort()
+            return
+        if transport._protocol_paused:
+            # start_tls() on a transport whose protocol was paused: so was, in effect, ours.
+            self.lower_paused = self.protocol_paused = True
+        self.limit_lower()
+        if self.loop.get_debug():
+            logger.debug("%r starts SSL handshake", self)
+            self.started_at = self.loop.time()
+        self.state = HANDSHAKE
+        self.timer = self.loop.call_later(self.handshake_timeout_s, self._check_handshake_timeout)
+        self.handshake()
+        if self.state == OPEN:
+            self.advance()
+        self.keep_input()
+
+    def feed_early(self, data):
+        """Bytes of the peer's that were received before the upgrade."""
+        self.records.feed(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+        self.records.keep_input()
+
+    def data_received(self, data):
+        self.received(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+    def eof_received(self):
+        """True: the transport below stays open until we close it."""
+        if self.loop.get_debug():
+            logger.debug("%r received EOF", self)
+        self.eof = True
+        if self.state == HANDSHAKE:
+            self.handshake_failed(ConnectionResetError("the peer closed the connection during the TLS handshake"))
+        elif self.state == OPEN:
+            if not self.paused and not self.holding:
+                self.end_of_input()
+        elif self.state == SHUTDOWN:
+            self.finish()
+        return True
+
+    def connection_lost(self, exc):
+        self.cancel_timer()
+        self.drop_output()
+        self.records.drop_input()
+        self.dropped += 1
+        self.closing = True
+        self.state = OVER
+        if self.made and self.protocol is not None:
+            self.loop.call_soon(self._connection_lost, self.protocol, exc, context=self.context)
+        self.wake_waiter(exc or ConnectionAbortedError("the connection was closed during the TLS handshake"))
+        self.protocol = None
+        self.layer = None
+
+    def _connection_lost(self, protocol, exc):
+        protocol.connection_lost(exc)
+
+    def pause_writing(self):
+        self.lower_paused = True
+
+    def resume_writing(self):
+        self.lower_paused = False
+        self.encrypt()
+        if self.state == FLUSHING:
+            self.shut_down()
+        self.control_writing()
+
+    # --- input ---------------------------------------------------------------
+
+    cdef void received(self, const char* data, Py_ssize_t size) noexcept:
+        if self.state == OVER:
+            return
+        try:
+            self.records.feed(data, size)
+        except MemoryError as exc:
+            self.fatal(exc, "Fatal error on SSL protocol")
+            return
+        self.advance()
+        self.keep_input()
+
+    cdef void keep_input(self) noexcept:
+        if self.state == OVER:
+            self.records.drop_input()
+            return
+        try:
+            self.records.keep_input()
+        except MemoryError as exc:
+            self.records.drop_input()
+            self.fatal(exc, "Fatal error on SSL protocol")
+
+    cdef void advance(self) noexcept:
+        """Do what the input allows."""
+        if self.state == HANDSHAKE:
+            self.handshake()
+        if self.state == OPEN:
+            self.deliver()
+        if self.state == FLUSHING or self.state == SHUTDOWN:
+            self.discard_input()
+        if self.blocked:
+            self.blocked = False
+            self.encrypt()
+            if self.state == FLUSHING:
+                self.shut_down()
+        # Tickets, alerts, answers to KeyUpdate.
+        self.emit()
+
+    cdef void deliver(self) noexcept:
+        """Decrypt for the protocol as long as it wants data."""
+        cdef Py_ssize_t n
+        while self.state == OPEN and not self.paused and not self.holding and self.records.has_input():
+            n = self.fill_buffer() if self.buffered else self.read()
+            if n == 0:
+                self.peer_closed = True
+                if self.state == SHUTDOWN:
+                    self.finish()  # close() was called meanwhile
+                elif self.state == OPEN and not self.paused:
+                    self.end_of_input()
+            elif n == FAILED and self.state != OVER:
+                error = self.records.error
+                self.records.error = None
+                self.emit()  # the alert
+                self.fatal(error, "SSL error in data received")
+            if n <= 0:
+                return
+
+    cdef Py_ssize_t read(self) noexcept:
+        """One data_received() with all that is there, up to read_bytes; returns what Records.read() said last."""
+        cdef PyObject* spare = self.engine.plain
+        cdef char* to
+        cdef Py_ssize_t n = WANTS_MORE
+        cdef Py_ssize_t total = 0
+        # It is ours alone: OpenSSL may call back into Python (a keylog file, for one).
+        self.engine.plain = NULL
+        if spare == NULL:
+            spare = new_bytes(NULL, READ_BYTES)
+            if spare == NULL:
+                self.records.error = MemoryError()
+                return FAILED
+        to = PyBytes_AS_STRING(<object>spare)
+        while total < self.read_bytes:
+            n = self.records.read(to + total, self.read_bytes - total)
+            if n <= 0:
+                break
+            total += n
+            if not self.records.has_input():
+                break
+        if total == 0:
+            self.keep_spare(spare)
+            return n
+        if self.layer is not None:
+            self.layer.received(to, total)
+            self.keep_spare(spare)
+        elif total < HANDOVER_BYTES:
+            data = PyBytes_FromStringAndSize(to, total)
+            self.keep_spare(spare)
+            self.receive(data)
+        elif _PyBytes_Resize(&spare, total) < 0:
+            self.records.error = MemoryError()
+            return FAILED
+        else:
+            data = <object>spare
+            Py_DECREF(data)
+            self.receive(data)
+        return n
+
+    cdef void keep_spare(self, PyObject* spare) noexcept:
+        Py_XDECREF(self.engine.plain)
+        self.engine.plain = spare
+
+    cdef void receive(self, object data) noexcept:
+        try:
+            PyContext_Enter(self.context)
+            self.in_context = True
+            try:
+                self.protocol.data_received(data)
+            finally:
+                self.in_context = False
+                PyContext_Exit(self.context)
+        except BaseException as exc:
+            self.failed(exc, "Fatal error: protocol.data_received() call failed.")
+
+    cdef Py_ssize_t fill_buffer(self) noexcept:
+        """Decrypt into the protocol's buffer, which is asked for when there is something to put there."""
+        cdef Py_buffer view
+        cdef Py_ssize_t total = 0
+        cdef Py_ssize_t n = self.records.peek()
+        if n <= 0:
+            return n
+        try:
+            PyContext_Enter(self.context)
+            self.in_context = True
+            try:
+                buffer = self.protocol.get_buffer(n)
+                PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+            finally:
+                self.in_context = False
+                PyContext_Exit(self.context)
+            if view.len == 0:
+                PyBuffer_Release(&view)
+                raise RuntimeError("get_buffer() returned an empty buffer")
+        except BaseException as exc:
+            self.failed(exc, "Fatal error: protocol.get_buffer() call failed.")
+            return 1
+        if self.state != OPEN:
+            PyBuffer_Release(&view)
+            return 1
+        while total < view.len:
+            n = self.records.read(<char*>view.buf + total, view.len - total)
+            if n <= 0:
+                break
+            total += n
+            if not self.records.has_input():
+                break
+        PyBuffer_Release(&view)
+        if total == 0:
+            return n
+        try:
+            PyContext_Enter(self.context)
+            self.in_context = True
+            try:
+                self.protocol.buffer_updated(total)
+            finally:
+                self.in_context = False
+                PyContext_Exit(self.context)
+        except BaseException as exc:
+            self.failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
+        return n
+
+    cdef void end_of_input(self) noexcept:
+        """The peer's close_notify, or the end of the transport below, which counts as one as in asyncio."""
+        self.call_eof_received()
+        if self.state == OPEN:
+            self.start_shutdown()
+
+    cdef void call_eof_received(self) noexcept:
+        if self.ended or not self.made or self.protocol is None:
+            return
+        self.ended = True
+        try:
+            PyContext_Enter(self.context)
+            self.in_context = True
+            try:
+                keep_open = self.protocol.eof_received()
+            finally:
+                self.in_context = False
+                PyContext_Exit(self.context)
+            if keep_open:
+                logger.warning("returning true from eof_received() has no effect when using ssl")
+        except BaseException as exc:
+            self.failed(exc, "Error calling eof_received()")
+
+    cdef void discard_input(self) noexcept:
+        """After close(): only the peer's close_notify matters."""
+        cdef char scratch[RECORD_BYTES]
+        cdef Py_ssize_t n
+        while self.records.has_input():
+            n = self.records.read(scratch, sizeof(scratch))
+            if n > 0:
+                continue
+            if n == 0:
+                self.peer_closed = True
+                if self.state == SHUTDOWN:
+                    self.finish()
+            elif n == FAILED:
+                error = self.records.error
+                self.records.error = None
+                self.fatal(error, "Error occurred during shutdown")
+            return
+
+    # --- the handshake -------------------------------------------------------
+
+    cdef void handshake(self) noexcept:
+        try:
+            self.records.sslobj.do_handshake()
+        except AGAIN:
+            self.emit()
+            return
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.engine.interrupted(exc)
+            self.handshake_failed(ConnectionAbortedError("the TLS handshake was interrupted"))
+            return
+        except BaseException as exc:
+            self.emit()  # the alert
+            self.handshake_failed(exc)
+            return
+        if self.state != HANDSHAKE:
+            return  # a callback has closed the connection
+        self.state = OPEN
+        self.cancel_timer()
+        if self.started_at is not None:
+            logger.debug("%r: SSL handshake took %.1f ms", self, (self.loop.time() - self.started_at) * 1e3)
+        # With a client's last flight, or a server's tickets.
+        self.emit()
+        if not self.made:
+            self.made = True
+            self.call_connection_made()
+        if self.waiter is not None:
+            self.wake_waiter(None)
+            self.holding = True
+            self.schedule_resume()
+        if self.queued and not self.gathering:
+            self.engine.mark_layer(self)
+
+    cdef void call_connection_made(self) noexcept:
+        try:
+            PyContext_Enter(self.context)
+            self.in_context = True
+            try:
+                self.protocol.connection_made(self)
+            finally:
+                self.in_context = False
+                PyContext_Exit(self.context)
+        except BaseException as exc:
+            self.failed(exc, "Fatal error: protocol.connection_made() call failed.")
+
+    cdef void handshake_failed(self, object exc) noexcept:
+        if self.state != HANDSHAKE:
+            return
+        self.fatal(
+            exc,
+            "SSL handshake failed on verifying the certificate"
+            if isinstance(exc, ssl.CertificateError) else "SSL handshake failed",
+        )
+        self.wake_waiter(exc)
+
+    def _check_handshake_timeout(self):
+        if self.state == HANDSHAKE:
+            self.handshake_failed(
+                ConnectionAbortedError(
+                    f"SSL handshake is taking longer than {self.handshake_timeout_s} seconds: aborting the connection"
+                )
+            )
+
+    cdef void wake_waiter(self, object exc) noexcept:
+        waiter = self.waiter
+        self.waiter = None
+        if waiter is not None:
+            if not waiter.done():
+                if exc is None:
+                    waiter.set_result(None)
+                else:
+                    waiter.set_exception(exc)
+        elif exc is not None and self.accepted and not self.made:
+            self.accepted = False
+            if self.loop.get_debug():
+                self.loop.call_exception_handler({
+                    "message": "Error on transport creation for incoming connection",
+                    "exception": exc,
+                    "protocol": self.protocol,
+                    "transport": self,
+                })
+
+    # --- output --------------------------------------------------------------
+
+    cdef void gather(self) noexcept:
+        if self.queued and not self.lower_paused:
+            self.encrypt()
+            if self.protocol_paused:
+                self.control_writing()
+
+    cdef void encrypt(self) noexcept:
+        """Make records of what is queued, as far as the transport below takes them."""
+        cdef Py_ssize_t room, n = 1
+        if self.state != OPEN and self.state != FLUSHING:
+            return
+        while self.queued and not self.lower_paused and not self.blocked:
+            room = min(self.queued, self.batch_bytes)
+            try:
+                self.records.expect_output(room)
+            except MemoryError as exc:
+                self.fatal(exc, "Fatal error on SSL protocol")
+                return
+            while room > 0:
+                n = self.encrypt_some(room)
+                if n <= 0:
+                    break
+                room -= n
+            self.emit()
+            if n == FAILED:
+                error = self.records.error
+                self.records.error = None
+                self.fatal(error, "Fatal error on SSL protocol")
+                return
+            if n <= 0:
+                self.blocked = True
+
+    cdef Py_ssize_t encrypt_some(self, Py_ssize_t room) noexcept:
+        """One record's worth, or more of one large piece; returns the bytes taken, or what Records.write() said."""
+        cdef char staged[RECORD_BYTES]
+        cdef Py_ssize_t size, filled = 0, i = self.head, offset = self.offset
+        cdef Py_ssize_t n
+        cdef const char* data
+        cdef Py_buffer view
+        while True:
+            piece = self.pieces[i]
+            if PyBytes_CheckExact(piece):
+                data = PyBytes_AS_STRING(piece)
+                size = PyBytes_GET_SIZE(piece)
+            else:
+                # A memoryview of bytes, which stay where they are as long as the view does.
+                PyObject_GetBuffer(piece, &view, PyBUF_SIMPLE)
+                data = <const char*>view.buf
+                size = view.len
+                PyBuffer_Release(&view)
+            data += offset
+            size -= offset
+            if filled == 0 and (size >= RECORD_BYTES or size == self.queued):
+                n = self.records.write(data, min(size, room))
+                break
+            if size > RECORD_BYTES - filled:
+                size = RECORD_BYTES - filled
+            memcpy(staged + filled, data, size)
+            filled += size
+            i += 1
+            offset = 0
+            if filled == RECORD_BYTES or filled == self.queued:
+                n = self.records.write(staged, filled)
+                break
+        if n > 0:
+            self.consume(n)
+        return n
+
+    cdef void consume(self, Py_ssize_t n) noexcept:
+        cdef Py_ssize_t size
+        self.queued -= n
+        if self.queued == 0:
+            self.pieces.clear()
+            self.head = self.offset = 0
+            return
+        n += self.offset
+        while True:
+            size = len(self.pieces[self.head])
+            if n < size:
+                break
+            n -= size
+            self.pieces[self.head] = None
+            self.head += 1
+        self.offset = n
+        if self.head > 64 and 2 * self.head > len(self.pieces):
+            del self.pieces[:self.head]
+            self.head = 0
+
+    cdef void drop_output(self) noexcept:
+        self.pieces.clear()
+        self.head = self.offset = self.queued = 0
+
+    cdef void emit(self) noexcept:
+        """Pass ciphertext to the transport below."""
+        cdef const char* data = NULL
+        cdef Py_ssize_t size = 0
+        try:
+            output = self.records.take_output(&data, &size)
+            if output is None or self.lower is None:
+                return
+            if self.stream is not None:
+                self.stream.put(output, data, size)
+            else:
+                self.lower.write(output if size == PyBytes_GET_SIZE(output) else data[:size])
+        except Exception as exc:
+            self.fatal(exc, "Fatal error on SSL protocol")
+
+    cdef Py_ssize_t lower_queued(self) noexcept:
+        if self.stream is not None:
+            return <Py_ssize_t>self.stream.stream.queued
+        return 0 if self.lower is None else self.lower.get_write_buffer_size()
+
+    cdef void control_writing(self) noexcept:
+        """Tell the protocol to pause or to resume."""
+        cdef Py_ssize_t size
+        if self.state == OVER or self.protocol is None:
+            return
+        size = self.queued + self.lower_queued()
+        if size > self.high and not self.protocol_paused:
+            self.protocol_paused = True
+            self.call_flow_control(self.protocol.pause_writing, "protocol.pause_writing() failed")
+        elif size <= self.low and self.protocol_paused:
+            self.protocol_paused = False
+            self.call_flow_control(self.protocol.resume_writing, "protocol.resume_writing() failed")
+
+    cdef void call_flow_control(self, object function, str message) noexcept:
+        cdef bint enter = not self.in_context
+        try:
+            if enter:
+                PyContext_Enter(self.context)
+                self.in_context = True
+            try:
+                function()
+            finally:
+                if enter:
+                    self.in_context = False
+                    PyContext_Exit(self.context)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.engine.interrupted(exc)
+        except BaseException as exc:
+            self.loop.call_exception_handler({
+                "message": message,
+                "exception": exc,
+                "transport": self,
+                "protocol": self.protocol,
+            })
+
+    cdef void limit_lower(self) noexcept:
+        self.lower.set_write_buffer_limits(self.low, self.low)
+
+    # --- the end -------------------------------------------------------------
+
+    cdef void start_shutdown(self) noexcept:
+        if self.state >= FLUSHING:
+            return
+        self.closing = True
+        if self.state < OPEN or self.engine.closed:
+            self.abandon(None)
+            return
+        self.state = FLUSHING
+        self.timer = self.loop.call_later(self.shutdown_timeout_s, self._check_shutdown_timeout)
+        self.encrypt()
+        if self.state == FLUSHING:
+            self.shut_down()
+        if self.state == FLUSHING or self.state == SHUTDOWN:
+            # The peer's close_notify may be behind data that nobody wants any more.
+            if not self.eof and not self.peer_closed:
+                self.discard_input()
+                self.lower.resume_reading()
+
+    cdef void shut_down(self) noexcept:
+        """Send close_notify when all that was written is encrypted."""
+        if self.queued:
+            return
+        self.state = SHUTDOWN
+        if not self.eof:
+            self.records.shutdown()
+            self.emit()
+        if self.state == SHUTDOWN and (self.eof or self.peer_closed):
+            self.finish()
+
+    cdef void finish(self) noexcept:
+        """Both sides have said goodbye."""
+        self.cancel_timer()
+        self.call_eof_received()
+        if self.state == SHUTDOWN:
+            self.state = OVER
+            self.loop.call_soon(self.lower.close)
+
+    def _check_shutdown_timeout(self):
+        if self.state == FLUSHING or self.state == SHUTDOWN:
+            self.abandon(TimeoutError_("SSL shutdown timed out"))
+
+    cdef void abandon(self, object exc) noexcept:
+        """Close the transport below at once."""
+        self.closing = True
+        self.state = OVER
+        self.cancel_timer()
+        self.drop_output()
+        if self.lower is not None:
+            self.lower._force_close(exc)
+
+    cdef void failed(self, object exc, str message) noexcept:
+        """A protocol callback raised."""
+        if isinstance(exc, (SystemExit, KeyboardInterrupt)):
+            self.engine.interrupted(exc)
+        else:
+            self.fatal(exc, message)
+
+    cdef void fatal(self, object exc, str message) noexcept:
+        if isinstance(exc, OSError):
+            if self.loop.get_debug():
+                logger.debug("%r: %s", self, message, exc_info=exc)
+        elif not isinstance(exc, asyncio.CancelledError):
+            self.loop.call_exception_handler({
+                "message": message,
+                "exception": exc,
+                "transport": self,
+                "protocol": self.protocol,
+            })
+        if self.state != OVER:
+            if self.stream is not None and not self.engine.closed and not self.stream.stream.sending:
+                # An alert that says why has a last chance.
+                self.stream.stream.send_direct()
+            self.abandon(exc)
+
+    cdef void cancel_timer(self) noexcept:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    # --- asyncio.BaseTransport -----------------------------------------------
+
+    def get_extra_info(self, name, default=None):
+        """Transport details.
+
+        "ssl_object", "sslcontext", "peercert", "cipher" and "compression" as
+        in asyncio; "tls_engine": "openssl", or "ssl" for the standard
+        library's objects; all else is the transport's below.
+        """
+        if name == "sslcontext":
+            return self.sslcontext
+        if name == "tls_engine":
+            return self.records.kind
+        if self.made and self.state != NEW:
+            sslobj = self.records.sslobj
+            if name == "ssl_object":
+                return sslobj
+            try:
+                if name == "peercert":
+                    return sslobj.getpeercert()
+                if name == "cipher":
+                    return sslobj.cipher()
+                if name == "compression":
+                    return sslobj.compression()
+            except ValueError:
+                return default  # the handshake is not done
+        if self.lower is None:
+            return default
+        return self.lower.get_extra_info(name, default)
+
+    def set_protocol(self, protocol):
+        """Hand what arrives from now on to `protocol`, an asyncio.Protocol or BufferedProtocol."""
+        self.protocol = protocol
+        self.buffered = isinstance(protocol, BufferedProtocol)
+        self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
+
+    def get_protocol(self):
+        return self.protocol
+
+    def is_closing(self):
+        return self.closing != 0
+
+    def close(self):
+        """Send what was written, then close_notify; wait for the peer's, then close."""
+        if self.closing:
+            return
+        self.check_usable()
+        self.start_shutdown()
+
+    def abort(self):
+        """Close at once; queued output is lost."""
+        if self.state == OVER and self.closing and self.lower is None:
+            return
+        self.check_usable()
+        self._force_close(None)
+
+    cdef int check_usable(self) except -1:
+        """Like engine.check(), but a closed loop's transports may be closed."""
+        if not self.engine.closed:
+            self.engine.check()
+        return 0
+
+    # --- asyncio.ReadTransport -----------------------------------------------
+
+    def is_reading(self):
+        return not self.closing and not self.paused
+
+    def pause_reading(self):
+        """No data_received() until resume_reading()."""
+        if self.closing or self.paused:
+            return
+        self.engine.check()
+        self.paused = True
+        self.lower.pause_reading()
+
+    def resume_reading(self):
+        if self.closing or not self.paused:
+            return
+        self.engine.check()
+        self.paused = False
+        self.schedule_resume()
+
+    cdef void schedule_resume(self) noexcept:
+        if not self.resuming:
+            self.resuming = True
+            self.loop.call_soon(self._resume)
+
+    def _resume(self):
+        self.resuming = False
+        self.holding = False
+        if self.state == OVER or self.paused:
+            return
+        self.advance()
+        self.keep_input()
+        if self.state == OPEN and not self.paused:
+            if self.eof or self.peer_closed:
+                self.end_of_input()
+            else:
+                self.lower.resume_reading()
+
+    def set_read_buffer_limits(self, high=None, low=None):
+        """Accepted as asyncio does; reading pauses with the application, whatever the limits."""
+        self.read_limits = limits(high, low, DEFAULT_READ_HIGH_WATER)
+
+    def get_read_buffer_limits(self):
+        high, low = self.read_limits or limits(None, None, DEFAULT_READ_HIGH_WATER)
+        return (low, high)
+
+    # --- asyncio.WriteTransport ----------------------------------------------
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        """Bytes of queued output above which pause_writing() is called, and below which resume_writing()."""
+        self.high, self.low = limits(high, low, DEFAULT_HIGH_WATER)
+        if self.lower is not None and self.state < OVER:
+            self.limit_lower()
+        self.control_writing()
+
+    def get_write_buffer_limits(self):
+        return (self.low, self.high)
+
+    def get_write_buffer_size(self):
+        """Bytes queued or in flight: plaintext, and ciphertext in the transport below."""
+        return self.queued + (0 if self.lower is None else self.lower.get_write_buffer_size())
+
+    def can_write_eof(self):
+        return False
+
+    def write_eof(self):
+        """TLS connections cannot be half-closed: NotImplementedError, as in asyncio."""
+        raise NotImplementedError
+
+    def write(self, data):
+        """Queue bytes-like `data`; encrypted and sent by the end of the loop's iteration at the latest.
+
+        bytes, and memoryviews of bytes, are kept by reference; anything else
+        is copied before this returns.
+        """
+        self.add(data)
+        self.push()
+
+    def writelines(self, list_of_data):
+        """Queue each bytes-like object of an iterable, to be sent together."""
+        for data in list_of_data:
+            self.add(data)
+        self.push()
+
+    cdef int add(self, object data) except -1:
+        cdef const char* start
+        cdef Py_ssize_t size
+        if PyBytes_CheckExact(data):
+            size = PyBytes_GET_SIZE(data)
+        else:
+            owner = own(data, &start, &size)
+            if PyBytes_GET_SIZE(owner) == size:
+                data = owner
+            elif not (isinstance(data, memoryview) and data.format == "B"):
+                data = memoryview(data).cast("B")
+        if size == 0:
+            return 0
+        if self.closing:
+            if self.dropped >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
+                logger.warning("SSL connection is closed")
+            self.dropped += 1
+            return 0
+        self.engine.check()
+        self.pieces.append(data)
+        self.queued += size
+        return 0
+
+    cdef void push(self) noexcept:
+        if self.queued >= RECORD_BYTES and not self.lower_paused:
+            self.encrypt()
+        elif not self.gathering and self.queued and not self.lower_paused:
+            self.engine.mark_layer(self)
+        if self.queued + self.lower_queued() > self.high:
+            self.encrypt()
+            self.control_writing()
+
+
+cdef tuple limits(object high, object low, Py_ssize_t default):
+    if high is None:
+        high = default if low is None else 4 * low
+    if low is None:
+        low = high // 4
+    if not high >= low >= 0:
+        raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
+    return high, low

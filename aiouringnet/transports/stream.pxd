@@ -1,0 +1,55 @@
+# Read stream.pyx first.
+
+from aiouringnet.engine.core cimport Engine, Layer, Sink, Stream, flag
+
+
+cdef class StreamTransport(Sink):
+    # the connection
+    cdef Engine engine
+    cdef Stream stream
+    cdef object loop, sock
+    cdef int fileno
+    cdef object protocol, context
+    cdef Layer layer                # the protocol, where it takes bytes where they lie
+    cdef object server
+    cdef object extra               # dict or None
+    cdef object peername, sockname, transport_socket
+    cdef object table               # the loop's descriptor -> transport, or None
+    cdef object __weakref__
+
+    # state
+    cdef flag closing, paused, eof
+    cdef flag in_context            # a callback of ours is running
+    cdef flag detached              # nothing is in flight
+    cdef flag finished              # connection_lost was called
+    cdef int lost                   # how often a write was dropped, plus one; 0: not lost
+
+    # flow control
+    cdef flag protocol_paused
+    cdef size_t high, low
+
+    # loop.sendfile() waits with it for the queue to drain; no write meanwhile
+    cdef object empty_waiter
+
+    # For a layer: write(), without its checks
+    cdef void put(self, object owner, const char* data, size_t size) noexcept
+
+    cdef void receive(self, object data) noexcept
+    cdef void feed(self, const char* data, Py_ssize_t size) noexcept
+    cdef Py_ssize_t acquire(self, char** data, Py_ssize_t hint) noexcept
+    cdef object get_sockname(self)
+    cdef void on_high_water(self) noexcept
+    cdef void pause_writing(self) noexcept
+    cdef void resume_writing(self) noexcept
+    cdef void flow_control_failed(self, object exc, str message) noexcept
+    cdef void on_write_after_loss(self) noexcept
+    cdef int check_usable(self) except -1
+    cdef void failed(self, object exc, str message) noexcept
+    cdef void fatal(self, object exc, str message) noexcept
+    cdef void lose(self, object exc) noexcept
+    cdef void close_socket(self) noexcept
+    cdef void release_server(self) noexcept
+
+
+# An immutable bytes object that holds `data`, and where in it the data lies
+cdef object own(object data, const char** start, Py_ssize_t* size)
