@@ -53,6 +53,7 @@ _Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 _SocketAddress = tuple[Any, ...]
 _ClientConnected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
 _Engine = Literal["auto", "uring", "epoll", "loop"]
+_TLSEngine = Literal["auto", "openssl", "ssl"]
 
 class _EventLoopPolicy(Protocol):
     def get_event_loop(self) -> asyncio.AbstractEventLoop: ...
@@ -68,6 +69,7 @@ class _Options(TypedDict, total=False):
     sqpoll: bool
     sqpoll_idle_ms: int
     sqpoll_cpu: int | None
+    tls: _TLSEngine
 
 class _Ring(TypedDict):
     usable: bool
@@ -86,6 +88,8 @@ class _Status(TypedDict):
     remedy: str | None
     options: _Options
     details: dict[str, Any]
+    tls_engine: Literal["openssl", "ssl"]
+    why_not_openssl: str | None
     io_uring: _Ring
     kernel: str
     python: str
@@ -109,6 +113,7 @@ class Options:
     sqpoll: bool = ...
     sqpoll_idle_ms: int = ...
     sqpoll_cpu: int | None = ...
+    tls: _TLSEngine = ...
 
 # Connections
 

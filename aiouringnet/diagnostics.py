@@ -8,6 +8,7 @@ import platform
 import sys
 
 from aiouringnet import engine as engines
+from aiouringnet import tls
 from aiouringnet._version import __version__
 from aiouringnet.api.patch import is_patched
 from aiouringnet.options import ENGINE_VARIABLE, Options
@@ -29,6 +30,8 @@ def status(loop=None):
     remedy          what would change that: a sentence, None when it is "uring" or nothing is known to help
     options         those in force, by name
     details         the running engine's flags and sizes
+    tls_engine      what makes TLS records on our transports: "openssl", or "ssl" for ssl.SSLObject
+    why_not_openssl a sentence, None when it is "openssl"
     io_uring        what the kernel grants: usable, reason, errno, flags, features, ops
 
     and what these depend on: kernel, python, liburing, openssl, ktls_available,
@@ -52,9 +55,15 @@ def status(loop=None):
         "remedy": None if works else _remedy(loop, options, found),
         "options": dataclasses.asdict(options),
         "details": {} if running is None else running.details(),
+        **_tls(options),
         "io_uring": found,
         **machine(),
     }
+
+
+def _tls(options):
+    why_not = tls.why_not_openssl(options.tls)
+    return {"tls_engine": "openssl" if why_not is None else "ssl", "why_not_openssl": why_not}
 
 
 def stats(loop=None):

@@ -22,6 +22,8 @@ KEYS = {
     "remedy",
     "options",
     "details",
+    "tls_engine",
+    "why_not_openssl",
     "io_uring",
     "kernel",
     "python",

@@ -21,7 +21,7 @@ BUILD_S = 360
 # What a checkout has: no generated C, no extension modules, no build folder.
 FOLDERS = ("aiouringnet", "benchmarks", "examples", "tests")
 FILES = ("HISTORY.rst", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
-GENERATED = shutil.ignore_patterns("*.so", "core.c", "epoll.c", "ring.c", "stream.c", "__pycache__", "results")
+GENERATED = shutil.ignore_patterns("*.so", "core.c", "epoll.c", "ring.c", "stream.c", "openssl.c", "records.c", "transport.c", "__pycache__", "results")
 
 # What others compile against or check types with.
 SOURCES = [
@@ -34,9 +34,22 @@ SOURCES = [
     "aiouringnet/engine/liburing.pxd",
     "aiouringnet/engine/ring.pxd",
     "aiouringnet/engine/ring.pyx",
+    "aiouringnet/tls/openssl.pyx",
+    "aiouringnet/tls/records.pxd",
+    "aiouringnet/tls/records.pyx",
+    "aiouringnet/tls/transport.pyx",
+    "aiouringnet/transports/stream.pxd",
     "aiouringnet/transports/stream.pyx",
 ]
-EXTENSIONS = ["engine/core", "engine/epoll", "engine/ring", "transports/stream"]
+EXTENSIONS = [
+    "engine/core",
+    "engine/epoll",
+    "engine/ring",
+    "tls/openssl",
+    "tls/records",
+    "tls/transport",
+    "transports/stream",
+]
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is compiled")
 

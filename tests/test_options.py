@@ -65,6 +65,17 @@ def test_the_engine_comes_from_the_environment_unless_it_is_given(monkeypatch, e
     assert Options(engine="epoll").engine == "epoll"
 
 
+@pytest.mark.parametrize("tls", ["auto", "openssl", "ssl"])
+def test_the_tls_engine_comes_from_the_environment_unless_it_is_given(monkeypatch, tls):
+    monkeypatch.setenv("AIOURINGNET_TLS", tls)
+    assert Options().tls == tls
+    assert Options(tls="ssl").tls == "ssl"
+    for name, options in (("tls", {"tls": "gnutls"}), ("AIOURINGNET_TLS", {})):
+        monkeypatch.setenv("AIOURINGNET_TLS", "gnutls")
+        with pytest.raises(ValueError, match=f"^{name} must be one of 'auto', 'openssl', 'ssl', not 'gnutls'$"):
+            Options(**options)
+
+
 def test_an_empty_variable_is_none(monkeypatch):
     monkeypatch.setenv("AIOURINGNET_ENGINE", "")
     assert Options().engine == "auto"

@@ -20,8 +20,12 @@ import types
 
 from aiouringnet.api.call import parameters_of
 from aiouringnet.tls import records_class
-from aiouringnet.tls.transport import TLSTransport
 from aiouringnet.transports.stream import StreamTransport
+
+try:
+    from aiouringnet.tls.transport import TLSTransport
+except ImportError:  # a Python without ssl
+    TLSTransport = None
 
 _Base = asyncio.SelectorEventLoop
 logger = asyncio.log.logger
@@ -149,6 +153,8 @@ class Connector:
     def _make_ssl_transport(
         self, rawsock, protocol, sslcontext, waiter=None, *, extra=None, server=None, **options
     ):
+        if TLSTransport is None:
+            raise RuntimeError("Python ssl module is not available")
         tls = TLSTransport(
             self.engine, records_class(self.loop), protocol, sslcontext, waiter, **options, **self._tls_options
         )

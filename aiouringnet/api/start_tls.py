@@ -1,14 +1,14 @@
 """Upgrading a connection to TLS."""
 
-import ssl
-
 from aiouringnet.api.call import like, loops_own, understood
 
 try:
+    import ssl
+
     from aiouringnet.tls import records_class
     from aiouringnet.tls.transport import TLSTransport
     from aiouringnet.transports.stream import StreamTransport
-except ImportError:  # not built: no such transports
+except ImportError:  # not built, or a Python without ssl
     StreamTransport = TLSTransport = None
 
 

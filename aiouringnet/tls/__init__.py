@@ -1,11 +1,14 @@
 """Which record layer serves the TLS connections of a loop."""
 
-from aiouringnet.engine import import_error, options_of
+from aiouringnet.engine import options_of
 
-OpenSSLRecords = SSLRecords = None
-if import_error is None:
+openssl = SSLRecords = None
+import_error = None
+try:
     from aiouringnet.tls import openssl
     from aiouringnet.tls.records import SSLRecords
+except ImportError as exc:  # not built, or a Python without ssl
+    import_error = exc
 
 
 def records_class(loop):
@@ -20,6 +23,10 @@ def records_class(loop):
     return SSLRecords
 
 
-def why_not_openssl():
-    """Why OpenSSL's functions are not called directly, None where they are."""
-    return str(import_error) if import_error is not None else openssl.why_not
+def why_not_openssl(choice="auto"):
+    """Why a loop with the option tls=choice does not call OpenSSL's functions directly, None where it does."""
+    if import_error is not None:
+        return f"the extension module cannot be imported: {import_error}"
+    if choice == "ssl":
+        return "the 'ssl' engine was asked for (option tls or AIOURINGNET_TLS)"
+    return openssl.why_not
