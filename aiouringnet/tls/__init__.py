@@ -2,7 +2,6 @@
 
 from aiouringnet.engine import options_of
 
-openssl = SSLRecords = None
 import_error = None
 try:
     from aiouringnet.tls import openssl
