@@ -35,8 +35,12 @@ Fixtures
     case        the member of the matrix itself: .base .engine .debug .sqpoll
     endpoint    a place to listen on and to connect to, once TCP and once Unix;
                 see `helpers.Endpoint`.
+    tls_engine  what makes the TLS records of the test's loops, and of its child
+                processes: once "openssl" and once "ssl" (AIOURINGNET_TLS is set).
+                A module's `pytest.mark.usefixtures("tls_engine")` is enough.
 
-Plain helpers (protocols that record, child processes, resets) are in helpers.py.
+Plain helpers (protocols that record, child processes, resets) are in helpers.py,
+certificates and SSLContexts in tls.py.
 """
 
 import asyncio
@@ -51,6 +55,7 @@ import helpers
 import pytest
 
 import aiouringnet
+import aiouringnet.tls
 
 CALL_LIMIT_S = 30
 HARD_LIMIT_EXTRA_S = 30
@@ -198,8 +203,11 @@ def errors():
 
 
 @pytest.fixture
-def make_loop(case, errors, monkeypatch):
+def make_loop(case, errors, monkeypatch, request):
     monkeypatch.setenv("AIOURINGNET_ENGINE", case.engine)
+    if "tls_engine" in request.fixturenames:
+        # In whatever order a test names them: loops look at it when they are patched.
+        request.getfixturevalue("tls_engine")
     helpers.warm_up(case)
     fds_before = helpers.open_fds()
     made = []
@@ -245,6 +253,15 @@ def run(loop):
 def endpoint(request):
     with helpers.Endpoint(request.param) as endpoint:
         yield endpoint
+
+
+@pytest.fixture(params=["openssl", "ssl"])
+def tls_engine(request, monkeypatch):
+    reason = aiouringnet.tls.why_not_openssl() if request.param == "openssl" else None
+    if reason:
+        pytest.skip(f"OpenSSL's functions cannot be called here: {reason}")
+    monkeypatch.setenv("AIOURINGNET_TLS", request.param)
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -1,18 +1,17 @@
 """start_tls, and TLS that is the loop's own: a patched loop loses nothing."""
 
 import asyncio
-import shutil
 import ssl
-import subprocess
 import sys
 
 import helpers
 import pytest
+import tls
 
 import aiouringnet
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate"),
+    tls.needs_openssl,
     pytest.mark.matrix(debug=False),
 ]
 
@@ -20,20 +19,9 @@ needs_writer_start_tls = pytest.mark.skipif(sys.version_info < (3, 11), reason="
 
 
 @pytest.fixture(scope="session")
-def contexts(tmp_path_factory):
+def contexts():
     """A server's SSLContext, and a client's that trusts it."""
-    folder = tmp_path_factory.mktemp("tls")
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
-        + ["-keyout", key, "-out", certificate],
-        check=True,
-        capture_output=True,
-    )
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(certificate, key)
-    return server, ssl.create_default_context(cafile=certificate)
+    return tls.authority().context_server(), tls.authority().context_client()
 
 
 class Echo(helpers.Echo):
