@@ -1,4 +1,4 @@
-"""start_tls, and TLS that is the loop's own: a patched loop loses nothing."""
+"""start_tls, and TLS from the start, on our transports: a patched loop loses nothing."""
 
 import asyncio
 import ssl
@@ -67,14 +67,14 @@ class Upgrading(asyncio.Protocol):
         self.transport.close()
 
 
-async def test_a_connection_is_upgraded_at_both_ends(loop, endpoint, contexts):
+async def test_a_connection_is_upgraded_at_both_ends(loop, endpoint, contexts, tls_engine):
     server_context, client_context = contexts
     server = await endpoint.serve(loop, lambda: Upgrading(server_context))
     transport, protocol = await endpoint.connect(loop, helpers.Recorder)
     transport.write(b"upgrade")
     assert await protocol.received(8) == b"go ahead"
     secure = await loop.start_tls(transport, protocol, client_context, server_hostname="localhost")
-    assert secure.get_extra_info("cipher") is not None
+    assert secure.get_extra_info("cipher") is not None and secure.get_extra_info("tls_engine") == tls_engine
     assert secure.get_extra_info("ssl_object").server_hostname == "localhost"
     data = helpers.pattern(1_000_000)
     secure.write(data)
@@ -161,7 +161,7 @@ async def test_tls_runs_within_tls(loop, endpoint, contexts):
     server.close()
 
 
-async def test_ssl_connections_are_the_loops_own(loop, endpoint, contexts):
+async def test_ssl_connections_run_on_our_transports(loop, endpoint, contexts, tls_engine):
     server_context, client_context = contexts
     server = await endpoint.serve(loop, Echo, ssl=server_context)
     transport, protocol = await endpoint.connect(
@@ -171,7 +171,8 @@ async def test_ssl_connections_are_the_loops_own(loop, endpoint, contexts):
         server_hostname="localhost",
         ssl_handshake_timeout=10.0,
     )
-    assert transport.get_extra_info("cipher") is not None and transport.get_extra_info("uring") is None
+    assert transport.get_extra_info("cipher") is not None and transport.get_extra_info("uring") is not None
+    assert transport.get_extra_info("tls_engine") == tls_engine
     data = helpers.pattern(300_000)
     transport.write(data)
     assert await protocol.received(len(data)) == data
