@@ -58,6 +58,7 @@ cdef struct Symbols:
     int (*SSL_shutdown)(void* ssl) noexcept nogil
     int (*SSL_get_error)(void* ssl, int result) noexcept nogil
     void (*ERR_clear_error)() noexcept nogil
+    unsigned long (*ERR_peek_error)() noexcept nogil
     unsigned long (*ERR_peek_last_error)() noexcept nogil
     void (*ERR_error_string_n)(unsigned long error, char* text, size_t size) noexcept nogil
     int (*BIO_get_new_index)() noexcept nogil
@@ -78,8 +79,8 @@ cdef struct Symbols:
 # In the order of Symbols' fields.
 cdef tuple NAMES = (
     b"OpenSSL_version_num", b"SSL_get_SSL_CTX", b"SSL_set_bio", b"SSL_read_ex", b"SSL_peek_ex", b"SSL_write_ex",
-    b"SSL_pending", b"SSL_has_pending", b"SSL_shutdown", b"SSL_get_error", b"ERR_clear_error", b"ERR_peek_last_error",
-    b"ERR_error_string_n", b"BIO_get_new_index", b"BIO_meth_new", b"BIO_meth_set_read_ex", b"BIO_meth_set_write_ex",
+    b"SSL_pending", b"SSL_has_pending", b"SSL_shutdown", b"SSL_get_error", b"ERR_clear_error", b"ERR_peek_error",
+    b"ERR_peek_last_error", b"ERR_error_string_n", b"BIO_get_new_index", b"BIO_meth_new", b"BIO_meth_set_read_ex", b"BIO_meth_set_write_ex",
     b"BIO_meth_set_ctrl", b"BIO_meth_set_create", b"BIO_new", b"BIO_up_ref", b"BIO_free", b"BIO_set_data",
     b"BIO_get_data", b"BIO_set_init", b"BIO_set_flags", b"BIO_clear_flags",
 )
@@ -274,6 +275,12 @@ def _load():
 # wrap_bio() wants memory BIOs; ours takes their place at once.
 cdef object placeholder = ssl.MemoryBIO()
 
+cdef inline void forget_errors() noexcept nogil:
+    """SSL_get_error() wants an empty queue before the call that it judges; looking is cheaper than clearing."""
+    if openssl.ERR_peek_error():
+        openssl.ERR_clear_error()
+
+
 cdef class OpenSSLRecords(Records):
     """`context.wrap_bio()` with a BIO over our buffers."""
 
@@ -340,7 +347,7 @@ cdef class OpenSSLRecords(Records):
 
     cdef Py_ssize_t read(self, char* buffer, Py_ssize_t size) noexcept:
         cdef size_t done = 0
-        openssl.ERR_clear_error()
+        forget_errors()
         if openssl.SSL_read_ex(self.ssl, buffer, size, &done):
             return <Py_ssize_t>done
         return self.failed(True)
@@ -348,7 +355,7 @@ cdef class OpenSSLRecords(Records):
     cdef Py_ssize_t peek(self) noexcept:
         cdef size_t done = 0
         cdef char byte
-        openssl.ERR_clear_error()
+        forget_errors()
         if openssl.SSL_peek_ex(self.ssl, &byte, 1, &done):
             return openssl.SSL_pending(self.ssl)
         return self.failed(True)
@@ -364,7 +371,7 @@ cdef class OpenSSLRecords(Records):
 
     cdef Py_ssize_t write(self, const char* data, Py_ssize_t size) noexcept:
         cdef size_t done = 0
-        openssl.ERR_clear_error()
+        forget_errors()
         if openssl.SSL_write_ex(self.ssl, data, size, &done):
             return <Py_ssize_t>done
         return self.failed(False)
@@ -401,9 +408,8 @@ cdef class OpenSSLRecords(Records):
         return ssl.SSLError(ssl.SSL_ERROR_SSL, (<bytes>text).decode("latin-1"))
 
     cdef void shutdown(self) noexcept:
-        openssl.ERR_clear_error()
-        if openssl.SSL_shutdown(self.ssl) < 0:
-            openssl.ERR_clear_error()
+        openssl.SSL_shutdown(self.ssl)
+        forget_errors()
 
     cdef object take_output(self, const char** data, Py_ssize_t* size):
         cdef object output

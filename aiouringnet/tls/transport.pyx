@@ -113,6 +113,7 @@ cdef class TLSTransport(Layer):
     cdef flag closing               # close() was called, or it is over
     cdef flag buffered              # the protocol is a BufferedProtocol
     cdef flag made, ended           # connection_made() and eof_received() were called
+    cdef flag server_side
     cdef flag accepted              # by a server: nobody waits for the handshake
     cdef flag in_context            # a callback of ours is running
     cdef flag eof                   # the transport below has ended
@@ -166,6 +167,7 @@ cdef class TLSTransport(Layer):
         self.loop = engine.loop
         self.sslcontext = sslcontext
         self.records = records_class(sslcontext, server_side, None if server_side else server_hostname or None)
+        self.server_side = server_side
         self.waiter = waiter
         self.accepted = accepted
         self.made = not call_connection_made
@@ -238,10 +240,9 @@ cdef class TLSTransport(Layer):
             self.started_at = self.loop.time()
         self.state = HANDSHAKE
         self.timer = self.loop.call_later(self.handshake_timeout_s, self._check_handshake_timeout)
-        self.handshake()
-        if self.state == OPEN:
+        if self.records.has_input() or not self.server_side:
             self.advance()
-        self.keep_input()
+            self.keep_input()
 
     def feed_early(self, data):
         """Bytes of the peer's that were received before the upgrade."""
