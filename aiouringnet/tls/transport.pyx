@@ -947,37 +947,36 @@ cdef class TLSTransport(Layer):
         bytes, and memoryviews of bytes, are kept by reference; anything else
         is copied before this returns.
         """
-        self.add(data)
-        self.push()
+        cdef object piece
+        cdef Py_ssize_t size
+        if PyBytes_CheckExact(data):
+            piece = data
+            size = PyBytes_GET_SIZE(data)
+        else:
+            piece = keep(data)
+            size = len(piece)
+        if size and self.may_write():
+            self.pieces.append(piece)
+            self.queued += size
+            self.push()
 
     def writelines(self, list_of_data):
         """Queue each bytes-like object of an iterable, to be sent together."""
-        for data in list_of_data:
-            self.add(data)
-        self.push()
+        cdef list pieces = [piece for piece in [keep(data) for data in list_of_data] if len(piece)]
+        if pieces and self.may_write():
+            self.pieces += pieces
+            for piece in pieces:
+                self.queued += len(piece)
+            self.push()
 
-    cdef int add(self, object data) except -1:
-        cdef const char* start
-        cdef Py_ssize_t size
-        if PyBytes_CheckExact(data):
-            size = PyBytes_GET_SIZE(data)
-        else:
-            owner = own(data, &start, &size)
-            if PyBytes_GET_SIZE(owner) == size:
-                data = owner
-            elif not (isinstance(data, memoryview) and data.format == "B"):
-                data = memoryview(data).cast("B")
-        if size == 0:
-            return 0
+    cdef bint may_write(self) except -1:
         if self.closing:
             if self.dropped >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
                 logger.warning("SSL connection is closed")
             self.dropped += 1
-            return 0
+            return False
         self.engine.check()
-        self.pieces.append(data)
-        self.queued += size
-        return 0
+        return True
 
     cdef void push(self) noexcept:
         if self.queued >= RECORD_BYTES and not self.lower_paused:
@@ -987,6 +986,19 @@ cdef class TLSTransport(Layer):
         if self.queued + self.lower_queued() > self.high:
             self.encrypt()
             self.control_writing()
+
+
+cdef object keep(object data):
+    """`data` as bytes, or as a memoryview of bytes, that will not change."""
+    cdef const char* start
+    cdef Py_ssize_t size
+    cdef object owner
+    if PyBytes_CheckExact(data):
+        return data
+    owner = own(data, &start, &size)
+    if PyBytes_GET_SIZE(owner) == size:
+        return owner
+    return data if data.format == "B" and data.ndim == 1 else memoryview(data).cast("B")
 
 
 cdef tuple limits(object high, object low, Py_ssize_t default):
