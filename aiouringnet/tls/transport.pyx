@@ -989,16 +989,17 @@ cdef class TLSTransport(Layer):
 
 
 cdef object keep(object data):
-    """`data` as bytes, or as a memoryview of bytes, that will not change."""
+    """`data` as bytes, or as a memoryview of our own into bytes: something that will not change."""
     cdef const char* start
-    cdef Py_ssize_t size
+    cdef Py_ssize_t size, offset
     cdef object owner
     if PyBytes_CheckExact(data):
         return data
     owner = own(data, &start, &size)
     if PyBytes_GET_SIZE(owner) == size:
         return owner
-    return data if data.format == "B" and data.ndim == 1 else memoryview(data).cast("B")
+    offset = start - PyBytes_AS_STRING(owner)
+    return memoryview(owner)[offset : offset + size]
 
 
 cdef tuple limits(object high, object low, Py_ssize_t default):
