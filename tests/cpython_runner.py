@@ -1,11 +1,13 @@
 """Runs modules of CPython's own test suite, on patched loops or as they are.
 
-    python cpython_runner.py RESULTS LIMIT_S plain|patched MODULE
+    python cpython_runner.py RESULTS LIMIT_S plain|patched MODULE [LEFT_OUT ...]
 
-Each test adds a line of JSON to RESULTS when it starts and another when it has
-ended, so that the file tells how far a run came that hung or crashed. The last
-line counts the engines that ran, by kind. A separate process, since the tests
-replace policies, signal handlers and loops at will.
+LEFT_OUT are ids of tests that do not run, or of classes. Each test adds a line of JSON to RESULTS when it starts and
+another when it has ended, so that the file tells how far a run came that hung
+or crashed. The last line counts the engines that ran, by kind, and what served
+the TLS connections: a record engine of ours, or asyncio's own sslproto. A
+separate process, since the tests replace policies, signal handlers and loops
+at will.
 """
 
 import asyncio
@@ -87,20 +89,55 @@ def patch_every_loop(engines_seen):
     asyncio.SelectorEventLoop.close = close
 
 
-def main(results_path, limit_s, mode, module):
+def count_tls(tls_seen):
+    """Notes for each TLS connection what serves it."""
+    from asyncio import sslproto
+
+    from aiouringnet.api import connector, start_tls
+
+    for module in (connector, start_tls):
+
+        def records_class(loop, choose=module.records_class):
+            chosen = choose(loop)
+            tls_seen[chosen.kind] += 1
+            return chosen
+
+        module.records_class = records_class
+
+    original_init = sslproto.SSLProtocol.__init__
+
+    def __init__(self, *args, **kwargs):
+        tls_seen["asyncio"] += 1
+        original_init(self, *args, **kwargs)
+
+    sslproto.SSLProtocol.__init__ = __init__
+
+
+def without(tests, left_out):
+    """The tests of a suite, as one flat suite, but those left out."""
+    for test in tests:
+        if isinstance(test, unittest.TestSuite):
+            yield from without(test, left_out)
+        elif not {test.id(), test.id().rpartition(".")[0]} & left_out:
+            yield test
+
+
+def main(results_path, limit_s, mode, module, *left_out):
     faulthandler.dump_traceback_later(float(limit_s), exit=True)
-    engines_seen = collections.Counter()
+    engines_seen, tls_seen = collections.Counter(), collections.Counter()
     if mode == "patched":
         patch_every_loop(engines_seen)
+        count_tls(tls_seen)
 
     from test import support
 
     # No network beyond this machine; what merely takes long may run.
     support.use_resources = ["walltime", "cpu"]
     tests = unittest.defaultTestLoader.loadTestsFromModule(importlib.import_module(module))
+    tests = unittest.TestSuite(without(tests, set(left_out)))
     with open(results_path, "w") as Results.out:
         unittest.TextTestRunner(resultclass=Results, verbosity=0).run(tests)
-        Results.out.write(json.dumps({"engines": dict(engines_seen)}) + "\n")
+        Results.out.write(json.dumps({"engines": dict(engines_seen), "tls": dict(tls_seen)}) + "\n")
 
 
 if __name__ == "__main__":

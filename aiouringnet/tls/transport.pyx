@@ -95,6 +95,12 @@ def positive(name, value, default):
     return value
 
 
+class SSLTransport(Transport):
+    """What isinstance() sees of a TLSTransport, with "SSL" in its name like asyncio's; never instantiated."""
+
+    __slots__ = ()
+
+
 cdef class TLSTransport(Layer):
     # the connection
     cdef Engine engine
@@ -179,7 +185,7 @@ cdef class TLSTransport(Layer):
 
     @property
     def __class__(self):
-        return Transport
+        return SSLTransport
 
     def __repr__(self):
         cdef list info = ["TLSTransport"]
@@ -273,14 +279,12 @@ cdef class TLSTransport(Layer):
         self.dropped += 1
         self.closing = True
         self.state = OVER
-        if self.made and self.protocol is not None:
-            self.loop.call_soon(self._connection_lost, self.protocol, exc, context=self.context)
-        self.wake_waiter(exc or ConnectionAbortedError("the connection was closed during the TLS handshake"))
-        self.protocol = None
+        protocol, self.protocol = self.protocol, None
         self.layer = None
-
-    def _connection_lost(self, protocol, exc):
-        protocol.connection_lost(exc)
+        self.wake_waiter(exc or ConnectionAbortedError("the connection was closed during the TLS handshake"))
+        if self.made and protocol is not None:
+            # At once: a loop that stops now would keep what is scheduled, and all of us with it.
+            self.context.run(protocol.connection_lost, exc)
 
     def pause_writing(self):
         self.lower_paused = True
