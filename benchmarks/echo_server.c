@@ -5,6 +5,9 @@
  * connection; what was received is sent at once. Only when the kernel takes
  * less than that is the rest copied aside, and the connection is not read
  * again before it has gone (EPOLLOUT), so memory stays bounded.
+ *
+ * Compiled with -DWITH_TLS it also serves TLS (--tls). One receive may bring
+ * many records; the records of the echo leave by one send.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -13,6 +16,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,6 +25,10 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
+
+#ifdef WITH_TLS
+#include "tls_wire.h"
+#endif
 
 #define BUFFER_BYTES (256u << 10)
 #define MAX_EVENTS 1024
@@ -31,6 +39,9 @@ struct connection {
     char *rest;        /* what a short send left over, NULL when nothing is pending */
     size_t rest_start;
     size_t rest_end;
+#ifdef WITH_TLS
+    SSL *ssl;
+#endif
 };
 
 static int epoll_fd;
@@ -53,6 +64,9 @@ static void drop(struct connection *c)
 {
     close(c->fd);
     free(c->rest);
+#ifdef WITH_TLS
+    SSL_free(c->ssl);
+#endif
     free(c);
 }
 
@@ -67,24 +81,58 @@ static void keep_rest(struct connection *c, const char *data, size_t len)
     watch(EPOLL_CTL_MOD, c, EPOLLOUT);
 }
 
+/* False when the connection is lost. */
+static bool send_or_keep(struct connection *c, const char *data, size_t len)
+{
+    ssize_t sent = send(c->fd, data, len, MSG_NOSIGNAL);
+    if (sent < 0 && errno != EAGAIN)
+        return false;
+    if (sent < 0)
+        sent = 0;
+    if ((size_t)sent < len)
+        keep_rest(c, data + sent, len - (size_t)sent);
+    return true;
+}
+
+#ifdef WITH_TLS
+static SSL_CTX *tls; /* NULL: no TLS */
+
+/* Echoes what was received; false when the connection has ended. The handshake is done by SSL_read, too. */
+static bool echo_records(struct connection *c, size_t got)
+{
+    static char record[SSL3_RT_MAX_PLAIN_LENGTH];
+    int n = 0;
+    wire.input = buffer;
+    wire.input_len = got;
+    wire.output_len = 0;
+    /* OpenSSL takes all input, the beginning of a record included, before it asks for more. */
+    while (wire.input_len && (n = SSL_read(c->ssl, record, sizeof record)) > 0)
+        SSL_write(c->ssl, record, n);
+    bool goes_on = n > 0 || SSL_get_error(c->ssl, n) == SSL_ERROR_WANT_READ;
+    if (!goes_on) {
+        SSL_shutdown(c->ssl);
+        ERR_clear_error();
+    }
+    return (!wire.output_len || send_or_keep(c, wire.output, wire.output_len)) && goes_on;
+}
+#endif
+
+static bool echo(struct connection *c, size_t got)
+{
+#ifdef WITH_TLS
+    if (tls)
+        return echo_records(c, got);
+#endif
+    return send_or_keep(c, buffer, got);
+}
+
 static void on_readable(struct connection *c)
 {
     ssize_t got = recv(c->fd, buffer, BUFFER_BYTES, 0);
     if (got < 0 && errno == EAGAIN)
         return;
-    if (got <= 0) {
+    if (got <= 0 || !echo(c, (size_t)got))
         drop(c);
-        return;
-    }
-    ssize_t sent = send(c->fd, buffer, (size_t)got, MSG_NOSIGNAL);
-    if (sent < 0 && errno != EAGAIN) {
-        drop(c);
-        return;
-    }
-    if (sent < 0)
-        sent = 0;
-    if (sent < got)
-        keep_rest(c, buffer + sent, (size_t)(got - sent));
 }
 
 static void on_writable(struct connection *c)
@@ -113,9 +161,25 @@ static void on_accept(int listener, int is_tcp)
         if (!c)
             die("echo_server: calloc");
         c->fd = fd;
+#ifdef WITH_TLS
+        if (tls) {
+            c->ssl = tls_new(tls);
+            SSL_set_accept_state(c->ssl);
+        }
+#endif
         watch(EPOLL_CTL_ADD, c, EPOLLIN);
     }
 }
+
+#ifdef WITH_TLS
+static void load_certificate(const char *cert, const char *key)
+{
+    tls = tls_context(TLS_server_method());
+    if (SSL_CTX_use_certificate_chain_file(tls, cert) != 1 ||
+        SSL_CTX_use_PrivateKey_file(tls, key, SSL_FILETYPE_PEM) != 1)
+        tls_die("echo_server: certificate");
+}
+#endif
 
 static int listen_tcp(int port)
 {
@@ -169,23 +233,44 @@ static void serve(int listener, int is_tcp)
     }
 }
 
+static int usage(void)
+{
+    fprintf(stderr, "usage: echo_server [--port PORT | --unix PATH] [--seconds SECONDS]"
+#ifdef WITH_TLS
+                    " [--tls --cert FILE --key FILE]"
+#endif
+                    "\n");
+    return 2;
+}
+
 int main(int argc, char **argv)
 {
     static const struct option longs[] = {
-        {"port", 1, 0, 'p'}, {"unix", 1, 0, 'u'}, {"seconds", 1, 0, 't'}, {0, 0, 0, 0}};
-    const char *unix_path = NULL;
-    int port = 0, c;
+        {"port", 1, 0, 'p'}, {"unix", 1, 0, 'u'}, {"seconds", 1, 0, 't'},
+#ifdef WITH_TLS
+        {"tls", 0, 0, 'T'},  {"cert", 1, 0, 'C'}, {"key", 1, 0, 'K'},
+#endif
+        {0, 0, 0, 0}};
+    const char *unix_path = NULL, *cert = NULL, *key = NULL;
+    int port = 0, with_tls = 0, c;
     unsigned seconds = 600;
     while ((c = getopt_long(argc, argv, "", longs, NULL)) != -1) {
         switch (c) {
         case 'p': port = atoi(optarg); break;
         case 'u': unix_path = optarg; break;
         case 't': seconds = (unsigned)atoi(optarg); break;
-        default:
-            fprintf(stderr, "usage: echo_server [--port PORT | --unix PATH] [--seconds SECONDS]\n");
-            return 2;
+        case 'T': with_tls = 1; break;
+        case 'C': cert = optarg; break;
+        case 'K': key = optarg; break;
+        default: return usage();
         }
     }
+    if (with_tls != (cert && key))
+        return usage();
+#ifdef WITH_TLS
+    if (with_tls)
+        load_certificate(cert, key);
+#endif
     struct rlimit limit;
     getrlimit(RLIMIT_NOFILE, &limit);
     limit.rlim_cur = limit.rlim_max;

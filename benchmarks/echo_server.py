@@ -26,11 +26,12 @@ class EchoProtocol(asyncio.Protocol):
 
 async def serve(args: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
+    context = loops.tls_context(args)
     if args.unix:
-        server = await loop.create_unix_server(EchoProtocol, args.unix, backlog=BACKLOG)
+        server = await loop.create_unix_server(EchoProtocol, args.unix, ssl=context, backlog=BACKLOG)
         port = 0
     else:
-        server = await loop.create_server(EchoProtocol, "127.0.0.1", 0, backlog=BACKLOG)
+        server = await loop.create_server(EchoProtocol, "127.0.0.1", 0, ssl=context, backlog=BACKLOG)
         port = server.sockets[0].getsockname()[1]
     loops.announce(args, loop, port)
     await loop.create_future()  # runs until the process is killed

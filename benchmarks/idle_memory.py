@@ -1,6 +1,6 @@
 """Resident memory that an idle connection costs each echo server.
 
-    python benchmarks/idle_memory.py [--connections 10000] [--servers uvloop,ours-uvloop]
+    python benchmarks/idle_memory.py [--connections 10000] [--servers uvloop,ours-uvloop] [--tls]
 
 A client process opens the connections, waits, exchanges one 64-byte echo on each, and waits again. The server's
 resident memory is read before, while they are connected, and after the echoes. What the kernel holds for its sockets
@@ -17,32 +17,48 @@ import resource
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 
+import build
 import procstat
 import servers as servers_module
 from servers import Placement, Server, ServerUnavailable, parse_server, running
 
 CONNECTIONS = 10000
+TLS_CONNECTIONS = 2000  # each of them may take 100 KiB, and the client makes its handshakes one after the other
 SPARE_FILES = 64
 STEP_SECONDS = 60
 SETTLE_SECONDS = 0.5
 MESSAGE = b"m" * 64
 
 
-def client(port: int, count: int) -> None:
+def connect(port: int, context: ssl.SSLContext | None) -> socket.socket:
+    plain = socket.create_connection(("127.0.0.1", port), STEP_SECONDS)
+    return context.wrap_socket(plain) if context else plain
+
+
+def unverified_context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def client(port: int, count: int, tls: bool) -> None:
     """The other process: does one step for each line on its standard input and says when it is done."""
     signal.alarm(4 * STEP_SECONDS)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    connections = [socket.create_connection(("127.0.0.1", port), STEP_SECONDS) for _ in range(count)]
+    context = unverified_context() if tls else None
+    connections = [connect(port, context) for _ in range(count)]
     print("connected", flush=True)
     sys.stdin.readline()
     for connection in connections:
         connection.sendall(MESSAGE)
-        if connection.recv(len(MESSAGE), socket.MSG_WAITALL) != MESSAGE:
+        if connection.recv(len(MESSAGE), 0 if tls else socket.MSG_WAITALL) != MESSAGE:
             raise SystemExit("an echo is wrong")
     print("echoed", flush=True)
     sys.stdin.readline()
@@ -65,14 +81,14 @@ def _await_accepted(pid: int, files: int) -> None:
         time.sleep(0.05)
 
 
-def measure(server: Server, placement: Placement, count: int) -> dict[str, float]:
+def measure(server: Server, placement: Placement, count: int, tls: bool = False) -> dict[str, float]:
     """Bytes of resident memory per connection: `connected`, and `echoed` after one message."""
-    with running(server, "echo_server.py", False, placement) as ready, contextlib.ExitStack() as stack:
+    with running(server, "echo_server.py", False, placement, tls) as ready, contextlib.ExitStack() as stack:
         pid = int(str(ready["pid"]))
         files = len(os.listdir(f"/proc/{pid}/fd"))
         before = procstat.rss_bytes(pid)
         command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--client", str(ready["port"]),
-                   "--connections", str(count)]
+                   "--connections", str(count), *(["--tls"] if tls else [])]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         stack.callback(process.wait)
         stack.callback(process.kill)
@@ -90,7 +106,8 @@ def measure(server: Server, placement: Placement, count: int) -> dict[str, float
             "before_bytes": float(before), "connections": float(count)}
 
 
-def measure_all(servers: list[Server], placement: Placement, count: int) -> dict[str, dict[str, float]]:
+def measure_all(servers: list[Server], placement: Placement, count: int,
+                tls: bool = False) -> dict[str, dict[str, float]]:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < count + SPARE_FILES:
         count = hard - SPARE_FILES
@@ -98,7 +115,7 @@ def measure_all(servers: list[Server], placement: Placement, count: int) -> dict
     results = {}
     for server in servers:
         try:
-            results[server.text] = found = measure(server, placement, count)
+            results[server.text] = found = measure(server, placement, count, tls)
         except (ServerUnavailable, RuntimeError) as why:
             print(f"idle memory of {server.text} not measured: {why}", flush=True)
             continue
@@ -109,19 +126,25 @@ def measure_all(servers: list[Server], placement: Placement, count: int) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--connections", type=int, default=CONNECTIONS, help="how many (%(default)s)")
+    parser.add_argument("--connections", type=int, help=f"how many ({CONNECTIONS}; with --tls {TLS_CONNECTIONS})")
     parser.add_argument("--servers", default=",".join(servers_module.DEFAULT_SERVERS), help="whom to measure (all)")
     parser.add_argument("--server-cpu", type=int, default=0, help="core of the server (%(default)s)")
+    parser.add_argument("--tls", action="store_true", help="TLS connections")
     parser.add_argument("--client", type=int, metavar="PORT", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.connections = args.connections or (TLS_CONNECTIONS if args.tls else CONNECTIONS)
     if args.client:
-        client(args.client, args.connections)
+        client(args.client, args.connections, args.tls)
         return
+    missing = build.why_not_tls() if args.tls else None
+    if missing:
+        parser.error(missing)
     try:
         servers = [parse_server(text) for text in args.servers.split(",")]
     except ValueError as error:
         parser.error(str(error))
-    measure_all(servers, Placement(args.server_cpu, args.server_cpu, max(os.sched_getaffinity(0))), args.connections)
+    placement = Placement(args.server_cpu, args.server_cpu, max(os.sched_getaffinity(0)))
+    measure_all(servers, placement, args.connections, args.tls)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,14 @@
  * that the server's pages are not dragged through another core's cache, which
  * no network card does either. --verify copies and compares them.
  *
- * All socket input and output goes through channel_open, channel_send and
- * channel_recv, so that TLS can be put there.
+ * All socket input and output goes through the channel_* functions, where
+ * compiling with -DWITH_TLS puts TLS (--tls). Handshakes are done before the
+ * warm-up begins. The client asks for no certificate.
+ *
+ * With --handshakes each connection sends one message only, waits until the
+ * server has answered its close_notify by closing, and is replaced by a new
+ * one: a request is then a handshake with one echo. --resume offers the session
+ * of the connection before; a server that does not take it makes an error.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -48,6 +54,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifdef WITH_TLS
+#include "tls_wire.h"
+#endif
+
 #define NS_PER_SECOND 1000000000ull
 #define MAX_EVENTS 1024
 #define MAX_CONNECTIONS 65536
@@ -55,7 +65,8 @@
 #define RECV_BUFFER_BYTES (256u << 10)
 #define MAX_ALIGN_NS (20 * NS_PER_SECOND / 1000)
 #define DRAIN_NS (2 * NS_PER_SECOND)
-/* Connecting and draining, on top of the two periods the user gave. */
+#define HANDSHAKES_NS (10 * NS_PER_SECOND)
+/* Connecting, handshakes and draining, on top of the two periods the user gave. */
 #define GRACE_SECONDS 20
 
 /* ---- options ---------------------------------------------------------- */
@@ -72,6 +83,10 @@ struct options {
     pid_t server_pid;
     bool sleeping;
     bool verify;
+    bool tls;
+    int tls_version;      /* 0: what is negotiated */
+    bool handshakes;
+    bool resume;
 };
 
 static void die(const char *what)
@@ -93,6 +108,12 @@ static void usage(FILE *out)
             "  --pid PID           server whose CPU time and memory to sample\n"
             "  --sleep             sleep in epoll_wait instead of spinning\n"
             "  --verify            copy and compare every echo instead of counting its bytes\n"
+#ifdef WITH_TLS
+            "  --tls               TLS; certificates are not verified\n"
+            "  --tls-version V     1.2 or 1.3 (what is negotiated)\n"
+            "  --handshakes        a new TLS connection for each message: a request is a handshake\n"
+            "  --resume            let these handshakes resume the session of the one before\n"
+#endif
             "Prints START and END around the measured window, then one line of JSON.\n");
 }
 
@@ -107,6 +128,18 @@ static double positive(const char *text, const char *name, double low, double hi
     return value;
 }
 
+#ifdef WITH_TLS
+static int parse_tls_version(const char *text)
+{
+    if (strcmp(text, "1.2") == 0)
+        return TLS1_2_VERSION;
+    if (strcmp(text, "1.3") == 0)
+        return TLS1_3_VERSION;
+    fprintf(stderr, "loadgen: --tls-version must be 1.2 or 1.3\n");
+    exit(2);
+}
+#endif
+
 static struct options parse_options(int argc, char **argv)
 {
     static const struct option longs[] = {
@@ -114,6 +147,10 @@ static struct options parse_options(int argc, char **argv)
         {"connections", 1, 0, 'n'}, {"size", 1, 0, 's'}, {"depth", 1, 0, 'd'},
         {"warmup", 1, 0, 'w'},  {"seconds", 1, 0, 't'}, {"pid", 1, 0, 'P'},
         {"sleep", 0, 0, 'z'},   {"verify", 0, 0, 'v'}, {"help", 0, 0, 'H'},
+#ifdef WITH_TLS
+        {"tls", 0, 0, 'T'},     {"tls-version", 1, 0, 'V'},
+        {"handshakes", 0, 0, 'N'}, {"resume", 0, 0, 'R'},
+#endif
         {0, 0, 0, 0},
     };
     struct options o = {.host = "127.0.0.1", .connections = 1, .size = 64, .depth = 1,
@@ -132,12 +169,23 @@ static struct options parse_options(int argc, char **argv)
         case 'P': o.server_pid = (pid_t)positive(optarg, "pid", 1, 1 << 22); break;
         case 'z': o.sleeping = true; break;
         case 'v': o.verify = true; break;
+        case 'T': o.tls = true; break;
+#ifdef WITH_TLS
+        case 'V': o.tls_version = parse_tls_version(optarg); break;
+#endif
+        case 'N': o.handshakes = true; break;
+        case 'R': o.resume = true; break;
         case 'H': usage(stdout); exit(0);
         default: usage(stderr); exit(2);
         }
     }
-    if (!o.port == !o.unix_path || optind != argc) {
+    bool lacks_tls = (o.handshakes || o.tls_version) && !o.tls;
+    if (!o.port == !o.unix_path || optind != argc || lacks_tls || (o.resume && !o.handshakes)) {
         usage(stderr);
+        exit(2);
+    }
+    if (o.handshakes && o.depth > 1) {
+        fprintf(stderr, "loadgen: --handshakes sends one message per connection\n");
         exit(2);
     }
     if (o.size * o.depth > MAX_IN_FLIGHT_BYTES) {
@@ -302,7 +350,17 @@ struct connection {
     unsigned in_flight;   /* messages queued and not yet echoed */
     unsigned oldest;      /* index in sent_at of the oldest of them */
     int recv_flags;
+    bool drained;         /* the last receive has emptied the socket: the next byte is a new edge */
+    bool shaken;          /* the handshake is done; without TLS from the beginning */
+    bool closing;         /* close_notify is sent, the server's end is awaited */
     uint64_t *sent_at;    /* depth entries */
+#ifdef WITH_TLS
+    SSL *ssl;
+    SSL_SESSION *session; /* what the next handshake offers, or NULL */
+    char *rest;           /* records that the kernel has not taken */
+    size_t rest_start;
+    size_t rest_end;
+#endif
 };
 
 static int connect_tcp(const struct options *o)
@@ -334,6 +392,145 @@ static int connect_unix(const char *unix_path)
     return fd;
 }
 
+#ifdef WITH_TLS
+static SSL_CTX *tls; /* NULL: no TLS */
+
+static void prepare_tls(const struct options *o)
+{
+    if (!o->tls)
+        return;
+    tls = tls_context(TLS_client_method());
+    SSL_CTX_set_verify(tls, SSL_VERIFY_NONE, NULL);
+    if (!SSL_CTX_set_min_proto_version(tls, o->tls_version) ||
+        !SSL_CTX_set_max_proto_version(tls, o->tls_version))
+        tls_die("loadgen: --tls-version");
+}
+
+static void tls_open(struct connection *c)
+{
+    c->ssl = tls_new(tls);
+    SSL_set_connect_state(c->ssl);
+    if (c->session)
+        SSL_set_session(c->ssl, c->session);
+}
+
+/* Sends the records that the kernel did not take before; false while it does not, or on an error (errno). */
+static bool tls_send_rest(struct connection *c)
+{
+    if (!c->rest)
+        return true;
+    ssize_t n = send(c->fd, c->rest + c->rest_start, c->rest_end - c->rest_start, MSG_NOSIGNAL);
+    if (n < 0)
+        return false;
+    c->rest_start += (size_t)n;
+    if (c->rest_start < c->rest_end) {
+        errno = EAGAIN;
+        return false;
+    }
+    free(c->rest);
+    c->rest = NULL;
+    return true;
+}
+
+/* Sends what OpenSSL has just written, and keeps what the kernel does not take. */
+static bool tls_send_output(struct connection *c)
+{
+    size_t sent = 0, len = wire.output_len;
+    wire.output_len = 0;
+    if (!c->rest && len) {
+        ssize_t n = send(c->fd, wire.output, len, MSG_NOSIGNAL);
+        if (n < 0 && errno != EAGAIN)
+            return false;
+        sent = n < 0 ? 0 : (size_t)n;
+    }
+    if (sent == len)
+        return true;
+    /* A message waits until its predecessor's rest has gone, but an alert or a key update does not. */
+    size_t kept = c->rest ? c->rest_end - c->rest_start : 0;
+    char *rest = malloc(kept + len - sent);
+    if (!rest)
+        die("loadgen: memory");
+    if (kept)
+        memcpy(rest, c->rest + c->rest_start, kept);
+    memcpy(rest + kept, wire.output + sent, len - sent);
+    free(c->rest);
+    c->rest = rest;
+    c->rest_start = 0;
+    c->rest_end = kept + len - sent;
+    return true;
+}
+
+static ssize_t tls_failed(void)
+{
+    fprintf(stderr, "loadgen: %s\n", tls_reason());
+    errno = EPROTO;
+    return -1;
+}
+
+static ssize_t tls_send(struct connection *c, const char *data, size_t len)
+{
+    if (!tls_send_rest(c))
+        return -1;
+    int n = SSL_write(c->ssl, data, (int)len);
+    if (!tls_send_output(c))
+        return -1;
+    if (n > 0)
+        return n;
+    /* The handshake comes first. */
+    if (SSL_get_error(c->ssl, n) != SSL_ERROR_WANT_READ)
+        return tls_failed();
+    errno = EAGAIN;
+    return -1;
+}
+
+/* One receive and all that is in it; the handshake is done here, too. */
+static ssize_t tls_recv(struct connection *c, char *data, size_t len)
+{
+    /* So much less than asked for that the rest of a record from before has its place. */
+    static char received[RECV_BUFFER_BYTES - MAX_RECORD_BYTES];
+    ssize_t n = recv(c->fd, received, sizeof received, 0);
+    c->drained = n < (ssize_t)sizeof received;
+    if (n <= 0)
+        return n;
+    wire.input = received;
+    wire.input_len = (size_t)n;
+    size_t got = 0;
+    int status = 1;
+    while (wire.input_len && (status = SSL_read(c->ssl, data + got, (int)(len - got))) > 0)
+        got += (size_t)status;
+    wire.input_len = 0; /* of a connection that failed, nobody else's */
+    bool goes_on = status > 0 || SSL_get_error(c->ssl, status) == SSL_ERROR_WANT_READ;
+    bool ended = SSL_get_shutdown(c->ssl) & SSL_RECEIVED_SHUTDOWN;
+    if (!tls_send_output(c))
+        return -1;
+    if (!goes_on && !ended)
+        return tls_failed();
+    c->shaken = SSL_is_init_finished(c->ssl);
+    if (got)
+        return (ssize_t)got;
+    errno = EAGAIN;
+    return ended ? 0 : -1;
+}
+
+/* False when a session was offered and not resumed, or when there is none for the next connection to offer. */
+static bool tls_keep_session(struct connection *c)
+{
+    bool resumed = !c->session || SSL_session_reused(c->ssl);
+    SSL_SESSION_free(c->session);
+    /* TLS 1.3 sends its tickets after the handshake, so only the echo proves that they are here. */
+    c->session = SSL_get1_session(c->ssl);
+    return resumed && c->session && SSL_SESSION_is_resumable(c->session);
+}
+
+static void tls_close(struct connection *c)
+{
+    SSL_free(c->ssl);
+    free(c->rest);
+    c->ssl = NULL;
+    c->rest = NULL;
+}
+#endif
+
 static void channel_open(struct connection *c, const struct options *o)
 {
     c->fd = o->unix_path ? connect_unix(o->unix_path) : connect_tcp(o);
@@ -341,21 +538,70 @@ static void channel_open(struct connection *c, const struct options *o)
         die("loadgen: O_NONBLOCK");
     /* Only TCP takes MSG_TRUNC to mean "count it and throw it away". */
     c->recv_flags = o->verify || o->unix_path ? 0 : MSG_TRUNC;
+    c->shaken = !o->tls;
+    c->closing = false;
+#ifdef WITH_TLS
+    if (tls)
+        tls_open(c);
+#endif
 }
 
 static ssize_t channel_send(struct connection *c, const char *data, size_t len)
 {
+#ifdef WITH_TLS
+    if (tls)
+        return tls_send(c, data, len);
+#endif
     return send(c->fd, data, len, MSG_NOSIGNAL);
+}
+
+/* What an earlier channel_send has taken and not sent; false with errno when it is not all sent. */
+static bool channel_flush(struct connection *c)
+{
+#ifdef WITH_TLS
+    if (tls)
+        return tls_send_rest(c);
+#endif
+    (void)c;
+    return true;
 }
 
 static ssize_t channel_recv(struct connection *c, char *data, size_t len)
 {
-    return recv(c->fd, data, len, c->recv_flags);
+#ifdef WITH_TLS
+    if (tls)
+        return tls_recv(c, data, len);
+#endif
+    ssize_t n = recv(c->fd, data, len, c->recv_flags);
+    c->drained = n < (ssize_t)len;
+    return n;
+}
+
+/* Says that nothing more will be sent; false on an error (errno). */
+static bool channel_shutdown(struct connection *c)
+{
+    c->closing = true;
+#ifdef WITH_TLS
+    SSL_shutdown(c->ssl);
+    if (!tls_send_output(c))
+        return false;
+#endif
+    return shutdown(c->fd, SHUT_WR) == 0;
+}
+
+static void channel_close(struct connection *c)
+{
+    close(c->fd);
+    c->fd = -1;
+#ifdef WITH_TLS
+    tls_close(c);
+#endif
 }
 
 /* ---- the run ---------------------------------------------------------- */
 
 enum phase {
+    SHAKING,        /* TLS: until all handshakes are done */
     WARMING,        /* load without counting */
     ALIGNING_START, /* warm; waiting for the server's CPU time to be updated */
     MEASURING,
@@ -390,8 +636,7 @@ struct run {
 static void drop(struct run *r, struct connection *c, const char *why)
 {
     fprintf(stderr, "loadgen: connection %d: %s\n", (int)(c - r->connections), why);
-    close(c->fd);
-    c->fd = -1;
+    channel_close(c);
     r->errors++;
     r->alive--;
 }
@@ -406,16 +651,17 @@ static void queue_message(struct run *r, struct connection *c, uint64_t now)
 
 static bool flush_messages(struct run *r, struct connection *c)
 {
-    while (c->unsent) {
-        ssize_t n = channel_send(c, r->messages + c->send_offset, c->unsent);
-        if (n < 0) {
-            if (errno == EAGAIN)
-                return true;
-            drop(r, c, strerror(errno));
-            return false;
+    ssize_t n = channel_flush(c) ? 0 : -1;
+    while (n >= 0 && c->unsent) {
+        n = channel_send(c, r->messages + c->send_offset, c->unsent);
+        if (n > 0) {
+            c->unsent -= (size_t)n;
+            c->send_offset = (c->send_offset + (size_t)n) % r->options.size;
         }
-        c->unsent -= (size_t)n;
-        c->send_offset = (c->send_offset + (size_t)n) % r->options.size;
+    }
+    if (n < 0 && errno != EAGAIN) {
+        drop(r, c, strerror(errno));
+        return false;
     }
     return true;
 }
@@ -429,6 +675,8 @@ static void complete_message(struct run *r, struct connection *c, uint64_t now)
     }
     c->oldest = (c->oldest + 1) % r->options.depth;
     c->in_flight--;
+    if (r->options.handshakes)
+        return; /* on_echo goes on */
     if (r->phase < DRAINING)
         queue_message(r, c, now);
     else if (c->in_flight == 0)
@@ -460,26 +708,69 @@ static bool accept_bytes(struct run *r, struct connection *c, size_t n)
     return true;
 }
 
+static void open_connection(struct run *r, struct connection *c)
+{
+    channel_open(c, &r->options);
+    /* Edge-triggered: an unfinished send needs no epoll_ctl of its own. */
+    struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.ptr = c};
+    if (epoll_ctl(r->epoll_fd, EPOLL_CTL_ADD, c->fd, &event) < 0)
+        die("loadgen: epoll_ctl");
+}
+
+/* --handshakes: the echo has come, so the connection has served. */
+static bool on_echo(struct run *r, struct connection *c)
+{
+#ifdef WITH_TLS
+    if (r->options.resume && !tls_keep_session(c)) {
+        drop(r, c, "its session was not resumed");
+        return false;
+    }
+#endif
+    if (!channel_shutdown(c)) {
+        drop(r, c, strerror(errno));
+        return false;
+    }
+    return true;
+}
+
+/* --handshakes: the server has closed, too. */
+static void replace_connection(struct run *r, struct connection *c)
+{
+    channel_close(c);
+    if (r->phase >= DRAINING) {
+        r->idle++;
+        return;
+    }
+    uint64_t now = now_ns();
+    open_connection(r, c);
+    queue_message(r, c, now);
+    flush_messages(r, c);
+}
+
 static void on_event(struct run *r, struct connection *c)
 {
     if (c->fd < 0 || !flush_messages(r, c))
         return;
     for (;;) {
         ssize_t n = channel_recv(c, r->received, RECV_BUFFER_BYTES);
-        if (n < 0 && errno == EAGAIN)
-            return;
-        if (n <= 0) {
-            drop(r, c, n ? strerror(errno) : "closed by the server");
+        bool none_yet = n < 0 && errno == EAGAIN;
+        if (n <= 0 && !none_yet) {
+            if (c->closing)
+                replace_connection(r, c);
+            else
+                drop(r, c, n ? strerror(errno) : "closed by the server");
             return;
         }
-        if (!accept_bytes(r, c, (size_t)n)) {
+        if (n > 0 && !accept_bytes(r, c, (size_t)n)) {
             drop(r, c, "received bytes that were never sent");
             return;
         }
+        /* A TLS handshake that is done lets the first message go, though nothing was received. */
         if (!flush_messages(r, c))
             return;
-        /* A short read has emptied the socket: the next byte is a new edge. */
-        if ((size_t)n < RECV_BUFFER_BYTES)
+        if (r->options.handshakes && !c->in_flight && !c->closing && !on_echo(r, c))
+            return;
+        if (c->drained)
             return;
     }
 }
@@ -522,6 +813,20 @@ static void begin_window(struct run *r)
     fflush(stdout);
 }
 
+/* With --handshakes a connection is at rest only when it is closed, without them when it awaits nothing. */
+static bool is_idle(const struct run *r, const struct connection *c)
+{
+    return !r->options.handshakes && c->fd >= 0 && c->in_flight == 0;
+}
+
+static bool all_shaken(const struct run *r)
+{
+    for (int i = 0; i < r->options.connections; i++)
+        if (r->connections[i].fd >= 0 && !r->connections[i].shaken)
+            return false;
+    return true;
+}
+
 static void end_window(struct run *r)
 {
     if (r->options.server_pid)
@@ -533,13 +838,19 @@ static void end_window(struct run *r)
     r->phase = DRAINING;
     r->phase_deadline_ns = r->ended_ns + DRAIN_NS;
     for (int i = 0; i < r->options.connections; i++)
-        r->idle += r->connections[i].fd >= 0 && r->connections[i].in_flight == 0;
+        r->idle += is_idle(r, &r->connections[i]);
 }
 
 static void advance_phase(struct run *r)
 {
     uint64_t now = now_ns();
     switch (r->phase) {
+    case SHAKING:
+        if (r->options.handshakes || all_shaken(r) || now >= r->phase_deadline_ns) {
+            r->phase = WARMING;
+            r->phase_deadline_ns = now + (uint64_t)(r->options.warmup_seconds * 1e9);
+        }
+        break;
     case WARMING:
         if (now >= r->phase_deadline_ns)
             begin_alignment(r, ALIGNING_START, now);
@@ -575,7 +886,7 @@ static int wait_timeout_ms(const struct run *r)
     if (now >= r->phase_deadline_ns)
         return 0;
     uint64_t ms = (r->phase_deadline_ns - now) / 1000000 + 1;
-    /* While aligning or draining nobody else tells us that the phase is over. */
+    /* While shaking hands, aligning or draining nobody else tells us that the phase is over. */
     bool watching = r->phase != WARMING && r->phase != MEASURING;
     return watching ? 1 : (int)ms;
 }
@@ -583,8 +894,8 @@ static int wait_timeout_ms(const struct run *r)
 static void run_phases(struct run *r)
 {
     struct epoll_event events[MAX_EVENTS];
-    r->phase = WARMING;
-    r->phase_deadline_ns = now_ns() + (uint64_t)(r->options.warmup_seconds * 1e9);
+    r->phase = SHAKING;
+    r->phase_deadline_ns = now_ns() + HANDSHAKES_NS;
     while (r->phase != DONE) {
         int n = epoll_wait(r->epoll_fd, events, MAX_EVENTS, wait_timeout_ms(r));
         if (n < 0 && errno != EINTR)
@@ -638,11 +949,7 @@ static void open_connections(struct run *r)
     for (int i = 0; i < o->connections; i++) {
         struct connection *c = &r->connections[i];
         c->sent_at = allocate(o->depth, sizeof *c->sent_at);
-        channel_open(c, o);
-        /* Edge-triggered: an unfinished send needs no epoll_ctl of its own. */
-        struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.ptr = c};
-        if (epoll_ctl(r->epoll_fd, EPOLL_CTL_ADD, c->fd, &event) < 0)
-            die("loadgen: epoll_ctl");
+        open_connection(r, c);
     }
     r->alive = o->connections;
 }
@@ -664,6 +971,8 @@ static void count_unanswered(struct run *r)
         struct connection *c = &r->connections[i];
         if (c->fd >= 0 && (c->in_flight || c->unsent))
             drop(r, c, "echoes missing at the end");
+        else if (c->closing && c->fd >= 0)
+            drop(r, c, "not closed by the server");
     }
 }
 
@@ -700,6 +1009,9 @@ int main(int argc, char **argv)
     alarm((unsigned)(r.options.warmup_seconds + r.options.seconds) + GRACE_SECONDS);
     raise_fd_limit(r.options.connections);
     fill_messages(&r);
+#ifdef WITH_TLS
+    prepare_tls(&r.options);
+#endif
     if (r.options.server_pid) {
         char tid[16];
         snprintf(tid, sizeof tid, "%d", (int)r.options.server_pid);

@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import signal
+import ssl
 import sys
 
 LOOPS = ("asyncio", "uvloop", "rloop", "aiofastnet-asyncio", "aiofastnet-uvloop", "ours-asyncio", "ours-uvloop")
@@ -25,11 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("uring", "epoll"), default="uring", help="ours only: which engine")
     parser.add_argument("--sqpoll", action="store_true", help="ours only: let a kernel thread submit")
     parser.add_argument("--sqpoll-cpu", type=int, metavar="N", help="ours only: core of that thread")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=INTEGER",
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                         help="ours only: one more keyword argument of patch_loop (repeatable)")
     parser.add_argument("--warm", action="store_true",
                         help="free a 4 MiB block first: glibc then serves large blocks from its heap and not by mmap, "
                              "as it does in programs that have run for a while")
+    parser.add_argument("--tls", nargs=2, metavar=("CERT", "KEY"), help="serve TLS with this certificate and key")
     parser.add_argument("--seconds", type=int, default=MAX_SECONDS, help="end after this time whatever happens")
 
 
@@ -52,8 +54,17 @@ def patch_options(args: argparse.Namespace) -> dict[str, object]:
             options["sqpoll_cpu"] = args.sqpoll_cpu
     for option in args.option:
         name, _, value = option.partition("=")
-        options[name] = int(value)
+        options[name] = int(value) if value.isdecimal() else value
     return options
+
+
+def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
+    """As the ssl module makes it: no option is better or worse for any loop."""
+    if not args.tls:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*args.tls)
+    return context
 
 
 def make_loop(args: argparse.Namespace) -> asyncio.AbstractEventLoop:
@@ -77,9 +88,18 @@ def engine_kind(args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> st
     return engine.kind if engine is not None else "loop"
 
 
+def record_layer(args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> str | None:
+    """What really makes the TLS records of ours, for the same reason: OpenSSL called directly, or the ssl module."""
+    if not args.tls or not args.loop.startswith("ours-"):
+        return None
+    from aiouringnet.tls import records_class
+    return str(records_class(loop).kind)
+
+
 def announce(args: argparse.Namespace, loop: asyncio.AbstractEventLoop, port: int) -> None:
     """Prints the one line that the harness waits for."""
-    ready = {"port": port, "pid": os.getpid(), "loop": args.loop, "engine": engine_kind(args, loop)}
+    ready = {"port": port, "pid": os.getpid(), "loop": args.loop, "engine": engine_kind(args, loop),
+             "record_layer": record_layer(args, loop)}
     if args.loop.startswith("ours-"):
         ready["package"] = os.path.dirname(sys.modules["aiouringnet"].__file__ or "")
     print(json.dumps(ready), flush=True)

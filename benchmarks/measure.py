@@ -38,11 +38,17 @@ def _pin(cpu: int) -> Callable[[], None]:
 def _run_loadgen(cell: Cell, ready: dict[str, object], placement: Placement, warmup_seconds: float, seconds: float,
                  on_start: Callable[[], object] | None = None,
                  on_end: Callable[[], object] | None = None) -> dict[str, float]:
-    command = [str(build.program("loadgen")), "--port", str(ready["port"]), "--connections", str(cell.connections),
+    command = [str(build.program("loadgen_tls" if cell.tls else "loadgen")), "--port", str(ready["port"]), "--connections", str(cell.connections),
                "--size", str(cell.size_bytes), "--depth", str(cell.depth), "--warmup", str(warmup_seconds),
                "--seconds", str(seconds), "--pid", str(ready["pid"])]
     if cell.sleeping:
         command.append("--sleep")
+    if cell.tls:
+        command.append("--tls")
+    if cell.handshake:
+        command.append("--handshakes")
+    if cell.handshake == "resumed":
+        command.append("--resume")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_pin(placement.load_cpu))
     assert process.stdout is not None
     report: dict[str, float] = {}
@@ -112,7 +118,7 @@ def require_wrk() -> str:
 
 
 def _run_wrk(cell: Cell, ready: dict[str, object], placement: Placement, seconds: int) -> str:
-    url = f"http://127.0.0.1:{ready['port']}/{cell.http_body}"
+    url = f"http{'s' if cell.tls else ''}://127.0.0.1:{ready['port']}/{cell.http_body}"
     command = [require_wrk(), "-t1", f"-c{cell.connections}", f"-d{seconds}s", "--latency", url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + GRACE_SECONDS,
                           preexec_fn=_pin(placement.load_cpu))
@@ -142,7 +148,7 @@ def _http(cell: Cell, ready: dict[str, object], placement: Placement, timing: Ti
     pid = int(str(ready["pid"]))
     _run_wrk(cell, ready, placement, 1)
     # wrk cannot tell when its requests were answered, so the window is the whole of its run. The server is idle at
-    # both ends, so its CPU time is exact; accepting the connections is part of it.
+    # both ends, so its CPU time is exact; accepting the connections, TLS handshakes included, is part of it.
     before = procstat.sample(pid)
     report = parse_wrk(_run_wrk(cell, ready, placement, timing.http_seconds))
     spent = procstat.sample(pid).since(before)
@@ -171,10 +177,11 @@ def measure(server: Server, cell: Cell, warm: bool, placement: Placement, timing
             with_syscalls: bool) -> Measurement:
     """Starts the server, loads it, and gives what it cost per request."""
     script = "http_app.py" if cell.is_http else "echo_server.py"
-    with running(server, script, warm, placement) as ready:
+    with running(server, script, warm, placement, cell.tls) as ready:
         result = (_http if cell.is_http else _echo)(cell, ready, placement, timing)
         if with_syscalls:
             result |= (_http_syscalls if cell.is_http else _echo_syscalls)(cell, ready, placement)
         result["engine"] = ready.get("engine")
+        result["record_layer"] = ready.get("record_layer")
     wait_until_idle()
     return result

@@ -1,7 +1,7 @@
 """Turns measurements into medians, tables and the verdict on each target.
 
 `The best peer` is the one of asyncio, uvloop, rloop and aiofastnet with the least server CPU per request: for many
-connections among all of them, for one connection and for HTTP among those on the same base loop.
+connections among all of them, for one connection and for HTTP among those on the same base loop. (rloop has no TLS.)
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ SMALL_ONE = ("64x1", "1Kx1")
 MEDIUM = ("16Kx10", "16Kx100")
 BULK = ("256Kx1", "256Kx10")
 HTTP_MANY = ("http-smallx10", "http-smallx100")
+TLS_SMALL_MANY, TLS_SMALL_ONE, TLS_MEDIUM, TLS_BULK = (
+    tuple(f"tls-{cell}" for cell in group) for group in (SMALL_MANY, SMALL_ONE, MEDIUM, BULK))
 EPOLL = tuple(f"{name}+epoll" for name in OURS)
 SQPOLL = tuple(f"{name}+sqpoll" for name in OURS)
 
@@ -122,6 +124,14 @@ TARGETS = (
     Target("system calls per echo", ("64x100",), OURS, "absolute", 0.2, "syscalls"),
     Target("p99 latency", SMALL_ONE + SMALL_MANY + MEDIUM + BULK + ("http-smallx1",) + HTTP_MANY, OURS,
            "best peer", 1.1, "p99_us"),
+    Target("TLS, small messages, many connections", TLS_SMALL_MANY, OURS, "best peer", 0.90),
+    Target("TLS, small messages, many connections", TLS_SMALL_MANY, OURS, "c", 1.05),
+    Target("TLS, small messages, one connection", TLS_SMALL_ONE, OURS, "best peer", 1.03),
+    Target("TLS, 16 KiB", TLS_MEDIUM, OURS, "best peer", 0.95),
+    Target("TLS, 16 KiB", TLS_MEDIUM, OURS, "c", 1.05),
+    Target("TLS, 256 KiB", TLS_BULK, OURS, "best peer", 1.03),
+    Target("TLS, 256 KiB", TLS_BULK, OURS, "c", 1.05),
+    Target("TLS handshakes", ("tls-handshakex10", "tls-resumedx10"), OURS, "best peer", 1.0),
 )
 
 

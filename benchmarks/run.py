@@ -1,6 +1,7 @@
 """Runs the benchmarks: one command measures, prints the tables and targets, and writes JSON and pictures.
 
-    python benchmarks/run.py                # everything: echo, HTTP, idle memory; about an hour
+    python benchmarks/run.py                # everything but TLS: echo, HTTP, idle memory; about an hour
+    python benchmarks/run.py --cells tls    # TLS: echo, handshakes, HTTPS; about an hour, too
     python benchmarks/run.py --quick        # under two minutes
     python benchmarks/run.py --cells 64x1,64x100 --servers c,uvloop,ours-uvloop --rounds 3 --seconds 0.7
     python benchmarks/run.py --servers uvloop,ours-uvloop,ours-uvloop@/path/to/other/checkout
@@ -61,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"{__doc__}\n{epilog}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cells, one round, warm only: under two minutes")
-    parser.add_argument("--cells", type=listed, help="what to measure (all)")
+    parser.add_argument("--cells", type=listed, help="what to measure (all without TLS)")
     parser.add_argument("--servers", type=listed, help="whom to measure (all)")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (5; quick: 1)")
     parser.add_argument("--seconds", type=float, help="measured window of one echo run (0.6; quick: 0.3)")
@@ -102,7 +103,7 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
         args.sqpoll_cpu = spare[0] if spare else args.load_cpu
     try:
         default_cells = cells_module.QUICK_CELLS if quick else cells_module.FULL_CELLS
-        args.cells = [parse_cell(text) for text in args.cells or default_cells]
+        args.cells = [parse_cell(text) for text in cells_module.expand_groups(args.cells or default_cells)]
         args.servers = [parse_server(text) for text in args.servers or servers_module.DEFAULT_SERVERS]
     except ValueError as error:
         parser.error(str(error))
@@ -121,31 +122,32 @@ def describe_machine() -> dict[str, object]:
             "command": sys.argv}
 
 
-def usable_servers(wanted: list[Server], placement: Placement, skipped: dict[str, str]) -> list[Server]:
+def usable_servers(wanted: list[Server], placement: Placement, skipped: dict[str, str],
+                   tls: bool = False) -> list[Server]:
     """Starts each server once; one that cannot run is left out and the reason printed."""
     usable = []
     for server in wanted:
         try:
-            with servers_module.running(server, "echo_server.py", True, placement):
+            with servers_module.running(server, "echo_server.py", True, placement, tls):
                 usable.append(server)
         except ServerUnavailable as why:
-            skipped[server.text] = str(why)
-            print(f"skipped {server.text}: {why}", flush=True)
+            name = f"{server.text} with TLS" if tls else server.text
+            skipped[name] = str(why)
+            print(f"skipped {name}: {why}", flush=True)
     return usable
 
 
-def takes_part(server: Server, cell: Cell, placement: Placement) -> bool:
-    if cell.is_http and server.loop == "c":
+def takes_part(server: Server, cell: Cell, placement: Placement, tls_servers: list[Server]) -> bool:
+    if (cell.is_http and server.loop == "c") or (cell.tls and server not in tls_servers):
         return False
     shared_core = placement.sqpoll_cpu == placement.load_cpu
     return not (server.sqpoll and shared_core and not cell.leaves_core_to_poller)
 
 
-def estimate_seconds(cells: list[Cell], servers: list[Server], args: argparse.Namespace,
-                     placement: Placement) -> float:
+def estimate_seconds(parts: dict[Cell, list[Server]], args: argparse.Namespace) -> float:
     """How long the cells take; 0.4 s are for starting and stopping a server."""
     once = {True: 0.4 + 1 + args.http_seconds, False: 0.4 + args.warmup + args.seconds}
-    total = sum(once[cell.is_http] for cell in cells for server in servers if takes_part(server, cell, placement))
+    total = sum(once[cell.is_http] * len(servers) for cell, servers in parts.items())
     return total * args.rounds * len(args.states)
 
 
@@ -207,20 +209,28 @@ def progress_line(server: Server, m: Measurement, width: int) -> str:
             f"  disturbed {disturbance(server, m):.0%}")
 
 
-def selected_cells(args: argparse.Namespace, skipped: dict[str, str]) -> list[Cell]:
-    """The cells without HTTP when what HTTP needs is missing, which is said."""
-    if not any(cell.is_http for cell in args.cells):
-        return list(args.cells)
+def why_not_http() -> str | None:
+    missing = [name for name in ("uvicorn", "httptools") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)} (pip install {' '.join(missing)})"
     try:
         require_wrk()
-        missing = [name for name in ("uvicorn", "httptools") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ServerUnavailable(f"not installed: {', '.join(missing)} (pip install {' '.join(missing)})")
     except ServerUnavailable as why:
-        skipped["the HTTP cells"] = str(why)
-        print(f"skipped the HTTP cells: {why}", flush=True)
-        return [cell for cell in args.cells if not cell.is_http]
-    return list(args.cells)
+        return str(why)
+    return None
+
+
+def selected_cells(args: argparse.Namespace, skipped: dict[str, str]) -> list[Cell]:
+    """The cells without HTTP, or TLS, when what that needs is missing, which is said."""
+    cells = list(args.cells)
+    for kind, concerned, why_not in (("HTTP", lambda cell: cell.is_http, why_not_http),
+                                     ("TLS", lambda cell: cell.tls, build.why_not_tls)):
+        why = why_not() if any(map(concerned, cells)) else None
+        if why:
+            skipped[f"the {kind} cells"] = why
+            print(f"skipped the {kind} cells: {why}", flush=True)
+            cells = [cell for cell in cells if not concerned(cell)]
+    return cells
 
 
 def run_all(args: argparse.Namespace, path: pathlib.Path) -> dict[str, object]:
@@ -231,14 +241,16 @@ def run_all(args: argparse.Namespace, path: pathlib.Path) -> dict[str, object]:
     result: dict[str, object] = {"machine": describe_machine(), "skipped": skipped, "measurements": [], "failures": []}
     cells = selected_cells(args, skipped)
     servers = usable_servers(args.servers, placement, skipped)
+    tls_servers = usable_servers(servers, placement, skipped, tls=True) if any(cell.tls for cell in cells) else []
+    parts = {cell: [server for server in servers if takes_part(server, cell, placement, tls_servers)]
+             for cell in cells}
     print(f"{len(servers)} servers, {len(cells)} cells, {args.rounds} rounds, malloc {' and '.join(args.states)}: about "
-          f"{estimate_seconds(cells, servers, args, placement) / 60:.0f} minutes", flush=True)
+          f"{estimate_seconds(parts, args) / 60:.0f} minutes", flush=True)
     for round_number in range(args.rounds):
         for cell in cells:
             for state in args.states:
                 print(f"round {round_number + 1}/{args.rounds}  {cell.text}  {state}", flush=True)
-                here = [server for server in servers if takes_part(server, cell, placement)]
-                run_cell(cell, state, round_number, here, args, placement, result)  # type: ignore[arg-type]
+                run_cell(cell, state, round_number, parts[cell], args, placement, result)  # type: ignore[arg-type]
             # After each cell, so that an interrupted run leaves what it measured.
             path.write_text(json.dumps(result, indent=1))
     if not args.no_memory:

@@ -1,11 +1,11 @@
 """Who is measured: a server is named by its event loop.
 
-    c                       the plain C epoll server (echo only)
+    c                       the plain C epoll server (echo only), with OpenSSL for TLS
     asyncio, uvloop, rloop, aiofastnet-asyncio, aiofastnet-uvloop
     ours-asyncio, ours-uvloop, each with modifiers:
         +epoll              the epoll engine instead of the ring
         +sqpoll             a kernel thread submits (it gets its own core, or the client's)
-        +buffer_size=8192   any integer option of patch_loop
+        +buffer_size=8192   any option of patch_loop, like +tls=ssl
         @/other/checkout    the package of that checkout, so that two builds meet in one run
 """
 
@@ -78,7 +78,7 @@ def parse_server(text: str) -> Server:
         raise ValueError(f"server {text!r}: only {' and '.join(OURS)} take +modifiers and @checkout")
     for modifier in modifiers:
         if modifier not in ("uring", "epoll", "sqpoll") and "=" not in modifier:
-            raise ValueError(f"server {text!r}: +{modifier} is none of +uring, +epoll, +sqpoll, +option=integer")
+            raise ValueError(f"server {text!r}: +{modifier} is none of +uring, +epoll, +sqpoll, +option=value")
     return server
 
 
@@ -104,11 +104,15 @@ def _arguments(server: Server, warm: bool, placement: Placement) -> list[str]:
     return arguments
 
 
-def command_line(server: Server, script: str, warm: bool, placement: Placement, extra: tuple[str, ...]) -> list[str]:
+def command_line(server: Server, script: str, warm: bool, placement: Placement, tls: bool) -> list[str]:
     life = ("--seconds", str(LIFE_SECONDS))
+    cert, key = map(str, build.certificate()) if tls else ("", "")
     if server.loop == "c":
-        return [str(build.program("echo_server")), *life, *extra]
-    return [sys.executable, str(HERE / script), *_arguments(server, warm, placement), *life, *extra]
+        if tls:
+            return [str(build.program("echo_server_tls")), *life, "--tls", "--cert", cert, "--key", key]
+        return [str(build.program("echo_server")), *life]
+    return [sys.executable, str(HERE / script), *_arguments(server, warm, placement), *life,
+            *(("--tls", cert, key) if tls else ())]
 
 
 def environment(server: Server) -> dict[str, str]:
@@ -139,15 +143,18 @@ def _check_engine(server: Server, ready: dict[str, object]) -> None:
         wanted = "epoll" if "epoll" in server.modifiers else "uring"
         if ready["engine"] != wanted:
             raise ServerUnavailable(f"the active engine is {ready['engine']}, not {wanted}")
+        wanted = "ssl" if "tls=ssl" in server.modifiers else "openssl"
+        if ready.get("record_layer") not in (None, wanted):
+            raise ServerUnavailable(f"the TLS records are made by {ready['record_layer']}, not {wanted}")
 
 
 @contextlib.contextmanager
 def running(server: Server, script: str, warm: bool, placement: Placement,
-            extra: tuple[str, ...] = ()) -> Iterator[dict[str, object]]:
+            tls: bool = False) -> Iterator[dict[str, object]]:
     """Runs a server on its core; gives its ready line (port, pid, engine). It is killed at the end."""
     with tempfile.NamedTemporaryFile(prefix="bench-", suffix=".err") as errors:
         process = subprocess.Popen(
-            command_line(server, script, warm, placement, extra), env=environment(server), stdin=subprocess.DEVNULL,
+            command_line(server, script, warm, placement, tls), env=environment(server), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=errors, text=True,
             preexec_fn=lambda: os.sched_setaffinity(0, {placement.server_cpu}))
         try:
