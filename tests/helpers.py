@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import functools
 import gc
 import itertools
@@ -17,6 +18,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import warnings
 from pathlib import Path
@@ -426,19 +428,28 @@ def run_python(code, timeout_s=30, **env):
     )
 
 
+async def command(*args, input=b"", timeout_s=15, **options):
+    """Runs a program while the loop goes on, and returns the completed process."""
+    run = functools.partial(
+        subprocess.run, [str(arg) for arg in args], input=input, capture_output=True, timeout=timeout_s, **options
+    )
+    return await asyncio.get_running_loop().run_in_executor(None, run)
+
+
 class Service:
     """A child process that serves, from when it is ready until the block ends.
 
     `ready` says that it is: a function that is asked until it returns true, or
     text that the child prints. The child is ended by its pid, with SIGTERM and,
-    if that does not help, SIGKILL.
+    if that does not help, SIGKILL. One that is `talkative` listens to say().
     """
 
-    def __init__(self, args, ready, env=None, timeout_s=20, **popen_options):
+    def __init__(self, args, ready, env=None, timeout_s=20, talkative=False, **popen_options):
         self.args = [str(arg) for arg in args]
         self.ready = ready
         self.env = child_env() if env is None else env
         self.timeout_s = timeout_s
+        self.stdin = subprocess.PIPE if talkative else subprocess.DEVNULL
         self.popen_options = popen_options
         self.output = ""
 
@@ -446,7 +457,7 @@ class Service:
         self.process = subprocess.Popen(
             self.args,
             env=self.env,
-            stdin=subprocess.DEVNULL,
+            stdin=self.stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             **self.popen_options,
@@ -481,6 +492,17 @@ class Service:
                 self.output += chunk.decode(errors="replace")
         return self.output
 
+    async def say(self, text):
+        """Writes to the child, and waits until it has read that: what is said next comes by itself."""
+        pipe = self.process.stdin.fileno()
+        os.write(pipe, text)
+        await eventually(lambda: fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) == bytes(4), why=f"never read: {text!r}")
+
+    async def heard(self, text, timeout_s=5):
+        """Waits until the child has printed a text, and returns all that it printed so far."""
+        await eventually(lambda: text in self.read_output(), timeout_s, f"never printed: {text!r}")
+        return self.output
+
     def stop(self, signum=signal.SIGTERM, patience_s=10):
         """Ends the child and returns its exit status."""
         if self.process.stdout.closed:
@@ -497,6 +519,8 @@ class Service:
         self.process.wait()
         self.read_output()
         self.process.stdout.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         return self.process.returncode
 
 

@@ -1,0 +1,271 @@
+"""The openssl command as the peer: `s_client` asks our server, `s_server` answers our client."""
+
+import asyncio
+import contextlib
+import re
+import ssl
+
+import helpers
+import pytest
+import tls
+from wire import over
+
+pytestmark = [
+    pytest.mark.matrix(debug=False),
+    pytest.mark.usefixtures("tls_engine"),
+    tls.needs_openssl,
+]
+
+versions = pytest.mark.parametrize("version", [tls.TLS_1_2, tls.TLS_1_3], ids=["1.2", "1.3"])
+
+MEGABYTES = helpers.pattern(3 << 20)
+
+
+# --------------------------------------------------------------------------
+# s_client
+
+
+class EchoOf(helpers.Recorder):
+    """Sends so many bytes back, and ends the connection."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def data_received(self, data):
+        super().data_received(data)
+        self.transport.write(data)
+        if len(self.data) == self.size:
+            self.transport.close()
+
+
+def s_client_args(endpoint, *args):
+    host, port = endpoint.address
+    trusting = ("-CAfile", tls.authority().cafile, "-verify_return_error", "-verify_hostname", "localhost")
+    return ("openssl", "s_client", "-connect", f"{host}:{port}", "-servername", "localhost", *trusting, *args)
+
+
+def s_client(endpoint, *args, input=b"hello\n"):
+    return helpers.command(*s_client_args(endpoint, "-ign_eof", *args), input=input)
+
+
+def report(done, line=b"hello\n"):
+    """What s_client printed around our answer, which it puts anywhere, even in the middle of a word."""
+    before, answer, after = done.stdout.partition(line)
+    assert answer, (done.stdout, done.stderr)
+    return before + after
+
+
+@contextlib.asynccontextmanager
+async def serving(loop, endpoint, context, factory=lambda: EchoOf(6)):
+    server = await endpoint.serve(loop, factory, ssl=context)
+    yield
+    for protocol in endpoint.accepted:
+        if protocol.made.done():
+            await protocol.lost
+    server.close()
+    await server.wait_closed()
+
+
+@over("tcp")
+@versions
+async def test_s_client_gets_an_answer(loop, endpoint, version):
+    context = tls.authority().context_server(version=version, alpn=["http/1.1", "h2"])
+    async with serving(loop, endpoint, context):
+        said = report(await s_client(endpoint, "-alpn", "spdy,h2"))
+    assert b"Verify return code: 0 (ok)" in said
+    assert b"ALPN protocol: h2" in said
+    assert endpoint.accepted[0].transport.get_extra_info("ssl_object").selected_alpn_protocol() == "h2"
+
+
+@over("tcp")
+@versions
+async def test_s_client_gets_its_megabytes_back(loop, endpoint, version):
+    context = tls.authority().context_server(version=version)
+    async with serving(loop, endpoint, context, lambda: EchoOf(len(MEGABYTES))):
+        done = await s_client(endpoint, "-quiet", input=MEGABYTES)
+    assert done.stdout == MEGABYTES
+
+
+@over("tcp")
+async def test_s_client_resumes_its_session_on_each_reconnection(loop, endpoint):
+    context = tls.authority().context_server(version=tls.TLS_1_2)
+    async with serving(loop, endpoint, context):
+        said = report(await s_client(endpoint, "-reconnect"))
+    assert said.count(b"New, TLSv1.2") == 1 and said.count(b"Reused, TLSv1.2") == 5
+    reused = [protocol.transport.get_extra_info("ssl_object").session_reused for protocol in endpoint.accepted]
+    assert reused == [False] + 5 * [True]
+
+
+@over("tcp")
+@versions
+async def test_s_client_resumes_a_session_that_it_kept(loop, endpoint, version, tmp_path):
+    ticket = tmp_path / "ticket"
+    async with serving(loop, endpoint, tls.authority().context_server(version=version)):
+        first = report(await s_client(endpoint, "-sess_out", ticket))
+        second = report(await s_client(endpoint, "-sess_in", ticket))
+    assert b"New, TLS" in first and b"Reused, TLS" in second
+    assert endpoint.accepted[1].transport.get_extra_info("ssl_object").session_reused
+
+
+@over("tcp")
+@versions
+async def test_s_client_identifies_itself(loop, endpoint, version):
+    context = tls.authority().context_server(version=version, verify_client=True)
+    certificate, key = tls.authority().client_pair()
+    async with serving(loop, endpoint, context):
+        report(await s_client(endpoint, "-cert", certificate, "-key", key))
+    assert (("commonName", "client"),) in endpoint.accepted[0].transport.get_extra_info("peercert")["subject"]
+
+
+@over("tcp")
+@versions
+async def test_s_client_without_its_certificate_learns_why_it_is_refused(loop, endpoint, version):
+    context = tls.authority().context_server(version=version, verify_client=True)
+    async with serving(loop, endpoint, context):
+        refused = await s_client(endpoint)
+    assert refused.returncode != 0
+    expected = b"alert handshake failure" if version == tls.TLS_1_2 else b"alert certificate required"
+    assert expected in refused.stderr, refused.stderr
+    assert endpoint.accepted[0].log == []
+
+
+@over("tcp")
+async def test_s_client_renews_its_keys_in_mid_connection(loop, endpoint):
+    context = tls.authority().context_server(version=tls.TLS_1_3)
+    async with serving(loop, endpoint, context, helpers.Recorder):
+        with helpers.Service(s_client_args(endpoint), ready=lambda _: True, talkative=True) as client:
+            await helpers.eventually(lambda: endpoint.accepted and endpoint.accepted[0].made.done())
+            accepted = endpoint.accepted[0]
+            for turn in range(4):
+                # A KeyUpdate, or one that wants ours in return.
+                client.output = ""
+                await client.say(b"k\n" if turn % 2 else b"K\n")
+                await client.heard("KEYUPDATE")
+                await client.say(b"line %d\n" % turn)
+                await accepted.received(7 * (turn + 1))
+                accepted.transport.write(b"answer %d\n" % turn)
+                await client.heard(f"answer {turn}\n")
+            accepted.transport.close()
+            await accepted.lost
+    assert bytes(accepted.data) == b"line 0\nline 1\nline 2\nline 3\n"
+
+
+# --------------------------------------------------------------------------
+# s_server
+
+
+@contextlib.contextmanager
+def s_server(*args, pair=None, **options):
+    certificate, key = pair or tls.authority().pair()
+    listening = ("openssl", "s_server", "-accept", "127.0.0.1:0", "-cert", certificate, "-key", key)
+    with helpers.Service([*listening, *args], ready=has_address, **options) as service:
+        service.address = ("127.0.0.1", int(has_address(service)[1]))
+        yield service
+
+
+def has_address(service):
+    return re.search(r"ACCEPT 127\.0\.0\.1:(\d+)\s", service.output)
+
+
+async def connect(loop, service, context=None, hostname="localhost"):
+    return await loop.create_connection(
+        helpers.Recorder,
+        *service.address,
+        ssl=context or tls.authority().context_client(),
+        server_hostname=hostname,
+    )
+
+
+@versions
+async def test_s_server_answers(loop, version):
+    context = tls.authority().context_client(version=version, alpn=["spdy", "h2"])
+    with s_server("-rev", "-alpn", "http/1.1,h2") as service:
+        transport, protocol = await connect(loop, service, context)
+        assert transport.get_extra_info("ssl_object").selected_alpn_protocol() == "h2"
+        for count in range(1, 20):
+            transport.write(b"hello\n")
+            assert await protocol.received(6 * count) == b"olleh\n" * count
+        transport.close()
+        assert await protocol.lost is None
+
+
+@versions
+async def test_a_file_of_s_servers_arrives_whole(loop, version, tmp_path):
+    (tmp_path / "file").write_bytes(b"HTTP/1.0 200 OK\r\n\r\n" + MEGABYTES)
+    context = tls.authority().context_client(version=version)
+    with s_server("-HTTP", cwd=tmp_path) as service:
+        transport, protocol = await connect(loop, service, context)
+        transport.write(b"GET /file HTTP/1.0\r\n\r\n")
+        assert await protocol.lost is None
+    assert bytes(protocol.data) == b"HTTP/1.0 200 OK\r\n\r\n" + MEGABYTES
+    assert protocol.log == ["made", "data", "eof", "lost"]
+
+
+@versions
+async def test_we_identify_ourselves_to_s_server(loop, version):
+    context = tls.authority().context_client(version=version, pair=tls.authority().client_pair())
+    with s_server("-rev", "-Verify", "1", "-verify_return_error", "-CAfile", tls.authority().cafile) as service:
+        transport, protocol = await connect(loop, service, context)
+        transport.write(b"hello\n")
+        assert await protocol.received(6) == b"olleh\n"
+        transport.close()
+        await protocol.lost
+        await service.heard("client\n")
+
+
+async def test_s_server_refuses_us_without_a_certificate(loop):
+    """In TLS 1.3 the refusal comes when the handshake is over for us."""
+    with s_server("-rev", "-Verify", "1", "-verify_return_error", "-CAfile", tls.authority().cafile) as service:
+        with pytest.raises(ssl.SSLError, match="(?i)handshake failure"):
+            await connect(loop, service, tls.authority().context_client(version=tls.TLS_1_2))
+        _, protocol = await connect(loop, service, tls.authority().context_client(version=tls.TLS_1_3))
+        with pytest.raises(ssl.SSLError, match="(?i)certificate required"):
+            raise await protocol.lost
+
+
+refused = pytest.mark.parametrize(
+    "certificate, hostname, reason, alert",
+    [
+        ("pair", "other.test", "not valid for 'other.test'", "bad certificate"),
+        ("expired", "localhost", "certificate has expired", "certificate expired"),
+        ("self_signed", "localhost", "self.signed certificate", "unknown ca"),
+    ],
+)
+
+
+@versions
+@refused
+async def test_s_server_learns_why_we_refuse_it(loop, version, certificate, hostname, reason, alert):
+    with s_server("-rev", pair=getattr(tls.authority(), certificate)()) as service:
+        with pytest.raises(ssl.SSLCertVerificationError, match=reason):
+            await connect(loop, service, tls.authority().context_client(version=version), hostname)
+        await service.heard(f"alert {alert}")
+
+
+@pytest.mark.parametrize(
+    "version, key",
+    [
+        pytest.param(tls.TLS_1_3, b"k\n", id="KeyUpdate"),
+        pytest.param(tls.TLS_1_3, b"K\n", id="KeyUpdate-in-return"),
+        pytest.param(tls.TLS_1_3, b"c\n", id="post-handshake-authentication"),
+        pytest.param(tls.TLS_1_2, b"r\n", id="renegotiation"),
+    ],
+)
+async def test_data_goes_on_after_what_s_server_does_in_mid_connection(loop, version, key):
+    context = tls.authority().context_client(version=version, pair=tls.authority().client_pair())
+    if version == tls.TLS_1_3:
+        context.post_handshake_auth = True
+    with s_server("-CAfile", tls.authority().cafile, talkative=True) as service:
+        transport, protocol = await connect(loop, service, context)
+        for turn in range(3):
+            await service.say(key)
+            await service.say(b"hello\n")
+            assert await protocol.received(6 * (turn + 1)) == b"hello\n" * (turn + 1)
+            transport.write(b"line %d\n" % turn)
+            await service.heard(f"line {turn}\n")
+        assert service.output.count("SSL_do_handshake -> 1\n") == 3
+        if key == b"c\n":
+            assert "client\n" in service.output
+        transport.close()
+        await protocol.lost
