@@ -672,7 +672,6 @@ cdef class Engine:
 
     def __dealloc__(self):
         Py_XDECREF(self.spare)
-        Py_XDECREF(self.plain)
 
     def __del__(self):
         self.close()

@@ -345,6 +345,10 @@ cdef class OpenSSLRecords(Records):
     cdef bint has_input(self) noexcept:
         return self.link.input_size > 0 or openssl.SSL_has_pending(self.ssl)
 
+    cdef Py_ssize_t available(self) noexcept:
+        # OpenSSL may hold the beginning of a record.
+        return <Py_ssize_t>self.link.input_size + (RECORD_BYTES if openssl.SSL_has_pending(self.ssl) else 0)
+
     cdef Py_ssize_t read(self, char* buffer, Py_ssize_t size) noexcept:
         cdef size_t done = 0
         forget_errors()

@@ -17,6 +17,8 @@ cdef class Records:
     cdef void drop_input(self) noexcept
     # Whether read() may find something without more input
     cdef bint has_input(self) noexcept
+    # At most so many bytes come of what is there; approximately
+    cdef Py_ssize_t available(self) noexcept
     # Decrypted bytes, up to size > 0 of them; 0: the peer's close_notify; WANTS_MORE; FAILED
     cdef Py_ssize_t read(self, char* buffer, Py_ssize_t size) noexcept
     # Whether read() would return bytes: their number (at least), or what it would return else

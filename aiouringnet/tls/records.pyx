@@ -34,6 +34,9 @@ cdef class Records:
     cdef bint has_input(self) noexcept:
         return True
 
+    cdef Py_ssize_t available(self) noexcept:
+        return 0
+
     cdef Py_ssize_t read(self, char* buffer, Py_ssize_t size) noexcept:
         return WANTS_MORE
 
@@ -75,6 +78,9 @@ cdef class SSLRecords(Records):
     cdef void drop_input(self) noexcept:
         self.ahead = None
         self.incoming.read()
+
+    cdef Py_ssize_t available(self) noexcept:
+        return self.incoming.pending
 
     cdef Py_ssize_t read(self, char* buffer, Py_ssize_t size) noexcept:
         cdef bytes ahead = self.ahead

@@ -35,7 +35,7 @@ from asyncio import sslproto
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_DECREF, Py_XDECREF
+from cpython.ref cimport Py_DECREF
 from libc.string cimport memcpy
 
 from aiouringnet.engine.core cimport Engine, Layer, flag
@@ -77,9 +77,10 @@ cdef enum:
     RECORD_BYTES = 16384    # plaintext of a full record, RFC 8446 section 5.1
     # Encrypted and sent at a time: the ciphertext is sent while it is in the cache.
     BATCH_BYTES = 65536
-    # A direct delivery's bytes object, and from what size it is handed over
-    # rather than copied; see transports/stream.pyx.
+    # Handed to a protocol at most.  Below glibc's 128 KiB; see transports/stream.pyx.
     READ_BYTES = 122880
+    # From so much on it is decrypted into the bytes object that is handed
+    # over; less is cheaper to copy than to allocate for and to shrink.
     HANDOVER_BYTES = 8192
 
 cdef object TimeoutError_ = asyncio.TimeoutError
@@ -356,47 +357,43 @@ cdef class TLSTransport(Layer):
 
     cdef Py_ssize_t read(self) noexcept:
         """One data_received() with all that is there, up to read_bytes; returns what Records.read() said last."""
-        cdef PyObject* spare = self.engine.plain
-        cdef char* to
-        cdef Py_ssize_t n = WANTS_MORE
-        cdef Py_ssize_t total = 0
-        # It is ours alone: OpenSSL may call back into Python (a keylog file, for one).
-        self.engine.plain = NULL
-        if spare == NULL:
-            spare = new_bytes(NULL, READ_BYTES)
-            if spare == NULL:
-                self.records.error = MemoryError()
-                return FAILED
-        to = PyBytes_AS_STRING(<object>spare)
-        while total < self.read_bytes:
-            n = self.records.read(to + total, self.read_bytes - total)
-            if n <= 0:
-                break
-            total += n
-            if not self.records.has_input():
-                break
-        if total == 0:
-            self.keep_spare(spare)
+        cdef char scratch[RECORD_BYTES]
+        cdef PyObject* data
+        cdef Py_ssize_t size = 0
+        cdef Py_ssize_t n
+        cdef Py_ssize_t room = min(self.records.available(), self.read_bytes)
+        if room < HANDOVER_BYTES or self.layer is not None:
+            n = self.read_into(scratch, sizeof(scratch), &size)
+            if size and self.layer is not None:
+                self.layer.received(scratch, size)
+            elif size:
+                self.receive(PyBytes_FromStringAndSize(scratch, size))
             return n
-        if self.layer is not None:
-            self.layer.received(to, total)
-            self.keep_spare(spare)
-        elif total < HANDOVER_BYTES:
-            data = PyBytes_FromStringAndSize(to, total)
-            self.keep_spare(spare)
-            self.receive(data)
-        elif _PyBytes_Resize(&spare, total) < 0:
+        data = new_bytes(NULL, room)
+        if data == NULL:
             self.records.error = MemoryError()
             return FAILED
-        else:
-            data = <object>spare
-            Py_DECREF(data)
-            self.receive(data)
+        n = self.read_into(PyBytes_AS_STRING(<object>data), room, &size)
+        if size and size < room and _PyBytes_Resize(&data, size) < 0:
+            self.records.error = MemoryError()
+            return FAILED
+        whole = <object>data
+        Py_DECREF(whole)
+        if size:
+            self.receive(whole)
         return n
 
-    cdef void keep_spare(self, PyObject* spare) noexcept:
-        Py_XDECREF(self.engine.plain)
-        self.engine.plain = spare
+    cdef Py_ssize_t read_into(self, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept:
+        """Decrypt until the buffer is full or the input empty."""
+        cdef Py_ssize_t n = WANTS_MORE
+        while size[0] < room:
+            n = self.records.read(buffer + size[0], room - size[0])
+            if n <= 0:
+                break
+            size[0] += n
+            if not self.records.has_input():
+                break
+        return n
 
     cdef void receive(self, object data) noexcept:
         try:
@@ -435,13 +432,7 @@ cdef class TLSTransport(Layer):
         if self.state != OPEN:
             PyBuffer_Release(&view)
             return 1
-        while total < view.len:
-            n = self.records.read(<char*>view.buf + total, view.len - total)
-            if n <= 0:
-                break
-            total += n
-            if not self.records.has_input():
-                break
+        n = self.read_into(<char*>view.buf, view.len, &total)
         PyBuffer_Release(&view)
         if total == 0:
             return n
