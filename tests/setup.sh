@@ -83,6 +83,7 @@ missing_packages() { # build|test
     command -v curl >/dev/null || echo curl
     command -v wrk >/dev/null || echo wrk
     command -v redis-server >/dev/null || echo redis-server
+    command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || echo nginx
     compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || command -v initdb >/dev/null || echo postgresql
 }
 
