@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 HTTP_BODIES = ("small", "large")
@@ -99,6 +100,6 @@ GROUPS = {"tls": TLS_CELLS}
 QUICK_CELLS = ("64x1", "64x100", "16Kx10", "64x100:sleep", "http-smallx100")
 
 
-def expand_groups(texts: list[str]) -> list[str]:
+def expand_groups(texts: Iterable[str]) -> list[str]:
     """The cells that were named, a group's name replaced by its cells."""
     return [cell for text in texts for cell in GROUPS.get(text, (text,))]

@@ -25,7 +25,7 @@
  *
  * All socket input and output goes through the channel_* functions, where
  * compiling with -DWITH_TLS puts TLS (--tls). Handshakes are done before the
- * warm-up begins. The client asks for no certificate.
+ * warm-up begins. The client verifies no certificate.
  *
  * With --handshakes each connection sends one message only, waits until the
  * server has answered its close_notify by closing, and is replaced by a new

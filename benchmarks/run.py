@@ -222,15 +222,15 @@ def why_not_http() -> str | None:
 
 def selected_cells(args: argparse.Namespace, skipped: dict[str, str]) -> list[Cell]:
     """The cells without HTTP, or TLS, when what that needs is missing, which is said."""
-    cells = list(args.cells)
-    for kind, concerned, why_not in (("HTTP", lambda cell: cell.is_http, why_not_http),
-                                     ("TLS", lambda cell: cell.tls, build.why_not_tls)):
-        why = why_not() if any(map(concerned, cells)) else None
+    selected: list[Cell] = list(args.cells)
+    for kind, why_not in (("HTTP", why_not_http), ("TLS", build.why_not_tls)):
+        concerned = [cell for cell in selected if (cell.is_http if kind == "HTTP" else cell.tls)]
+        why = why_not() if concerned else None
         if why:
             skipped[f"the {kind} cells"] = why
             print(f"skipped the {kind} cells: {why}", flush=True)
-            cells = [cell for cell in cells if not concerned(cell)]
-    return cells
+            selected = [cell for cell in selected if cell not in concerned]
+    return selected
 
 
 def run_all(args: argparse.Namespace, path: pathlib.Path) -> dict[str, object]:
