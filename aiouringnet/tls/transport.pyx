@@ -76,7 +76,7 @@ cdef enum:
 cdef enum:
     RECORD_BYTES = 16384    # plaintext of a full record, RFC 8446 section 5.1
     # Encrypted and sent at a time: the ciphertext is sent while it is in the cache.
-    BATCH_BYTES = 65536
+    BATCH_BYTES = 114688
     # Handed to a protocol at most.  Below glibc's 128 KiB; see transports/stream.pyx.
     READ_BYTES = 122880
     # From so much on it is decrypted into the bytes object that is handed
