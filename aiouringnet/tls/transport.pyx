@@ -580,13 +580,17 @@ cdef class TLSTransport(Layer):
             if self.protocol_paused:
                 self.control_writing()
 
-    cdef void encrypt(self) noexcept:
+    cdef void encrypt(self, bint full_records_only=False) noexcept:
         """Make records of what is queued, as far as the transport below takes them."""
         cdef Py_ssize_t room, n = 1
         if self.state != OPEN and self.state != FLUSHING:
             return
         while self.queued and not self.lower_paused and not self.blocked:
             room = min(self.queued, self.batch_bytes)
+            if full_records_only:
+                room -= room % RECORD_BYTES
+                if room == 0:
+                    return
             try:
                 self.records.expect_output(room)
             except MemoryError as exc:
@@ -953,16 +957,18 @@ cdef class TLSTransport(Layer):
         if size and self.may_write():
             self.pieces.append(piece)
             self.queued += size
-            self.push()
+            self.push(size)
 
     def writelines(self, list_of_data):
         """Queue each bytes-like object of an iterable, to be sent together."""
+        cdef Py_ssize_t size
         cdef list pieces = [piece for piece in [keep(data) for data in list_of_data] if len(piece)]
         if pieces and self.may_write():
             self.pieces += pieces
+            size = self.queued
             for piece in pieces:
                 self.queued += len(piece)
-            self.push()
+            self.push(self.queued - size)
 
     cdef bint may_write(self) except -1:
         if self.closing:
@@ -973,11 +979,14 @@ cdef class TLSTransport(Layer):
         self.engine.check()
         return True
 
-    cdef void push(self) noexcept:
-        if self.queued >= RECORD_BYTES and not self.lower_paused:
-            self.encrypt()
-        elif not self.gathering and self.queued and not self.lower_paused:
-            self.engine.mark_layer(self)
+    cdef void push(self, Py_ssize_t size) noexcept:
+        """`size` bytes were queued: bulk is encrypted while it is in the cache, the rest is gathered."""
+        if not self.lower_paused:
+            if self.queued >= RECORD_BYTES:
+                # What came in small pieces goes on in small pieces: no runt behind a full record.
+                self.encrypt(size < RECORD_BYTES)
+            if self.queued and not self.gathering:
+                self.engine.mark_layer(self)
         if self.queued + self.lower_queued() > self.high:
             self.encrypt()
             self.control_writing()
