@@ -44,13 +44,11 @@ async def _upgrade(loop, transport, protocol, sslcontext, **options):
     if reader is not None and reader._buffer:
         tls.feed_early(bytes(reader._buffer))
         reader._buffer.clear()
-    begin = loop.call_soon(tls.connection_made, transport)
-    resume = loop.call_soon(transport.resume_reading)
+    begin = loop.call_soon(tls.connection_made, transport)  # and then it reads
     try:
         await waiter
     except BaseException:
         transport.close()
         begin.cancel()
-        resume.cancel()
         raise
     return tls

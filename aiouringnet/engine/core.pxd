@@ -38,6 +38,7 @@ cdef class Handle:
 # Where a stream delivers what it reads.  A transport subclasses it.
 cdef class Sink:
     cdef flag buffered              # asking for a buffer is noticed: only when there is something to read
+    cdef flag reads_itself          # on_readable() does the reading
 
     # size > 0 bytes at data, valid during the call only
     cdef void on_data(self, const char* data, Py_ssize_t size) noexcept
@@ -45,6 +46,10 @@ cdef class Sink:
     cdef Py_ssize_t acquire_buffer(self, char** data) noexcept
     # The first `size` bytes of that buffer were filled (0: nothing was)
     cdef void release_buffer(self, Py_ssize_t size) noexcept
+    # For a sink that reads itself: read until the socket is empty; 0, EOF_HELD or an errno
+    cdef int on_readable(self) noexcept
+    # The kernel's TLS met a record that is not data (EIO): true when it has been dealt with
+    cdef bint on_control_record(self) noexcept
     cdef void on_eof(self) noexcept
     cdef void on_error(self, int error, bint writing) noexcept
     # Output left the queue
@@ -56,9 +61,16 @@ cdef class Sink:
 # What stands between a transport and a protocol and changes the bytes: TLS.
 cdef class Layer:
     cdef flag gathering             # in engine.layers
+    cdef flag waiting               # for drained()
 
     # size > 0 bytes at data from the transport below, valid during the call only
     cdef void received(self, const char* data, Py_ssize_t size) noexcept
+    # Read from the descriptor itself until it is empty; 0, EOF_HELD or an errno
+    cdef int readable(self) noexcept
+    # A record that is not data waits in the kernel: true when it has been dealt with
+    cdef bint control_record(self) noexcept
+    # What was written to the transport below has been sent; called when it was asked for
+    cdef void drained(self) noexcept
     # Pass on what was written since the last time
     cdef void gather(self) noexcept
 
@@ -69,6 +81,7 @@ cdef class Stream(Handle):
     cdef int fd
     cdef int held_end               # 0, or EOF_HELD, or an errno, that follows `held`
     cdef flag tcp                   # else a Unix socket
+    cdef flag ktls                  # the kernel makes TLS records: sends with MSG_WAITALL are refused
 
     # input
     cdef flag ended                 # end of file or an error was met: nothing more to read

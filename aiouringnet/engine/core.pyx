@@ -27,7 +27,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.errno cimport (
-    EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EHOSTUNREACH, EINTR, EINVAL, EMFILE, ENETUNREACH, ENFILE, ENOBUFS,
+    EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EHOSTUNREACH, EINTR, EINVAL, EIO, EMFILE, ENETUNREACH, ENFILE, ENOBUFS,
     ENOMEM, ENOTCONN, ENOTSOCK, EOPNOTSUPP, ETIMEDOUT, errno,
 )
 from libc.stdlib cimport free, malloc, realloc
@@ -137,6 +137,12 @@ cdef class Sink:
     cdef void release_buffer(self, Py_ssize_t size) noexcept:
         pass
 
+    cdef int on_readable(self) noexcept:
+        return 0
+
+    cdef bint on_control_record(self) noexcept:
+        return False
+
     cdef void on_eof(self) noexcept:
         pass
 
@@ -152,6 +158,15 @@ cdef class Sink:
 
 cdef class Layer:
     cdef void received(self, const char* data, Py_ssize_t size) noexcept:
+        pass
+
+    cdef int readable(self) noexcept:
+        return 0
+
+    cdef bint control_record(self) noexcept:
+        return False
+
+    cdef void drained(self) noexcept:
         pass
 
     cdef void gather(self) noexcept:
@@ -202,6 +217,9 @@ cdef class Stream(Handle):
         """End of file (EOF_HELD) or the errno that ended reading."""
         cdef Sink sink
         if self.closed:
+            return
+        if error == EIO and self.ktls and self.sink.on_control_record():
+            self.engine.mark_resync(self)  # the read operation that met it has ended
             return
         self.ended = True
         if not self.reading or self.held is not None:
@@ -260,6 +278,11 @@ cdef class Stream(Handle):
         cdef char byte
         cdef int error
         self.readable = False
+        if sink.reads_itself and self.reading:
+            error = sink.on_readable()
+            if error:
+                self.deliver_end(error)
+            return 0
         while self.reading:
             if total >= <Py_ssize_t>engine.read_budget:
                 self.readable = True
@@ -292,6 +315,8 @@ cdef class Stream(Handle):
                 self.deliver_end(EOF_HELD)
             elif error != EAGAIN:
                 self.deliver_end(error)
+                if error == EIO and not self.ended:
+                    continue  # a control record, it is out of the way
             break
         return total
 

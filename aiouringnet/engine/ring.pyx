@@ -140,7 +140,7 @@ cdef class RingStream(Stream):
             self.cancel_all()
             return
         if self.reading and not self.ended:
-            want = TAG_POLL if self.bulk else TAG_RECV
+            want = TAG_POLL if self.bulk or self.sink.reads_itself else TAG_RECV
         if self.read_tag:
             if (self.read_tag != want or self.deaf) and not self.cancelling:
                 self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
@@ -343,7 +343,12 @@ cdef class RingStream(Stream):
         cdef Chunk* chunk
         cdef Py_ssize_t i, n
         # With a poller the kernel waits and retries by itself: the loop need not be woken for it.
-        cdef int flags = MSG_NOSIGNAL | MSG_WAITALL if engine.sqpoll else MSG_NOSIGNAL | MSG_DONTWAIT
+        # (Not for kernel TLS, which refuses MSG_WAITALL: there its completion continues.)
+        cdef int flags = MSG_NOSIGNAL
+        if not engine.sqpoll:
+            flags |= MSG_DONTWAIT
+        elif not self.ktls:
+            flags |= MSG_WAITALL
         if self.count > 1 and self.queued <= FLATTEN_BYTES:
             self.flatten()
         sqe = engine.get_sqe(engine.sends)

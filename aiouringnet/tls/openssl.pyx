@@ -20,8 +20,9 @@ do_handshake(): they touch nothing but a Link.
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
-from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy
+from libc.errno cimport EAGAIN, EBUSY, EEXIST, EINTR, ENOENT, EOPNOTSUPP, errno
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memmove, memset
 
 import os
 import ssl
@@ -33,6 +34,37 @@ cdef extern from "dlfcn.h" nogil:
     void* dlopen(const char* path, int flags)
     void* dlsym(void* handle, const char* name)
     int RTLD_LAZY, RTLD_NOLOAD
+
+cdef extern from "sys/socket.h" nogil:
+    ctypedef unsigned int socklen_t
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+    struct msghdr:
+        void* msg_name
+        socklen_t msg_namelen
+        iovec* msg_iov
+        size_t msg_iovlen
+        void* msg_control
+        size_t msg_controllen
+        int msg_flags
+    struct cmsghdr:
+        size_t cmsg_len
+        int cmsg_level
+        int cmsg_type
+    cmsghdr* CMSG_FIRSTHDR(msghdr* message)
+    size_t CMSG_SPACE(size_t size)
+    size_t CMSG_LEN(size_t size)
+    unsigned char* CMSG_DATA(cmsghdr* header)
+    ssize_t c_recv "recv"(int fd, void* data, size_t size, int flags)
+    ssize_t c_recvmsg "recvmsg"(int fd, msghdr* message, int flags)
+    ssize_t c_sendmsg "sendmsg"(int fd, const msghdr* message, int flags)
+    ssize_t c_send "send"(int fd, const void* data, size_t size, int flags)
+    int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, socklen_t size)
+    int MSG_DONTWAIT, MSG_NOSIGNAL
+
+cdef extern from "netinet/in.h" nogil:
+    int IPPROTO_TCP
 
 cdef extern from "unistd.h" nogil:
     ssize_t c_write "write"(int fd, const void* data, size_t size)
@@ -48,6 +80,7 @@ ctypedef int (*create_callback)(void* bio) noexcept nogil
 
 cdef struct Symbols:
     unsigned long (*OpenSSL_version_num)() noexcept nogil
+    unsigned long (*SSL_get_options)(void* ssl) noexcept nogil
     void* (*SSL_get_SSL_CTX)(void* ssl) noexcept nogil
     void (*SSL_set_bio)(void* ssl, void* rbio, void* wbio) noexcept nogil
     int (*SSL_read_ex)(void* ssl, void* data, size_t size, size_t* done) noexcept nogil
@@ -78,7 +111,7 @@ cdef struct Symbols:
 
 # In the order of Symbols' fields.
 cdef tuple NAMES = (
-    b"OpenSSL_version_num", b"SSL_get_SSL_CTX", b"SSL_set_bio", b"SSL_read_ex", b"SSL_peek_ex", b"SSL_write_ex",
+    b"OpenSSL_version_num", b"SSL_get_options", b"SSL_get_SSL_CTX", b"SSL_set_bio", b"SSL_read_ex", b"SSL_peek_ex", b"SSL_write_ex",
     b"SSL_pending", b"SSL_has_pending", b"SSL_shutdown", b"SSL_get_error", b"ERR_clear_error", b"ERR_peek_error",
     b"ERR_peek_last_error", b"ERR_error_string_n", b"BIO_get_new_index", b"BIO_meth_new", b"BIO_meth_set_read_ex", b"BIO_meth_set_write_ex",
     b"BIO_meth_set_ctrl", b"BIO_meth_set_create", b"BIO_new", b"BIO_up_ref", b"BIO_free", b"BIO_set_data",
@@ -97,6 +130,28 @@ cdef enum:
     BIO_FLAGS_RWS = 7
     BIO_FLAGS_SHOULD_RETRY = 8
     BIO_CTRL_FLUSH = 11
+    # The same, for kernel TLS; since OpenSSL 3.0
+    BIO_CTRL_SET_KTLS = 72
+    BIO_CTRL_GET_KTLS_SEND = 73
+    BIO_CTRL_SET_KTLS_TX_SEND_CTRL_MSG = 74
+    BIO_CTRL_CLEAR_KTLS_TX_CTRL_MSG = 75
+    BIO_CTRL_GET_KTLS_RECV = 76
+    SSL_OP_ENABLE_KTLS = 8
+    # linux/tls.h, linux/tcp.h, linux/socket.h
+    TCP_ULP = 31
+    SOL_TLS = 282
+    TLS_TX = 1
+    TLS_RX = 2
+    TLS_SET_RECORD_TYPE = 1
+    TLS_GET_RECORD_TYPE = 2
+    TLS_CIPHER_AES_GCM_128 = 51
+    TLS_CIPHER_AES_GCM_256 = 52
+    TLS_CIPHER_AES_CCM_128 = 53
+    TLS_CIPHER_CHACHA20_POLY1305 = 54
+    # Content types, RFC 8446 section 5.1
+    HANDSHAKE_RECORD = 22
+    DATA_RECORD = 23
+    RECORD_HEADER = 5
 
     RECORD_BYTES = 16384        # plaintext of a full record, RFC 8446 section 5.1
     # What a record may add: header 5, explicit nonce or IV 16, MAC 48 (HMAC-SHA384), padding 16, content type 1.
@@ -121,6 +176,17 @@ cdef struct Link:
     size_t room_size, room_used
     char* spill
     size_t spill_size, spill_used
+    # kernel TLS
+    int fd                      # of the socket; -1: none was offered
+    char* record                # what was received in that way
+    bint reads                  # the handshake reads from the socket, not only from `input`
+    bint idle                   # nothing is queued for the socket: it may be written to here
+    bint ended                  # end of file was read
+    bint stuck                  # the kernel would not change keys
+    bint kernel_sends, kernel_receives
+    bint asked_send, asked_receive
+    int send_errno, receive_errno
+    int control_type            # of the next record, 0: data
 
 
 cdef int on_create(void* bio) noexcept nogil:
@@ -128,12 +194,71 @@ cdef int on_create(void* bio) noexcept nogil:
     return 1
 
 
+cdef int take_record(int fd, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept nogil:
+    """Receive what the kernel has decrypted, with the header in front that OpenSSL expects (as in its bss_sock.c).
+
+    Returns the record's type, 0 at the end of the stream, or -errno.
+    """
+    cdef iovec vector
+    cdef msghdr message
+    cdef unsigned long long control[4]      # aligned as a cmsghdr is
+    cdef cmsghdr* header
+    cdef ssize_t n
+    cdef int kind = DATA_RECORD
+    memset(&message, 0, sizeof(message))
+    vector.iov_base = buffer + RECORD_HEADER
+    vector.iov_len = min(room - RECORD_HEADER, RECORD_BYTES)
+    message.msg_iov = &vector
+    message.msg_iovlen = 1
+    message.msg_control = control
+    message.msg_controllen = sizeof(control)
+    n = c_recvmsg(fd, &message, MSG_DONTWAIT)
+    if n <= 0:
+        return -errno if n < 0 else 0
+    header = CMSG_FIRSTHDR(&message)
+    if header != NULL and header.cmsg_level == SOL_TLS and header.cmsg_type == TLS_GET_RECORD_TYPE:
+        kind = CMSG_DATA(header)[0]
+    buffer[0] = <char>kind
+    buffer[1] = buffer[2] = 3  # TLS 1.2, which TLS 1.3 claims to be
+    buffer[3] = <char>(n >> 8)
+    buffer[4] = <char>(n & 0xff)
+    size[0] = n + RECORD_HEADER
+    return kind
+
+
+cdef void receive_record(Link* link) noexcept nogil:
+    """The kernel decrypts since the middle of the handshake: the rest of it comes in records."""
+    cdef Py_ssize_t size = 0
+    cdef int kind
+    if link.record == NULL:
+        link.record = <char*>malloc(RECORD_HEADER + RECORD_BYTES)
+        if link.record == NULL:
+            return
+    kind = take_record(link.fd, link.record, RECORD_HEADER + RECORD_BYTES, &size)
+    if kind > 0:
+        link.input = link.record
+        link.input_size = size
+    elif kind != -EAGAIN and kind != -EINTR:
+        link.ended = True
+
+
 cdef int on_read(void* bio, char* data, size_t size, size_t* done) noexcept nogil:
     cdef Link* link = <Link*>openssl.BIO_get_data(bio)
+    cdef ssize_t n
     openssl.BIO_clear_flags(bio, BIO_FLAGS_RWS | BIO_FLAGS_SHOULD_RETRY)
+    done[0] = 0
+    if link != NULL and link.input_size == 0 and link.kernel_receives and link.reads:
+        receive_record(link)
+    elif link != NULL and link.input_size == 0 and link.reads:
+        # Never more than OpenSSL asks for, a record: what follows may be the kernel's to decrypt.
+        n = c_recv(link.fd, data, size, MSG_DONTWAIT)
+        if n > 0:
+            done[0] = n
+            return 1
+        if n == 0 or (errno != EAGAIN and errno != EINTR):
+            link.ended = True
     if link == NULL or link.input_size == 0:
         openssl.BIO_set_flags(bio, BIO_FLAGS_READ | BIO_FLAGS_SHOULD_RETRY)
-        done[0] = 0
         return 0
     if size > link.input_size:
         size = link.input_size
@@ -144,33 +269,148 @@ cdef int on_read(void* bio, char* data, size_t size, size_t* done) noexcept nogi
     return 1
 
 
-cdef int on_write(void* bio, const char* data, size_t size, size_t* done) noexcept nogil:
-    cdef Link* link = <Link*>openssl.BIO_get_data(bio)
+cdef bint spill(Link* link, const void* data, size_t size) noexcept nogil:
     cdef size_t wanted
     cdef char* grown
+    if link.spill_size - link.spill_used < size:
+        wanted = 2 * (link.spill_used + size)
+        grown = <char*>realloc(link.spill, wanted)
+        if grown == NULL:
+            return False
+        link.spill = grown
+        link.spill_size = wanted
+    memcpy(link.spill + link.spill_used, data, size)
+    link.spill_used += size
+    return True
+
+
+cdef int on_write(void* bio, const char* data, size_t size, size_t* done) noexcept nogil:
+    cdef Link* link = <Link*>openssl.BIO_get_data(bio)
+    cdef ControlHeader header
     openssl.BIO_clear_flags(bio, BIO_FLAGS_RWS | BIO_FLAGS_SHOULD_RETRY)
     done[0] = 0
     if link == NULL:
         return 0  # the connection is gone, its SSLObject is still used
-    if link.spill_used == 0 and link.room_size - link.room_used >= size:
+    if link.kernel_sends:
+        # A record in the clear: the kernel encrypts it, and wants to be told its type.
+        header.type = link.control_type or DATA_RECORD
+        header.size = <unsigned int>size
+        link.control_type = 0
+        if not (spill(link, &header, sizeof(header)) and spill(link, data, size)):
+            return 0
+    elif link.spill_used == 0 and link.room_size - link.room_used >= size:
         memcpy(link.room + link.room_used, data, size)
         link.room_used += size
-    else:
-        if link.spill_size - link.spill_used < size:
-            wanted = 2 * (link.spill_used + size)
-            grown = <char*>realloc(link.spill, wanted)
-            if grown == NULL:
-                return 0
-            link.spill = grown
-            link.spill_size = wanted
-        memcpy(link.spill + link.spill_used, data, size)
-        link.spill_used += size
+    elif not spill(link, data, size):
+        return 0
     done[0] = size
     return 1
 
 
+cdef struct ControlHeader:
+    int type
+    unsigned int size
+
+
+cdef socklen_t size_of_keys(void* keys) noexcept nogil:
+    """Of a linux/tls.h tls12_crypto_info_*: 4 bytes of version and cipher, then what that cipher needs."""
+    cdef unsigned short cipher = (<unsigned short*>keys)[1]
+    if cipher == TLS_CIPHER_AES_GCM_128 or cipher == TLS_CIPHER_AES_CCM_128:
+        return 40
+    if cipher == TLS_CIPHER_AES_GCM_256 or cipher == TLS_CIPHER_CHACHA20_POLY1305:
+        return 56
+    return 0
+
+
+cdef ssize_t send_control(int fd, int type, const char* data, size_t size) noexcept nogil:
+    """Let the kernel make a record of that type; as sendmsg(2)."""
+    cdef iovec vector
+    cdef msghdr message
+    cdef unsigned long long control[4]      # aligned as a cmsghdr is
+    cdef cmsghdr* header
+    memset(&message, 0, sizeof(message))
+    memset(control, 0, sizeof(control))
+    vector.iov_base = <void*>data
+    vector.iov_len = size
+    message.msg_iov = &vector
+    message.msg_iovlen = 1
+    message.msg_control = control
+    message.msg_controllen = CMSG_SPACE(1)
+    header = CMSG_FIRSTHDR(&message)
+    header.cmsg_level = SOL_TLS
+    header.cmsg_type = TLS_SET_RECORD_TYPE
+    header.cmsg_len = CMSG_LEN(1)
+    CMSG_DATA(header)[0] = <unsigned char>type
+    return c_sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+
+
+cdef bint flush_to_socket(Link* link) noexcept nogil:
+    """What precedes the records with new keys must be in the socket before the keys are."""
+    cdef ssize_t sent
+    cdef ControlHeader header
+    if not link.idle or link.room_used:
+        return False
+    while link.kernel_sends and link.spill_used:
+        memcpy(&header, link.spill, sizeof(header))
+        if send_control(link.fd, header.type, link.spill + sizeof(header), header.size) != <ssize_t>header.size:
+            return False
+        link.spill_used -= sizeof(header) + header.size
+        memmove(link.spill, link.spill + sizeof(header) + header.size, link.spill_used)
+    if link.spill_used == 0:
+        return True
+    sent = c_send(link.fd, link.spill, link.spill_used, MSG_DONTWAIT | MSG_NOSIGNAL)
+    if sent <= 0:
+        return False
+    link.spill_used -= sent
+    memmove(link.spill, link.spill + sent, link.spill_used)
+    return link.spill_used == 0
+
+
+cdef bint hand_over(Link* link, bint sending, void* keys) noexcept nogil:
+    """Give the kernel the keys of one direction; false: OpenSSL goes on."""
+    cdef socklen_t size = size_of_keys(keys)
+    cdef int problem = 0
+    if link.fd < 0 or size == 0:
+        problem = EOPNOTSUPP
+    elif sending and not flush_to_socket(link):
+        problem = EBUSY
+    elif not sending and link.input_size:
+        problem = EBUSY
+    elif c_setsockopt(link.fd, IPPROTO_TCP, TCP_ULP, b"tls", 3) < 0 and errno != EEXIST:
+        problem = errno
+    elif c_setsockopt(link.fd, SOL_TLS, TLS_TX if sending else TLS_RX, keys, size) < 0:
+        problem = errno
+    if problem and (link.kernel_sends if sending else link.kernel_receives):
+        link.stuck = True
+    if sending:
+        link.asked_send = True
+        link.send_errno = problem
+        link.kernel_sends = link.kernel_sends or problem == 0
+    else:
+        link.asked_receive = True
+        link.receive_errno = problem
+        link.kernel_receives = link.kernel_receives or problem == 0
+    return problem == 0
+
+
 cdef long on_ctrl(void* bio, int command, long number, void* pointer) noexcept nogil:
-    return 1 if command == BIO_CTRL_FLUSH else 0
+    cdef Link* link
+    if command == BIO_CTRL_FLUSH:
+        return 1
+    link = <Link*>openssl.BIO_get_data(bio)
+    if link == NULL:
+        return 0
+    if command == BIO_CTRL_GET_KTLS_SEND:
+        return link.kernel_sends
+    if command == BIO_CTRL_GET_KTLS_RECV:
+        return link.kernel_receives
+    if command == BIO_CTRL_SET_KTLS:
+        return hand_over(link, number != 0, pointer)
+    if command == BIO_CTRL_SET_KTLS_TX_SEND_CTRL_MSG:
+        link.control_type = <int>number
+    elif command == BIO_CTRL_CLEAR_KTLS_TX_CTRL_MSG:
+        link.control_type = 0
+    return 0
 
 
 # --------------------------------------------------------------------------
@@ -298,6 +538,7 @@ cdef class OpenSSLRecords(Records):
         self.bio = openssl.BIO_new(bio_method)
         if self.bio == NULL:
             raise MemoryError()
+        self.link.fd = -1
         openssl.BIO_set_data(self.bio, &self.link)
         openssl.BIO_up_ref(self.bio)  # one reference is the SSL's, one is ours
         openssl.SSL_set_bio(self.ssl, self.bio, self.bio)
@@ -308,6 +549,7 @@ cdef class OpenSSLRecords(Records):
             openssl.BIO_set_data(self.bio, NULL)
             openssl.BIO_free(self.bio)
         free(self.link.spill)
+        free(self.link.record)
 
     def _started(self):
         """For _load(): whether the handshake's first record has come out at our BIO."""
@@ -415,8 +657,61 @@ cdef class OpenSSLRecords(Records):
         openssl.SSL_shutdown(self.ssl)
         forget_errors()
 
+    # --- kernel TLS ----------------------------------------------------------
+
+    cdef bint offer_socket(self, int fd) noexcept:
+        if not openssl.SSL_get_options(self.ssl) & SSL_OP_ENABLE_KTLS or ssl.OPENSSL_VERSION_INFO < (3,):
+            return False
+        if self.link.input_size:
+            return False  # received before an upgrade: the kernel cannot have that any more
+        self.link.fd = fd
+        self.link.reads = True
+        return True
+
+    cdef void socket_idle(self, bint idle) noexcept:
+        self.link.idle = idle
+
+    cdef bint socket_ended(self) noexcept:
+        return self.link.ended
+
+    cdef object withdraw_socket(self):
+        self.kernel_sends = self.link.kernel_sends
+        self.kernel_receives = self.link.kernel_receives
+        self.link.reads = self.link.idle = False
+        reasons = []
+        for what, asked, problem in (
+            ("sending", self.link.asked_send, self.link.send_errno),
+            ("receiving", self.link.asked_receive, self.link.receive_errno),
+        ):
+            if not asked:
+                reasons.append(f"{what}: OpenSSL does not offload this cipher and version")
+            elif problem == ENOENT:
+                reasons.append(f"{what}: the kernel has no tls module, or not this cipher (modprobe tls)")
+            elif problem:
+                reasons.append(f"{what}: {os.strerror(problem)}")
+        return "; ".join(reasons) or None
+
+    cdef int take_control_record(self, int fd, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept:
+        return take_record(fd, buffer, room, size)
+
+    cdef bint has_control(self) noexcept:
+        return self.link.kernel_sends and self.link.spill_used
+
+    cdef bint send_control(self) noexcept:
+        """Send the control records that wait, in a socket that is idle; false when it does not take them now."""
+        cdef bint idle = self.link.idle
+        self.link.idle = True
+        sent = flush_to_socket(&self.link)
+        self.link.idle = idle
+        return sent
+
+    cdef bint keys_are_stuck(self) noexcept:
+        return self.link.stuck
+
     cdef object take_output(self, const char** data, Py_ssize_t* size):
         cdef object output
+        if self.link.kernel_sends:
+            return None
         if self.link.spill_used == 0:
             if self.link.room_used == 0:
                 return None

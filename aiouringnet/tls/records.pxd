@@ -8,6 +8,8 @@ cdef enum:
 cdef class Records:
     cdef readonly object sslobj     # the ssl.SSLObject
     cdef object error               # what a call that FAILED met
+    # The kernel encrypts what is sent, and decrypts what is received (kernel TLS)
+    cdef bint kernel_sends, kernel_receives
 
     # Ciphertext from the peer; valid until keep_input()
     cdef int feed(self, const char* data, Py_ssize_t size) except -1
@@ -29,5 +31,19 @@ cdef class Records:
     cdef Py_ssize_t write(self, const char* data, Py_ssize_t size) noexcept
     # Add close_notify to the output
     cdef void shutdown(self) noexcept
+    # Let the handshake read from the socket itself and hand its keys to the kernel, where the context asks for that;
+    # returns whether it does.  `idle`: nothing is queued for the socket.
+    cdef bint offer_socket(self, int fd) noexcept
+    cdef void socket_idle(self, bint idle) noexcept
+    cdef bint socket_ended(self) noexcept
+    # The handshake is over: no more reading from the socket.  Why the kernel does not send, or not receive, or None.
+    cdef object withdraw_socket(self)
+    # Receive a record that the kernel has decrypted, header in front: its type, 0 at the end of the stream, or -errno
+    cdef int take_control_record(self, int fd, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept
+    # Whether control records wait for the kernel to send them, and sending them when the socket is idle
+    cdef bint has_control(self) noexcept
+    cdef bint send_control(self) noexcept
+    # Whether the kernel has refused to change keys: nothing more can be sent or read
+    cdef bint keys_are_stuck(self) noexcept
     # Ciphertext for the peer: a bytes object, where in it, and how much of it; None when there is none
     cdef object take_output(self, const char** data, Py_ssize_t* size)

@@ -52,6 +52,30 @@ cdef class Records:
     cdef void shutdown(self) noexcept:
         pass
 
+    cdef bint offer_socket(self, int fd) noexcept:
+        return False
+
+    cdef void socket_idle(self, bint idle) noexcept:
+        pass
+
+    cdef bint socket_ended(self) noexcept:
+        return False
+
+    cdef object withdraw_socket(self):
+        return None
+
+    cdef int take_control_record(self, int fd, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept:
+        return 0
+
+    cdef bint has_control(self) noexcept:
+        return False
+
+    cdef bint send_control(self) noexcept:
+        return True
+
+    cdef bint keys_are_stuck(self) noexcept:
+        return False
+
     cdef object take_output(self, const char** data, Py_ssize_t* size):
         return None
 

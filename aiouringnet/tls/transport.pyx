@@ -28,6 +28,7 @@ delivered is kept.
 """
 
 import asyncio
+import logging
 import ssl
 import sys
 from asyncio import sslproto
@@ -36,9 +37,10 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
+from libc.errno cimport EAGAIN, EINTR
 from libc.string cimport memcpy
 
-from aiouringnet.engine.core cimport Engine, Layer, flag
+from aiouringnet.engine.core cimport EOF_HELD, Engine, Layer, flag
 from aiouringnet.tls.records cimport FAILED, Records, WANTS_MORE
 from aiouringnet.transports.stream cimport StreamTransport, own
 
@@ -55,6 +57,7 @@ cdef extern from "Python.h":
 
 
 cdef object logger = asyncio.log.logger
+cdef object ktls_logger = logging.getLogger("aiouringnet")
 cdef object BufferedProtocol = asyncio.BufferedProtocol
 
 # asyncio.constants
@@ -82,6 +85,16 @@ cdef enum:
     # From so much on it is decrypted into the bytes object that is handed
     # over; less is cheaper to copy than to allocate for and to shrink.
     HANDOVER_BYTES = 8192
+
+cdef enum:
+    # Content types, RFC 8446 section 5.1, and a record's header in bytes
+    HANDSHAKE_RECORD = 22
+    DATA_RECORD = 23
+    RECORD_HEADER = 5
+    MAX_RECORD_BYTES = RECORD_HEADER + RECORD_BYTES + 256
+
+# Until a control record is tried again that a full socket has refused.
+CONTROL_RETRY_S = 0.01
 
 cdef object TimeoutError_ = asyncio.TimeoutError
 cdef object FALLBACK = asyncio.constants._SendfileMode.FALLBACK
@@ -131,6 +144,7 @@ cdef class TLSTransport(Layer):
     cdef flag paused                # by the application
     cdef flag holding               # until whoever made the connection has the transport in hand
     cdef flag resuming              # _resume() is scheduled
+    cdef bytes kept                 # decrypted by the kernel, not yet delivered
     cdef Py_ssize_t read_bytes
     cdef object read_limits
 
@@ -140,6 +154,12 @@ cdef class TLSTransport(Layer):
     cdef Py_ssize_t batch_bytes
     cdef flag blocked               # nothing can be written before something is read (renegotiation)
     cdef flag lower_paused
+
+    # kernel TLS
+    cdef flag offered               # the handshake reads from the socket
+    cdef flag finishing             # finish() waits for control records to be sent
+    cdef bytes held_record          # a control record that waits for the socket to drain
+    cdef object ktls_why_not        # a sentence, where it was asked for
     cdef flag protocol_paused
     cdef Py_ssize_t high, low
 
@@ -238,6 +258,32 @@ cdef class TLSTransport(Layer):
         if self.state == OVER:
             transport.abort()
             return
+        self.offered = (
+            self.stream is not None and self.stream.stream.tcp and self.records.offer_socket(self.stream.fileno)
+        )
+        if self.offered and self.stream.stream.in_flight:
+            # An upgrade: what is being received or sent in the clear ends first.
+            transport.pause_reading()
+            self.loop.call_soon(self._begin_when_idle)
+        else:
+            self.begin()
+
+    def _begin_when_idle(self):
+        if self.state == OVER:
+            return
+        if self.stream.stream.in_flight:
+            self.loop.call_soon(self._begin_when_idle)
+            return
+        self.begin()
+
+    cdef void begin(self) noexcept:
+        transport = self.lower
+        if self.offered and self.stream.stream.held is not None:
+            # Received before the upgrade.
+            self.records.withdraw_socket()
+            self.offered = False
+        if self.offered:
+            self.stream.reads_itself = True
         if transport._protocol_paused:
             # start_tls() on a transport whose protocol was paused: so was, in effect, ours.
             self.lower_paused = self.protocol_paused = True
@@ -250,6 +296,8 @@ cdef class TLSTransport(Layer):
         if self.records.has_input() or not self.server_side:
             self.advance()
             self.keep_input()
+        if not transport.is_reading() and not transport.is_closing():
+            transport.resume_reading()
 
     def feed_early(self, data):
         """Bytes of the peer's that were received before the upgrade."""
@@ -302,6 +350,9 @@ cdef class TLSTransport(Layer):
     cdef void received(self, const char* data, Py_ssize_t size) noexcept:
         if self.state == OVER:
             return
+        if self.records.kernel_receives:
+            self.deliver_plain(data, size)
+            return
         try:
             self.records.feed(data, size)
         except MemoryError as exc:
@@ -342,11 +393,7 @@ cdef class TLSTransport(Layer):
         while self.state == OPEN and not self.paused and not self.holding and self.records.has_input():
             n = self.fill_buffer() if self.buffered else self.read()
             if n == 0:
-                self.peer_closed = True
-                if self.state == SHUTDOWN:
-                    self.finish()  # close() was called meanwhile
-                elif self.state == OPEN and not self.paused:
-                    self.end_of_input()
+                self.on_close_notify()
             elif n == FAILED and self.state != OVER:
                 error = self.records.error
                 self.records.error = None
@@ -354,6 +401,13 @@ cdef class TLSTransport(Layer):
                 self.fatal(error, "SSL error in data received")
             if n <= 0:
                 return
+
+    cdef void on_close_notify(self) noexcept:
+        self.peer_closed = True
+        if self.state == SHUTDOWN:
+            self.finish()  # close() was called meanwhile
+        elif self.state == OPEN and not self.paused:
+            self.end_of_input()
 
     cdef Py_ssize_t read(self) noexcept:
         """One data_received() with all that is there, up to read_bytes; returns what Records.read() said last."""
@@ -414,39 +468,47 @@ cdef class TLSTransport(Layer):
         cdef Py_ssize_t n = self.records.peek()
         if n <= 0:
             return n
+        if not self.get_buffer(&view, n):
+            return 1
+        n = self.read_into(<char*>view.buf, view.len, &total)
+        PyBuffer_Release(&view)
+        if total:
+            self.buffer_updated(total)
+        return n
+
+    cdef bint get_buffer(self, Py_buffer* view, Py_ssize_t hint) noexcept:
+        """The protocol's buffer; false when there is none, which has been dealt with."""
         try:
             PyContext_Enter(self.context)
             self.in_context = True
             try:
-                buffer = self.protocol.get_buffer(n)
-                PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+                buffer = self.protocol.get_buffer(hint)
+                PyObject_GetBuffer(buffer, view, PyBUF_WRITABLE)
             finally:
                 self.in_context = False
                 PyContext_Exit(self.context)
             if view.len == 0:
-                PyBuffer_Release(&view)
+                PyBuffer_Release(view)
                 raise RuntimeError("get_buffer() returned an empty buffer")
         except BaseException as exc:
             self.failed(exc, "Fatal error: protocol.get_buffer() call failed.")
-            return 1
+            return False
         if self.state != OPEN:
-            PyBuffer_Release(&view)
-            return 1
-        n = self.read_into(<char*>view.buf, view.len, &total)
-        PyBuffer_Release(&view)
-        if total == 0:
-            return n
+            PyBuffer_Release(view)
+            return False
+        return True
+
+    cdef void buffer_updated(self, Py_ssize_t size) noexcept:
         try:
             PyContext_Enter(self.context)
             self.in_context = True
             try:
-                self.protocol.buffer_updated(total)
+                self.protocol.buffer_updated(size)
             finally:
                 self.in_context = False
                 PyContext_Exit(self.context)
         except BaseException as exc:
             self.failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
-        return n
 
     cdef void end_of_input(self) noexcept:
         """The peer's close_notify, or the end of the transport below, which counts as one as in asyncio."""
@@ -492,6 +554,8 @@ cdef class TLSTransport(Layer):
     # --- the handshake -------------------------------------------------------
 
     cdef void handshake(self) noexcept:
+        if self.offered:
+            self.records.socket_idle(self.socket_is_idle())
         try:
             self.records.sslobj.do_handshake()
         except AGAIN:
@@ -508,6 +572,8 @@ cdef class TLSTransport(Layer):
         if self.state != HANDSHAKE:
             return  # a callback has closed the connection
         self.state = OPEN
+        if self.offered:
+            self.end_offer()
         self.cancel_timer()
         if self.started_at is not None:
             logger.debug("%r: SSL handshake took %.1f ms", self, (self.loop.time() - self.started_at) * 1e3)
@@ -584,6 +650,9 @@ cdef class TLSTransport(Layer):
         """Make records of what is queued, as far as the transport below takes them."""
         cdef Py_ssize_t room, n = 1
         if self.state != OPEN and self.state != FLUSHING:
+            return
+        if self.records.kernel_sends:
+            self.pass_on()
             return
         while self.queued and not self.lower_paused and not self.blocked:
             room = min(self.queued, self.batch_bytes)
@@ -674,6 +743,9 @@ cdef class TLSTransport(Layer):
         """Pass ciphertext to the transport below."""
         cdef const char* data = NULL
         cdef Py_ssize_t size = 0
+        if (self.records.kernel_sends or self.offered) and self.records.has_control():
+            self.send_control()
+            return
         try:
             output = self.records.take_output(&data, &size)
             if output is None or self.lower is None:
@@ -728,6 +800,173 @@ cdef class TLSTransport(Layer):
     cdef void limit_lower(self) noexcept:
         self.lower.set_write_buffer_limits(self.low, self.low)
 
+    # --- kernel TLS ----------------------------------------------------------
+
+    # During the handshake OpenSSL reads from the socket itself, never more
+    # than a record, and hands its keys to the kernel in the middle of it (see
+    # on_ctrl() in openssl.pyx).  Then plaintext goes to and comes from the
+    # stream.  Records that are not data keep their way through OpenSSL: it
+    # hands over those to send with their type, and gets those that arrive.
+
+    cdef bint socket_is_idle(self) noexcept:
+        return self.stream.stream.queued == 0 and not self.stream.stream.sending
+
+    cdef int readable(self) noexcept:
+        self.advance()
+        if self.offered and self.records.socket_ended():
+            return EOF_HELD
+        return 0
+
+    cdef void end_offer(self) noexcept:
+        """The handshake is done: whatever the kernel has taken over is its own from now on."""
+        self.offered = False
+        self.ktls_why_not = self.records.withdraw_socket()
+        if self.ktls_why_not is not None:
+            ktls_logger.debug("%r: kernel TLS is not active for %s", self, self.ktls_why_not)
+        self.stream.reads_itself = False
+        if self.records.kernel_sends or self.records.kernel_receives:
+            self.stream.stream.ktls = True
+        if self.records.kernel_receives:
+            # A read stops at each control record: a short one does not mean that the socket is empty.
+            self.stream.stream.thorough = True
+        # What has arrived meanwhile has been announced already.
+        self.stream.stream.readable = True
+        self.engine.mark_resync(self.stream.stream)
+
+    cdef void pass_on(self) noexcept:
+        """Plaintext to the stream, for the kernel to encrypt."""
+        cdef const char* data
+        cdef Py_ssize_t size
+        cdef Py_buffer view
+        while self.queued and not self.lower_paused and not self.records.has_control():
+            piece = self.pieces[self.head]
+            if PyBytes_CheckExact(piece):
+                data = PyBytes_AS_STRING(piece)
+                size = PyBytes_GET_SIZE(piece)
+            else:
+                PyObject_GetBuffer(piece, &view, PyBUF_SIMPLE)
+                data = <const char*>view.buf
+                size = view.len
+                PyBuffer_Release(&view)
+            data += self.offset
+            size -= self.offset
+            self.consume(size)
+            self.stream.put(piece, data, size)
+
+    cdef void send_control(self) noexcept:
+        """Tickets, alerts and KeyUpdates of ours, when the data before them is in the socket."""
+        if not self.records.has_control() or self.stream.lost:
+            return
+        if self.socket_is_idle() and self.records.send_control():
+            return
+        self.waiting = True
+        if self.socket_is_idle():
+            # The socket is full of what went before.
+            self.loop.call_later(CONTROL_RETRY_S, self._drained)
+        else:
+            self.stream.stream.expect_sent()
+
+    def _drained(self):
+        if self.waiting:
+            self.drained()
+
+    cdef void drained(self) noexcept:
+        self.waiting = False
+        if self.state == OVER:
+            return
+        if self.held_record is not None:
+            record, self.held_record = self.held_record, None
+            self.take_record(record)
+        self.send_control()
+        if self.waiting or self.state == OVER:
+            return
+        self.encrypt()
+        if self.state == FLUSHING:
+            self.shut_down()
+        if self.finishing:
+            self.finishing = False
+            self.finish()
+
+    cdef bint control_record(self) noexcept:
+        """The kernel has decrypted a record that is not data: OpenSSL shall see it."""
+        cdef char record[MAX_RECORD_BYTES]
+        cdef Py_ssize_t size = 0
+        cdef int kind
+        if not self.records.kernel_receives or self.state == OVER:
+            return False
+        kind = self.records.take_control_record(self.stream.fileno, record, sizeof(record), &size)
+        if kind == DATA_RECORD:
+            self.deliver_plain(record + RECORD_HEADER, size - RECORD_HEADER)
+        elif kind > 0:
+            data = PyBytes_FromStringAndSize(record, size)
+            if kind == HANDSHAKE_RECORD and self.records.kernel_sends and not self.socket_is_idle():
+                # It may be a KeyUpdate that asks for ours: what was written before goes out with the old keys.
+                self.held_record = data
+                self.stream.stream.stop_reading()
+                self.waiting = True
+                self.stream.stream.expect_sent()
+            else:
+                self.take_record(data)
+        return kind > 0 or kind == -EAGAIN or kind == -EINTR
+
+    cdef void take_record(self, bytes record) noexcept:
+        cdef char scratch[RECORD_BYTES]
+        cdef Py_ssize_t n
+        self.records.socket_idle(self.socket_is_idle())
+        self.records.feed(PyBytes_AS_STRING(record), PyBytes_GET_SIZE(record))
+        n = self.records.read(scratch, sizeof(scratch))
+        self.records.socket_idle(False)
+        self.keep_input()
+        if self.records.keys_are_stuck():
+            self.records.error = None
+            self.fatal(
+                ssl.SSLError(
+                    ssl.SSL_ERROR_SSL,
+                    "the peer changed its TLS keys (KeyUpdate), which this kernel's TLS cannot follow: "
+                    "use Linux 6.14 or newer, or leave out ssl.OP_ENABLE_KTLS",
+                ),
+                "SSL error in data received",
+            )
+            return
+        self.emit()
+        if n == 0:
+            self.on_close_notify()
+        elif n == FAILED and self.state != OVER:
+            error, self.records.error = self.records.error, None
+            self.fatal(error, "SSL error in data received")
+        if self.state == OPEN and not self.paused:
+            self.stream.stream.start_reading()
+
+    cdef void deliver_plain(self, const char* data, Py_ssize_t size) noexcept:
+        """What the kernel has decrypted."""
+        if self.kept is not None or self.paused or self.holding:
+            self.kept = PyBytes_FromStringAndSize(data, size) if self.kept is None else self.kept + data[:size]
+        elif self.state != OPEN:
+            return  # after close()
+        elif self.layer is not None:
+            self.layer.received(data, size)
+        elif self.buffered:
+            self.feed(data, size)
+        else:
+            self.receive(PyBytes_FromStringAndSize(data, size))
+
+    cdef void feed(self, const char* data, Py_ssize_t size) noexcept:
+        """Copy into the BufferedProtocol's buffers, as many as it takes."""
+        cdef Py_buffer view
+        cdef Py_ssize_t n
+        while size > 0 and self.state == OPEN:
+            if self.paused or not self.buffered:
+                self.deliver_plain(data, size)
+                return
+            if not self.get_buffer(&view, size):
+                return
+            n = min(view.len, size)
+            memcpy(view.buf, data, n)
+            PyBuffer_Release(&view)
+            self.buffer_updated(n)
+            data += n
+            size -= n
+
     # --- the end -------------------------------------------------------------
 
     cdef void start_shutdown(self) noexcept:
@@ -761,6 +1000,9 @@ cdef class TLSTransport(Layer):
 
     cdef void finish(self) noexcept:
         """Both sides have said goodbye."""
+        if self.waiting and self.records.has_control():
+            self.finishing = True
+            return
         self.cancel_timer()
         self.call_eof_received()
         if self.state == SHUTDOWN:
@@ -822,6 +1064,12 @@ cdef class TLSTransport(Layer):
             return self.sslcontext
         if name == "tls_engine":
             return self.records.kind
+        if name == "ktls_send_enabled":
+            return bool(self.records.kernel_sends)
+        if name == "ktls_recv_enabled":
+            return bool(self.records.kernel_receives)
+        if name == "ktls_why_not":
+            return self.ktls_why_not
         if self.made and self.state != NEW:
             sslobj = self.records.sslobj
             if name == "ssl_object":
@@ -901,6 +1149,9 @@ cdef class TLSTransport(Layer):
         self.holding = False
         if self.state == OVER or self.paused:
             return
+        if self.kept is not None:
+            kept, self.kept = self.kept, None
+            self.deliver_plain(PyBytes_AS_STRING(kept), PyBytes_GET_SIZE(kept))
         self.advance()
         self.keep_input()
         if self.state == OPEN and not self.paused:

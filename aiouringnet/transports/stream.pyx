@@ -487,6 +487,12 @@ cdef class StreamTransport(Sink):
         except BaseException as exc:
             self.failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
 
+    cdef int on_readable(self) noexcept:
+        return 0 if self.layer is None else self.layer.readable()
+
+    cdef bint on_control_record(self) noexcept:
+        return self.layer is not None and self.layer.control_record()
+
     cdef void on_eof(self) noexcept:
         if self.loop.get_debug():
             logger.debug("%r received EOF", self)
@@ -513,13 +519,20 @@ cdef class StreamTransport(Sink):
             if self.lost:
                 return
         if self.stream.queued == 0:
+            if self.layer is not None and self.layer.waiting:
+                self.layer.drained()
+                if self.lost:
+                    return
             if self.empty_waiter is not None and not self.empty_waiter.done():
                 self.empty_waiter.set_result(None)
             if self.closing:
                 self.lose(None)
             elif self.eof:
                 self.stream.shutdown_write()
-        elif self.protocol_paused or self.closing or self.eof or self.empty_waiter is not None:
+        elif (
+            self.protocol_paused or self.closing or self.eof or self.empty_waiter is not None
+            or (self.layer is not None and self.layer.waiting)
+        ):
             self.stream.expect_sent()
 
     cdef void on_high_water(self) noexcept:
