@@ -502,7 +502,12 @@ class Service:
         """Writes to the child, and waits until it has read that: what is said next comes by itself."""
         pipe = self.process.stdin.fileno()
         os.write(pipe, text)
-        await eventually(lambda: fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) == bytes(4), why=f"never read: {text!r}")
+
+        def was_read():
+            self.read_output()  # it may first want to get rid of that
+            return fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) == bytes(4)
+
+        await eventually(was_read, why=f"never read: {text!r}")
 
     async def heard(self, text, timeout_s=5):
         """Waits until the child has printed a text, and returns all that it printed so far."""
