@@ -23,6 +23,8 @@ import time
 import warnings
 from pathlib import Path
 
+import tls
+
 import aiouringnet
 from aiouringnet import engine as engines
 
@@ -303,11 +305,14 @@ class Endpoint:
         transport, protocol = await endpoint.connect(loop, Recorder)
         peer = endpoint.peer()                   # a plain blocking socket
 
-    `accepted` collects the protocols that `serve` made.
+    `accepted` collects the protocols that `serve` made. A `secure` one speaks TLS
+    as "localhost".
     """
 
-    def __init__(self, kind):
+    def __init__(self, kind, secure=False):
         self.kind = kind
+        self.server_tls = {"ssl": tls.authority().context_server()} if secure else {}
+        self.client_tls = {"ssl": tls.authority().context_client(), "server_hostname": "localhost"} if secure else {}
         self.address = None
         self.accepted = []
         self._folder = None
@@ -337,7 +342,7 @@ class Endpoint:
         # asyncio's 100 are too few for tests that connect by the hundred: a full
         # queue refuses on Unix sockets (EAGAIN) and costs a second on TCP.
         factory = self._remembering(factory)
-        options["backlog"] = backlog
+        options = {"backlog": backlog, **self.server_tls, **options}
         if self.kind == "unix":
             return await loop.create_unix_server(factory, self.address, **options)
         server = await loop.create_server(factory, "127.0.0.1", 0, **options)
@@ -345,6 +350,7 @@ class Endpoint:
         return server
 
     async def connect(self, loop, factory, **options):
+        options = {**self.client_tls, **options}
         if self.kind == "unix":
             return await loop.create_unix_connection(factory, self.address, **options)
         return await loop.create_connection(factory, *self.address, **options)
@@ -496,7 +502,12 @@ class Service:
         """Writes to the child, and waits until it has read that: what is said next comes by itself."""
         pipe = self.process.stdin.fileno()
         os.write(pipe, text)
-        await eventually(lambda: fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) == bytes(4), why=f"never read: {text!r}")
+
+        def was_read():
+            self.read_output()  # it may first want to get rid of that
+            return fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) == bytes(4)
+
+        await eventually(was_read, why=f"never read: {text!r}")
 
     async def heard(self, text, timeout_s=5):
         """Waits until the child has printed a text, and returns all that it printed so far."""

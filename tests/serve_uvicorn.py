@@ -1,6 +1,6 @@
 """Serves an ASGI application with uvicorn on one loop of the matrix, for test_real_uvicorn.py.
 
-    python serve_uvicorn.py asyncio|uvloop uring|epoll|sqpoll [PATH OF A UNIX SOCKET]
+    python serve_uvicorn.py asyncio|uvloop uring|epoll|sqpoll [PATH OF A UNIX SOCKET | CERTIFICATE KEY]
 """
 
 import sys
@@ -30,11 +30,13 @@ async def app(scope, receive, send):
     await send({"type": "http.response.body", "body": body})
 
 
-def main(base, kind, *unix):
+def main(base, kind, *where):
     sqpoll = kind == "sqpoll"
     loop = helpers.new_loop(helpers.Case(base, "uring" if sqpoll else kind, sqpoll=sqpoll))
-    where = {"uds": unix[0]} if unix else {"host": "127.0.0.1", "port": 0}
-    server = uvicorn.Server(uvicorn.Config(app, http="httptools", lifespan="off", access_log=False, **where))
+    options = {"uds": where[0]} if len(where) == 1 else {"host": "127.0.0.1", "port": 0}
+    if len(where) == 2:
+        options["ssl_certfile"], options["ssl_keyfile"] = where
+    server = uvicorn.Server(uvicorn.Config(app, http="httptools", lifespan="off", access_log=False, **options))
     loop.run_until_complete(server.serve())
     loop.close()
 

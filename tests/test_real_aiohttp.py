@@ -1,4 +1,4 @@
-"""aiohttp talks to itself: its client and its server on one patched loop."""
+"""aiohttp talks to itself: its client and its server on one patched loop, in the clear and over TLS."""
 
 import asyncio
 import contextlib
@@ -6,6 +6,7 @@ import io
 
 import helpers
 import pytest
+import tls
 
 aiohttp = pytest.importorskip("aiohttp", reason="aiohttp is not installed")
 web = pytest.importorskip("aiohttp.web", reason="aiohttp is not installed")
@@ -63,10 +64,11 @@ async def service(endpoint):
         await web.UnixSite(runner, endpoint.address).start()
         connector, url = aiohttp.UnixConnector(endpoint.address, limit=100), "http://localhost"
     else:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=endpoint.server_tls.get("ssl"))
         await site.start()
         host, port = runner.addresses[0][:2]
-        connector, url = aiohttp.TCPConnector(limit=100), f"http://{host}:{port}"
+        connector = aiohttp.TCPConnector(limit=100, ssl=endpoint.client_tls.get("ssl", True))
+        url = f"{'https' if endpoint.client_tls else 'http'}://{host}:{port}"
     try:
         async with aiohttp.ClientSession(url, connector=connector) as session:
             yield session
@@ -129,3 +131,28 @@ async def test_websocket_messages(loop, endpoint):
             await websocket.send_bytes(b"a" * size)
             assert await websocket.receive_bytes() == b"A" * size
         await websocket.ping()
+
+
+# --------------------------------------------------------------------------
+# Over TLS
+
+
+@tls.needs_openssl
+@pytest.mark.usefixtures("tls_engine")
+@pytest.mark.matrix(debug=False, sqpoll=False)
+class TestOverTLS:
+    """The same tests once more."""
+
+    @pytest.fixture
+    def endpoint(self):
+        with helpers.Endpoint("tcp", secure=True) as endpoint:
+            yield endpoint
+
+    test_bodies_of_megabytes_both_ways = staticmethod(test_bodies_of_megabytes_both_ways)
+    test_chunked_uploads = staticmethod(test_chunked_uploads)
+    test_a_connection_is_kept_for_further_requests = staticmethod(test_a_connection_is_kept_for_further_requests)
+    test_a_hundred_requests_at_once = staticmethod(test_a_hundred_requests_at_once)
+    test_a_client_that_leaves_in_mid_response_disturbs_nobody = staticmethod(
+        test_a_client_that_leaves_in_mid_response_disturbs_nobody
+    )
+    test_websocket_messages = staticmethod(test_websocket_messages)

@@ -1,9 +1,9 @@
 """The openssl command as the peer: `s_client` asks our server, `s_server` answers our client."""
 
-import asyncio
 import contextlib
 import re
 import ssl
+from pathlib import Path
 
 import helpers
 import pytest
@@ -85,6 +85,48 @@ async def test_s_client_gets_its_megabytes_back(loop, endpoint, version):
     async with serving(loop, endpoint, context, lambda: EchoOf(len(MEGABYTES))):
         done = await s_client(endpoint, "-quiet", input=MEGABYTES)
     assert done.stdout == MEGABYTES
+
+
+@over("tcp")
+@pytest.mark.parametrize(
+    "options",
+    [
+        # What a record adds to its data depends on these.
+        ["-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-SHA"],
+        ["-tls1_2", "-cipher", "ECDHE-ECDSA-AES256-SHA384", "-no_etm"],
+        ["-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-CCM"],
+        ["-tls1_2", "-cipher", "ECDHE-ECDSA-CHACHA20-POLY1305"],
+        ["-tls1_3", "-ciphersuites", "TLS_CHACHA20_POLY1305_SHA256"],
+        ["-tls1_3", "-ciphersuites", "TLS_AES_128_GCM_SHA256"],
+        # Small records, at both ends and at its end.
+        ["-maxfraglen", "512"],
+        ["-max_send_frag", "512"],
+        ["-tls1_3", "-record_padding", "1000"],
+        # The server asks for another key share (HelloRetryRequest).
+        ["-tls1_3", "-groups", "X448:P-256"],
+    ],
+    ids=" ".join,
+)
+async def test_whatever_s_client_wants_its_data_comes_back(loop, endpoint, options):
+    context = tls.authority().context_server()
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    context.set_ecdh_curve("prime256v1")
+    async with serving(loop, endpoint, context, lambda: EchoOf(1 << 20)):
+        done = await s_client(endpoint, "-quiet", *options, input=MEGABYTES[: 1 << 20])
+    assert done.stdout == MEGABYTES[: 1 << 20], done.stderr
+
+
+@over("tcp")
+@versions
+async def test_s_client_gets_a_long_certificate_chain(loop, endpoint, version, tmp_path):
+    """A flight of the handshake larger than a record."""
+    (certificate, key), cafile = tls.authority().pair(), tls.authority().cafile
+    chain = tmp_path / "chain"
+    chain.write_text(Path(certificate).read_text() + 100 * Path(cafile).read_text())
+    context = tls.authority().context_server(pair=(chain, key), version=version)
+    async with serving(loop, endpoint, context):
+        said = report(await s_client(endpoint, "-showcerts"))
+    assert said.count(b"BEGIN CERTIFICATE") > 100
 
 
 @over("tcp")
@@ -202,6 +244,29 @@ async def test_a_file_of_s_servers_arrives_whole(loop, version, tmp_path):
     assert protocol.log == ["made", "data", "eof", "lost"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-cipher", "ECDHE-ECDSA-AES128-SHA:@SECLEVEL=0", "-tls1_2"],
+        ["-cipher", "ECDHE-ECDSA-CHACHA20-POLY1305", "-tls1_2"],
+        ["-ciphersuites", "TLS_CHACHA20_POLY1305_SHA256", "-tls1_3"],
+        ["-max_send_frag", "512"],
+        ["-tls1_3", "-record_padding", "1000"],
+        ["-tls1_3", "-groups", "P-521"],
+    ],
+    ids=" ".join,
+)
+async def test_whatever_s_server_wants_its_file_arrives_whole(loop, tmp_path, options):
+    (tmp_path / "file").write_bytes(MEGABYTES)
+    context = tls.authority().context_client()
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with s_server("-HTTP", *options, cwd=tmp_path) as service:
+        transport, protocol = await connect(loop, service, context)
+        transport.write(b"GET /file HTTP/1.0\r\n\r\n")
+        assert await protocol.lost is None
+    assert bytes(protocol.data) == MEGABYTES
+
+
 @versions
 async def test_we_identify_ourselves_to_s_server(loop, version):
     context = tls.authority().context_client(version=version, pair=tls.authority().client_pair())
@@ -243,7 +308,7 @@ async def test_s_server_learns_why_we_refuse_it(loop, version, certificate, host
         await service.heard(f"alert {alert}")
 
 
-@pytest.mark.parametrize(
+commands = pytest.mark.parametrize(
     "version, key",
     [
         pytest.param(tls.TLS_1_3, b"k\n", id="KeyUpdate"),
@@ -252,12 +317,19 @@ async def test_s_server_learns_why_we_refuse_it(loop, version, certificate, host
         pytest.param(tls.TLS_1_2, b"r\n", id="renegotiation"),
     ],
 )
-async def test_data_goes_on_after_what_s_server_does_in_mid_connection(loop, version, key):
+
+
+def ready_for_commands(version):
     context = tls.authority().context_client(version=version, pair=tls.authority().client_pair())
     if version == tls.TLS_1_3:
         context.post_handshake_auth = True
+    return context
+
+
+@commands
+async def test_data_goes_on_after_what_s_server_does_in_mid_connection(loop, version, key):
     with s_server("-CAfile", tls.authority().cafile, talkative=True) as service:
-        transport, protocol = await connect(loop, service, context)
+        transport, protocol = await connect(loop, service, ready_for_commands(version))
         for turn in range(3):
             await service.say(key)
             await service.say(b"hello\n")
@@ -267,5 +339,22 @@ async def test_data_goes_on_after_what_s_server_does_in_mid_connection(loop, ver
         assert service.output.count("SSL_do_handshake -> 1\n") == 3
         if key == b"c\n":
             assert "client\n" in service.output
+        transport.close()
+        await protocol.lost
+
+
+@commands
+async def test_nothing_is_lost_when_s_server_does_it_while_we_send(loop, version, key):
+    with s_server("-CAfile", tls.authority().cafile, talkative=True) as service:
+        transport, protocol = await connect(loop, service, ready_for_commands(version))
+        for turn in range(10):
+            for size in range(1, 200):
+                transport.write(b"#" * size + b"\n")
+            await service.say(key)
+        await helpers.eventually(lambda: service.read_output().count("#") == 10 * sum(range(1, 200)))
+        # OpenSSL refuses some that come too early after the last.
+        await service.heard("SSL_do_handshake -> 1\n")
+        await service.say(b"hello\n")
+        assert await protocol.received(6) == b"hello\n"
         transport.close()
         await protocol.lost

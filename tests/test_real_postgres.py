@@ -5,13 +5,12 @@ import io
 import os
 import pwd
 import shutil
-import ssl
 import subprocess
-import sys
 from pathlib import Path
 
 import helpers
 import pytest
+import tls
 
 asyncpg = pytest.importorskip("asyncpg", reason="asyncpg is not installed")
 
@@ -56,20 +55,13 @@ def as_postgres():
     return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
-def make_certificate(folder):
-    """A key and a self-signed certificate for 127.0.0.1; None without openssl's program."""
+def certificate_in(folder):
+    """Copies that PostgreSQL's user may read, and nobody else; None without openssl's program."""
     if shutil.which("openssl") is None:
         return None
-    key, certificate = folder / "server.key", folder / "server.crt"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-days", "2", "-subj", "/CN=127.0.0.1"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
-        check=True,
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-    )
+    certificate, key = (Path(shutil.copy(path, folder)) for path in tls.authority().pair())
     key.chmod(0o600)
-    return key, certificate
+    return certificate, key
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +69,7 @@ def postgres(tmp_path_factory):
     # Not below pytest's own folder, which other users cannot enter.
     with helpers.short_folder() as folder:
         programs, data, port = postgres_programs(), folder / "data", helpers.free_port()
-        certificate = make_certificate(folder)
+        certificate = certificate_in(folder)
         if os.getuid() == 0:
             for path in [folder, *(certificate or ())]:
                 shutil.chown(path, "postgres", "postgres")
@@ -97,7 +89,7 @@ def postgres(tmp_path_factory):
             "log_min_messages": "fatal",
         }
         if certificate:
-            settings |= {"ssl": "on", "ssl_key_file": certificate[0], "ssl_cert_file": certificate[1]}
+            settings |= {"ssl": "on", "ssl_cert_file": certificate[0], "ssl_key_file": certificate[1]}
         args = [programs / "postgres", "-D", data]
         for name, value in settings.items():
             args += ["-c", f"{name}={value}"]
@@ -108,19 +100,13 @@ def postgres(tmp_path_factory):
             yield {
                 "tcp": {"host": "127.0.0.1", "ssl": False, **common},
                 "unix": {"host": str(folder), **common},
-                "tls": {"host": "127.0.0.1", "ssl": certificate and trusting(certificate[1]), **common},
+                "tls": {"host": "127.0.0.1", "ssl": certificate and tls.authority().context_client(), **common},
             }
             service.stop(helpers.signal.SIGINT)
 
 
-def trusting(certificate):
-    return ssl.create_default_context(cafile=certificate)
-
-
 @pytest.fixture(params=["tcp", "unix", "tls"])
 def where(request, postgres, case):
-    if request.param == "tls" and sys.version_info < (3, 11):
-        pytest.skip("asyncio's TLS before Python 3.11, which start_tls uses, fails here without us, too")
     if request.param == "tls" and postgres["tls"]["ssl"] is None:
         pytest.skip("openssl's program, which makes the certificate, is not installed")
     return postgres[request.param]
@@ -197,3 +183,14 @@ async def test_a_connection_that_the_server_ends_is_reported(loop, where):
         await helpers.eventually(connection.is_closed)
         with pytest.raises(asyncpg.InterfaceError):
             await connection.fetchval("select 1")
+
+
+@pytest.mark.matrix(debug=False, sqpoll=False)
+@pytest.mark.usefixtures("tls_engine")
+@pytest.mark.parametrize("where", ["tls"], indirect=True)
+class TestOverTLS:
+    """Once more with each of the engines that make TLS records."""
+
+    test_values_of_megabytes_come_back = staticmethod(test_values_of_megabytes_come_back)
+    test_copy_of_megabytes_both_ways = staticmethod(test_copy_of_megabytes_both_ways)
+    test_a_pool_serves_many_at_once = staticmethod(test_a_pool_serves_many_at_once)

@@ -1,10 +1,12 @@
-"""redis-py's asyncio client against a real redis-server, over TCP and a Unix socket."""
+"""redis-py's asyncio client against a real redis-server, over TCP, a Unix socket and TLS."""
 
 import asyncio
 import shutil
+import subprocess
 
 import helpers
 import pytest
+import tls
 
 redis = pytest.importorskip("redis.asyncio", reason="redis-py is not installed")
 Retry = pytest.importorskip("redis.asyncio.retry").Retry
@@ -29,9 +31,25 @@ def redis_server(tmp_path_factory):
         "--appendonly": "no",
         "--daemonize": "no",
     }
+    places = {"tcp": {"host": "127.0.0.1", "port": port}, "unix": {"unix_socket_path": path}}
+    if speaks_tls():
+        certificate, key = tls.authority().pair()
+        settings |= {"--tls-port": helpers.free_port(), "--tls-cert-file": certificate, "--tls-key-file": key}
+        settings |= {"--tls-ca-cert-file": tls.authority().cafile, "--tls-auth-clients": "no"}
+        places["tls"] = {"host": "127.0.0.1", "port": settings["--tls-port"], "ssl": True}
+        places["tls"]["ssl_ca_certs"] = tls.authority().cafile
     args = ["redis-server"] + [part for setting in settings.items() for part in setting]
     with helpers.Service(args, ready=helpers.accepts(path)):
-        yield {"tcp": {"host": "127.0.0.1", "port": port}, "unix": {"unix_socket_path": path}}
+        yield places
+
+
+def speaks_tls():
+    """Whether redis-server was built with TLS: without, it does not know the option."""
+    if shutil.which("openssl") is None:
+        return False
+    # A port that is none, so that it does not start in either case.
+    said = subprocess.run(["redis-server", "--tls-port", "-1"], capture_output=True, text=True)
+    return "Bad directive" not in said.stdout + said.stderr
 
 
 @pytest.fixture(params=["tcp", "unix"])
@@ -103,3 +121,30 @@ async def test_a_connection_that_the_server_kills_is_reported(loop, where):
                 await other.client_kill_filter(_id=connection["id"])
         with pytest.raises(redis.ConnectionError):
             await waiting
+
+
+# --------------------------------------------------------------------------
+# Over TLS
+
+
+@tls.needs_openssl
+@pytest.mark.usefixtures("tls_engine")
+@pytest.mark.matrix(debug=False, sqpoll=False)
+class TestOverTLS:
+    """The same tests once more."""
+
+    @pytest.fixture
+    def where(self, redis_server):
+        if "tls" not in redis_server:
+            pytest.skip("this redis-server was built without TLS")
+        return redis_server["tls"]
+
+    test_values_from_empty_to_megabytes_come_back = staticmethod(test_values_from_empty_to_megabytes_come_back)
+    test_a_pipeline_of_thousands_keeps_its_order = staticmethod(test_a_pipeline_of_thousands_keeps_its_order)
+    test_published_messages_reach_the_subscriber = staticmethod(test_published_messages_reach_the_subscriber)
+    test_a_blocked_command_can_be_cancelled_and_the_client_used_again = staticmethod(
+        test_a_blocked_command_can_be_cancelled_and_the_client_used_again
+    )
+    test_a_connection_that_the_server_kills_is_reported = staticmethod(
+        test_a_connection_that_the_server_kills_is_reported
+    )

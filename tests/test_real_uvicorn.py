@@ -1,4 +1,4 @@
-"""uvicorn in a process of its own, asked by curl and loaded by wrk."""
+"""uvicorn in a process of its own, asked by curl and loaded by wrk, in the clear and over TLS."""
 
 import re
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import helpers
 import pytest
+import tls
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("httptools", reason="httptools is not installed")
@@ -18,16 +19,21 @@ needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is no
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
 
 
-def serve(case, *unix):
+def serve(case, *where):
+    """uvicorn on a free port; on a Unix socket, given its path; with TLS, given a certificate and its key."""
     kind = "sqpoll" if case.sqpoll else case.engine
-    args = [sys.executable, Path(__file__).with_name("serve_uvicorn.py"), case.base, kind, *unix]
+    args = [sys.executable, Path(__file__).with_name("serve_uvicorn.py"), case.base, kind, *where]
     return helpers.Service(args, ready="Uvicorn running on", env=case.env)
 
 
 @pytest.fixture
 def service(case):
-    with serve(case) as service:
-        service.url = re.search(r"http://127\.0\.0\.1:\d+", service.output)[0]
+    yield from serving(case)
+
+
+def serving(case, *where):
+    with serve(case, *where) as service:
+        service.url = re.search(r"https?://127\.0\.0\.1:\d+", service.output)[0]
         yield service
         # SIGTERM, on which uvicorn ends its connections in good order.
         status = service.stop()
@@ -36,7 +42,10 @@ def service(case):
 
 
 def curl(*args, **options):
-    return subprocess.run(["curl", "-sS", "--max-time", "15", *args], check=True, capture_output=True, **options).stdout
+    args = ["curl", "-sS", "--max-time", "15", *args]
+    if any(arg.startswith("https:") for arg in args):
+        args += ["--cacert", tls.authority().cafile]
+    return subprocess.run(args, check=True, capture_output=True, **options).stdout
 
 
 @needs_curl
@@ -65,11 +74,9 @@ def test_curl_over_a_unix_socket(case, tmp_path):
         assert curl("--unix-socket", path, "http://localhost/big") == helpers.pattern(5 << 20)
 
 
-@needs_wrk
-@pytest.mark.parametrize("path, connections", [("/small", 1), ("/small", 100), ("/big", 10)])
-def test_every_request_of_wrk_is_answered(service, path, connections):
+def wrk(url, connections, seconds):
     done = subprocess.run(
-        ["wrk", "-t1", f"-c{connections}", "-d2s", "--timeout", "5s", f"{service.url}{path}"],
+        ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "5s", url],
         check=True,
         capture_output=True,
         text=True,
@@ -77,3 +84,30 @@ def test_every_request_of_wrk_is_answered(service, path, connections):
     )
     assert "Non-2xx" not in done.stdout and "Socket errors" not in done.stdout, done.stdout
     assert int(re.search(r"(\d+) requests in", done.stdout)[1]) > 0, done.stdout
+
+
+@needs_wrk
+@pytest.mark.parametrize("path, connections", [("/small", 1), ("/small", 100), ("/big", 10)])
+def test_every_request_of_wrk_is_answered(service, path, connections):
+    wrk(f"{service.url}{path}", connections, seconds=2)
+
+
+# --------------------------------------------------------------------------
+# Over TLS
+
+
+@tls.needs_openssl
+@pytest.mark.matrix(sqpoll=False)
+class TestOverTLS:
+    """The same tests once more."""
+
+    @pytest.fixture
+    def service(self, case, tls_engine):
+        yield from serving(case, *tls.authority().pair())
+
+    test_curl_gets_bodies_of_all_sizes = staticmethod(test_curl_gets_bodies_of_all_sizes)
+
+    @needs_wrk
+    def test_every_request_of_wrk_is_answered(self, service):
+        wrk(f"{service.url}/small", connections=100, seconds=1)
+        wrk(f"{service.url}/big", connections=10, seconds=1)

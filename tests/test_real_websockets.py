@@ -1,10 +1,11 @@
-"""websockets talks to itself: its client and its server on one patched loop."""
+"""websockets talks to itself: its client and its server on one patched loop, in the clear and over TLS."""
 
 import asyncio
 import contextlib
 
 import helpers
 import pytest
+import tls
 
 websockets = pytest.importorskip("websockets", reason="websockets is not installed")
 client_side = pytest.importorskip("websockets.asyncio.client", reason="websockets is too old")
@@ -27,9 +28,10 @@ async def serving(endpoint, handler):
         async with server_side.unix_serve(handler, endpoint.address, **OPTIONS):
             yield lambda: client_side.unix_connect(endpoint.address, "ws://localhost/", **OPTIONS)
     else:
-        async with server_side.serve(handler, "127.0.0.1", 0, **OPTIONS) as server:
+        async with server_side.serve(handler, "127.0.0.1", 0, **endpoint.server_tls, **OPTIONS) as server:
             port = server.sockets[0].getsockname()[1]
-            yield lambda: client_side.connect(f"ws://127.0.0.1:{port}/", proxy=None, **OPTIONS)
+            url = f"{'wss' if endpoint.client_tls else 'ws'}://127.0.0.1:{port}/"
+            yield lambda: client_side.connect(url, proxy=None, **endpoint.client_tls, **OPTIONS)
 
 
 async def test_messages_from_one_byte_to_megabytes(loop, endpoint):
@@ -104,3 +106,26 @@ async def test_backpressure_reaches_the_sender(loop, endpoint):
         await connection.close()
         await helpers.eventually(lambda: len(sizes) == 200)
     assert set(sizes) == {256 << 10}
+
+
+# --------------------------------------------------------------------------
+# Over TLS
+
+
+@tls.needs_openssl
+@pytest.mark.usefixtures("tls_engine")
+@pytest.mark.matrix(debug=False, sqpoll=False)
+class TestOverTLS:
+    """The same tests once more."""
+
+    @pytest.fixture
+    def endpoint(self):
+        with helpers.Endpoint("tcp", secure=True) as endpoint:
+            yield endpoint
+
+    test_messages_from_one_byte_to_megabytes = staticmethod(test_messages_from_one_byte_to_megabytes)
+    test_a_fragmented_message_is_put_together = staticmethod(test_a_fragmented_message_is_put_together)
+    test_ping_is_answered = staticmethod(test_ping_is_answered)
+    test_close_code_and_reason_arrive = staticmethod(test_close_code_and_reason_arrive)
+    test_fifty_clients_at_once = staticmethod(test_fifty_clients_at_once)
+    test_backpressure_reaches_the_sender = staticmethod(test_backpressure_reaches_the_sender)
