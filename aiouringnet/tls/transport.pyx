@@ -600,6 +600,7 @@ cdef class TLSTransport(Layer):
                 PyContext_Exit(self.context)
         except BaseException as exc:
             self.failed(exc, "Fatal error: protocol.connection_made() call failed.")
+            self.wake_waiter(exc)
 
     cdef void handshake_failed(self, object exc) noexcept:
         if self.state != HANDSHAKE:
@@ -979,13 +980,14 @@ cdef class TLSTransport(Layer):
         self.state = FLUSHING
         self.timer = self.loop.call_later(self.shutdown_timeout_s, self._check_shutdown_timeout)
         self.encrypt()
+        if self.state == FLUSHING and not self.eof and not self.peer_closed:
+            # The peer's close_notify may be behind data that nobody wants any more; before ours
+            # goes out, since SSLObject.unwrap() takes data after it for a violation.
+            self.discard_input()
         if self.state == FLUSHING:
             self.shut_down()
-        if self.state == FLUSHING or self.state == SHUTDOWN:
-            # The peer's close_notify may be behind data that nobody wants any more.
-            if not self.eof and not self.peer_closed:
-                self.discard_input()
-                self.lower.resume_reading()
+        if (self.state == FLUSHING or self.state == SHUTDOWN) and not self.eof and not self.peer_closed:
+            self.lower.resume_reading()
 
     cdef void shut_down(self) noexcept:
         """Send close_notify when all that was written is encrypted."""
