@@ -8,7 +8,6 @@ from aiouringnet.api.passed_on import (
     connect_read_pipe,
     connect_write_pipe,
     create_datagram_endpoint,
-    sendfile,
     sock_accept,
     sock_connect,
     sock_recv,
@@ -16,6 +15,7 @@ from aiouringnet.api.passed_on import (
     sock_sendall,
 )
 from aiouringnet.api.patch import install_policy, loop_factory, new_event_loop, patch_loop
+from aiouringnet.api.sendfile import sendfile
 from aiouringnet.api.serve import create_server, create_unix_server
 from aiouringnet.api.start_tls import start_tls
 from aiouringnet.api.streams import open_connection, open_unix_connection, start_server, start_unix_server

@@ -17,6 +17,7 @@ import weakref
 
 from aiouringnet.api.call import PATCHED, loops_own
 from aiouringnet.api.connect import connect_accepted_socket, create_connection, create_unix_connection
+from aiouringnet.api.sendfile import sendfile
 from aiouringnet.api.serve import create_server, create_unix_server
 from aiouringnet.api.start_tls import start_tls
 from aiouringnet.engine import active_engine, configure, options_of
@@ -28,6 +29,7 @@ FUNCTIONS = (
     create_server,
     create_unix_connection,
     create_unix_server,
+    sendfile,
     start_tls,
 )
 

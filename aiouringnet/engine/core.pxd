@@ -1,6 +1,7 @@
 # The interface between transports and their I/O.  Read core.pyx first.
 
 from cpython.object cimport PyObject
+from posix.types cimport off_t
 
 
 cdef enum:
@@ -75,6 +76,17 @@ cdef class Layer:
     cdef void gather(self) noexcept
 
 
+# A part of a file that is being sent.
+cdef class FileRange:
+    cdef int fd
+    cdef off_t offset               # of the next byte
+    cdef long long remaining        # bytes, -1: up to the end of the file
+    cdef readonly long long sent    # bytes
+    cdef readonly object future     # ends with their number
+
+    cdef void end(self, object exc) noexcept
+
+
 # The I/O of one connected stream socket.
 cdef class Stream(Handle):
     cdef Sink sink
@@ -98,6 +110,7 @@ cdef class Stream(Handle):
     cdef Chunk small[1]
     cdef Py_ssize_t head, count, capacity
     cdef readonly size_t queued     # bytes in the queue, those in flight included
+    cdef FileRange file             # sent when the queue is empty
     cdef flag dirty                 # in engine.dirty
     cdef flag sending               # a send is in flight or waits for the socket to drain
     cdef flag awaited               # the sink asked for on_sent() as soon as possible
@@ -128,6 +141,8 @@ cdef class Stream(Handle):
     cdef void end_send(self) noexcept
     cdef void flatten(self) except *
     cdef bint send_direct(self) noexcept
+    cdef void send_file(self, FileRange file) noexcept
+    cdef bint advance_file(self) noexcept
     cdef Py_ssize_t read_direct(self) noexcept
     cdef void deliver(self, const char* data, Py_ssize_t size) noexcept
     cdef void deliver_end(self, int error) noexcept

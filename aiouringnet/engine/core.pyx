@@ -28,13 +28,14 @@ from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.errno cimport (
     EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EHOSTUNREACH, EINTR, EINVAL, EIO, EMFILE, ENETUNREACH, ENFILE, ENOBUFS,
-    ENOMEM, ENOTCONN, ENOTSOCK, EOPNOTSUPP, ETIMEDOUT, errno,
+    ENOMEM, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPIPE, ETIMEDOUT, errno,
 )
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
+from posix.types cimport off_t
 
 import socket
-from asyncio import _get_running_loop
+from asyncio import SendfileNotAvailableError, _get_running_loop
 from asyncio.trsock import TransportSocket
 from os import strerror
 from socket import AF_UNIX
@@ -68,6 +69,9 @@ cdef extern from "sys/socket.h" nogil:
     int accept4(int fd, void* address, void* size, int flags)
     int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR, SOCK_CLOEXEC
 
+cdef extern from "sys/sendfile.h" nogil:
+    ssize_t c_sendfile "sendfile"(int out_fd, int in_fd, off_t* offset, size_t size)
+
 cdef extern from "netinet/in.h" nogil:
     int IPPROTO_TCP
 
@@ -96,6 +100,8 @@ cdef enum:
     FLATTEN_BYTES = 16384
     # After a read of so much, the next piece has probably come meanwhile.
     STREAMING_BYTES = 32768
+    # Of a file, in one turn of a connection.
+    FILE_BYTES = 1 << 20
     SMALL_QUEUE = 1     # chunks that a stream holds without an allocation
     KEPT_QUEUE = 64     # chunks; a longer queue is freed when it has drained
     EXPECTATION_MAX = 8
@@ -171,6 +177,26 @@ cdef class Layer:
 
     cdef void gather(self) noexcept:
         pass
+
+
+cdef class FileRange:
+    def __init__(self, int fd, off_t offset, long long remaining, future):
+        self.fd = fd
+        self.offset = offset
+        self.remaining = remaining
+        self.future = future
+
+    cdef void end(self, object exc) noexcept:
+        if self.future.done():
+            return
+        if exc is None:
+            self.future.set_result(self.sent)
+        else:
+            self.future.set_exception(exc)
+
+
+# sendfile() errors that are the connection's, not the file's (send(2)).
+cdef tuple CONNECTION_BROKEN = (ECONNRESET, ENOTCONN, EPIPE, ETIMEDOUT, EHOSTUNREACH, ENETUNREACH)
 
 
 cdef class Stream(Handle):
@@ -423,6 +449,8 @@ cdef class Stream(Handle):
         cdef msghdr message
         cdef Py_ssize_t i, n, sent
         cdef size_t asked
+        if self.file is not None and self.count == 0:
+            return self.advance_file()
         while self.count:
             self.engine.n_direct_sends += 1
             if self.count == 1:
@@ -451,6 +479,54 @@ cdef class Stream(Handle):
         if self.count:
             self.await_writable()
             return False
+        return True
+
+    cdef void send_file(self, FileRange file) noexcept:
+        """Send a part of a file; the queue is empty and nothing is written meanwhile."""
+        self.file = file
+        if not self.dirty and not self.sending:
+            self.engine.mark_dirty(self)
+
+    cdef bint advance_file(self) noexcept:
+        """Send what the socket takes of the file; True when that was the last of it."""
+        cdef FileRange file = self.file
+        cdef Py_ssize_t total = 0
+        cdef ssize_t n
+        cdef size_t asked
+        while True:
+            asked = FILE_BYTES if file.remaining < 0 else min(file.remaining, <long long>FILE_BYTES)
+            n = c_sendfile(self.fd, file.fd, &file.offset, asked) if asked else 0
+            if n > 0:
+                total += n
+                file.sent += n
+                self.engine.n_bytes_out += n
+                if file.remaining > 0:
+                    file.remaining -= n
+                if total >= FILE_BYTES:
+                    # Others get their turn.
+                    if not self.dirty:
+                        self.engine.mark_dirty(self)
+                    return False
+            elif n < 0 and errno == EAGAIN:
+                self.await_writable()
+                return False
+            elif n < 0 and errno == EINTR:
+                continue
+            else:
+                break
+        self.file = None
+        if n == 0:
+            file.end(None)  # the part's end, or the file's
+            return True
+        error = errno
+        if error in CONNECTION_BROKEN:
+            file.end(OSError(error, strerror(error)))
+            self.sink.on_error(error, True)
+            return False
+        if file.sent == 0:
+            file.end(SendfileNotAvailableError(f"sendfile(2) refused the file: {strerror(error)}"))
+        else:
+            file.end(OSError(error, strerror(error)))
         return True
 
     cdef void expect_sent(self) noexcept:
@@ -491,6 +567,10 @@ cdef class Stream(Handle):
         self.reading = False
         self.held = None
         self.held_end = 0
+        if self.file is not None:
+            if not self.engine.closed:
+                self.file.end(ConnectionError("the connection was closed while a file was being sent"))
+            self.file = None
         if not self.sending:
             self.discard_output()
         self.cancel_all()
@@ -841,7 +921,9 @@ cdef class Engine:
         self.dirty_spare = batch
         for stream in batch:
             stream.dirty = False
-            if not stream.sending and not stream.closed and (stream.count == 0 or stream.send_direct()):
+            if not stream.sending and not stream.closed and (
+                (stream.count == 0 and stream.file is None) or stream.send_direct()
+            ):
                 stream.sink.on_sent()
         batch.clear()
 

@@ -79,7 +79,7 @@ cdef class EpollStream(Stream):
         if not self.sending:
             return
         self.end_send()
-        if self.count == 0 or self.send_direct():
+        if (self.count == 0 and self.file is None) or self.send_direct():
             (<Epoll>self.engine).sync(self)
         if not self.closed:
             self.sink.on_sent()

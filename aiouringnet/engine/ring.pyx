@@ -285,7 +285,7 @@ cdef class RingStream(Stream):
         """The socket is full: send the rest when it has drained."""
         cdef Ring engine = <Ring>self.engine
         cdef io_uring_sqe* sqe
-        if engine.sqpoll:
+        if engine.sqpoll and self.count:
             self.submit_chunks(True)
             return
         sqe = engine.get_sqe(&engine.ring)
@@ -1039,7 +1039,7 @@ cdef class Ring(Engine):
                 continue
             if stream.count:
                 stream.submit_send()
-            else:
+            elif stream.file is None or stream.send_direct():
                 stream.sink.on_sent()
         batch.clear()
 

@@ -40,7 +40,7 @@ from cpython.ref cimport Py_DECREF
 from libc.errno cimport EAGAIN, EINTR
 from libc.string cimport memcpy
 
-from aiouringnet.engine.core cimport EOF_HELD, Engine, Layer, flag
+from aiouringnet.engine.core cimport EOF_HELD, Engine, Layer, Stream, flag
 from aiouringnet.tls.records cimport FAILED, Records, WANTS_MORE
 from aiouringnet.transports.stream cimport StreamTransport, own
 
@@ -159,6 +159,7 @@ cdef class TLSTransport(Layer):
     cdef flag offered               # the handshake reads from the socket
     cdef flag finishing             # finish() waits for control records to be sent
     cdef bytes held_record          # a control record that waits for the socket to drain
+    cdef object empty_waiter        # of sendfile(): no write meanwhile
     cdef object ktls_why_not        # a sentence, where it was asked for
     cdef flag protocol_paused
     cdef Py_ssize_t high, low
@@ -330,6 +331,8 @@ cdef class TLSTransport(Layer):
         self.state = OVER
         protocol, self.protocol = self.protocol, None
         self.layer = None
+        if self.empty_waiter is not None and not self.empty_waiter.done():
+            self.empty_waiter.set_exception(exc or ConnectionError("Connection is closed by peer"))
         self.wake_waiter(exc or ConnectionAbortedError("the connection was closed during the TLS handshake"))
         if self.made and protocol is not None:
             # At once: a loop that stops now would keep what is scheduled, and all of us with it.
@@ -343,6 +346,7 @@ cdef class TLSTransport(Layer):
         self.encrypt()
         if self.state == FLUSHING:
             self.shut_down()
+        self.check_empty()
         self.control_writing()
 
     # --- input ---------------------------------------------------------------
@@ -810,7 +814,8 @@ cdef class TLSTransport(Layer):
     # hands over those to send with their type, and gets those that arrive.
 
     cdef bint socket_is_idle(self) noexcept:
-        return self.stream.stream.queued == 0 and not self.stream.stream.sending
+        cdef Stream stream = self.stream.stream
+        return stream.queued == 0 and not stream.sending and stream.file is None
 
     cdef int readable(self) noexcept:
         self.advance()
@@ -882,6 +887,7 @@ cdef class TLSTransport(Layer):
         if self.waiting or self.state == OVER:
             return
         self.encrypt()
+        self.check_empty()
         if self.state == FLUSHING:
             self.shut_down()
         if self.finishing:
@@ -967,6 +973,46 @@ cdef class TLSTransport(Layer):
             self.buffer_updated(n)
             data += n
             size -= n
+
+    # --- sendfile, where the kernel encrypts ---------------------------------
+
+    @property
+    def _sends_files(self):
+        return bool(self.records.kernel_sends)
+
+    def _make_empty_waiter(self):
+        if self.empty_waiter is not None:
+            raise RuntimeError("Empty waiter is already set")
+        self.empty_waiter = self.loop.create_future()
+        self.encrypt()
+        self.check_empty()
+        return self.empty_waiter
+
+    def _reset_empty_waiter(self):
+        self.empty_waiter = None
+        if self.lower is not None:
+            self.lower._reset_empty_waiter()
+
+    cdef void check_empty(self) noexcept:
+        """What was written before the file is with the stream: wait for that to be sent."""
+        if self.empty_waiter is None or self.empty_waiter.done() or self.queued or self.records.has_control():
+            return
+        if self.stream.empty_waiter is None:
+            self.stream._make_empty_waiter().add_done_callback(self._lower_is_empty)
+
+    def _lower_is_empty(self, lower_waiter):
+        if self.empty_waiter is None or self.empty_waiter.done() or lower_waiter.cancelled():
+            return
+        if lower_waiter.exception() is not None:
+            self.empty_waiter.set_exception(lower_waiter.exception())
+        else:
+            self.empty_waiter.set_result(None)
+
+    def _send_file(self, fd, offset, count):
+        return self.stream._send_file(fd, offset, count)
+
+    def _stop_file(self):
+        self.stream._stop_file()
 
     # --- the end -------------------------------------------------------------
 
@@ -1224,6 +1270,8 @@ cdef class TLSTransport(Layer):
             self.push(self.queued - size)
 
     cdef bint may_write(self) except -1:
+        if self.empty_waiter is not None:
+            raise RuntimeError("unable to write; sendfile is in progress")
         if self.closing:
             if self.dropped >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
                 logger.warning("SSL connection is closed")

@@ -32,7 +32,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
 from libc.string cimport memcpy
 
-from aiouringnet.engine.core cimport Engine, Layer, Sink, Stream
+from aiouringnet.engine.core cimport Engine, FileRange, Layer, Sink, Stream
 
 
 cdef extern from "Python.h":
@@ -76,6 +76,7 @@ class Transport(transports._FlowControlMixin):
 cdef class StreamTransport(Sink):
     _start_tls_compatible = True
     _sendfile_compatible = TRY_NATIVE
+    _sends_files = True
 
     def __init__(self, Engine engine, sock, protocol, waiter=None, extra=None, server=None):
         engine.check()
@@ -186,6 +187,21 @@ cdef class StreamTransport(Sink):
 
     def _reset_empty_waiter(self):
         self.empty_waiter = None
+
+    def _send_file(self, fd, offset, count):
+        """Send `count` bytes (None: all) of a file from `offset`; between the two methods above.
+
+        Returns the FileRange, whose `future` ends with the bytes sent.
+        """
+        self.engine.check()
+        if self.lost:
+            raise ConnectionError("the connection is closed")
+        file = FileRange(fd, offset, -1 if count is None else count, self.loop.create_future())
+        self.stream.send_file(file)
+        return file
+
+    def _stop_file(self):
+        self.stream.file = None
 
     # --- asyncio.BaseTransport -----------------------------------------------
 

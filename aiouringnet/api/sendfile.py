@@ -1,0 +1,112 @@
+"""Sending files."""
+
+import asyncio
+import io
+import os
+from asyncio import SendfileNotAvailableError
+
+from aiouringnet.api.call import like, loops_own
+
+try:
+    from aiouringnet.transports.stream import StreamTransport
+except ImportError:  # not built: no such transports
+    StreamTransport = None
+try:
+    from aiouringnet.tls.transport import TLSTransport
+except ImportError:  # not built, or a Python without ssl
+    TLSTransport = None
+
+# Read and written at a time where the kernel cannot send the file by itself.
+BLOCK_BYTES = 1 << 18
+
+OURS = tuple(cls for cls in (StreamTransport, TLSTransport) if cls is not None)
+
+
+@like("sendfile")
+async def sendfile(loop, transport, file, offset=0, count=None, *, fallback=True):
+    """Send a file over `transport`; like loop.sendfile(), on any loop.  Returns the bytes sent.
+
+    file: a regular file opened in binary mode; its position is afterwards
+    behind the last byte sent.  offset, count: in bytes; None: up to the end.
+
+    The kernel sends it (sendfile(2)) over TCP and Unix sockets, and over TLS
+    where the kernel encrypts (see ktls_send_enabled).  Over other TLS it is
+    read and written, a block at a time; with fallback=False that raises
+    asyncio.SendfileNotAvailableError.  Raises RuntimeError for a transport
+    that is closing, ValueError or TypeError for a bad offset, count or file,
+    and OSError when the connection is lost in the middle.
+    """
+    if not isinstance(transport, OURS):
+        return await loops_own(loop, "sendfile")(transport, file, offset, count, fallback=fallback)
+    if transport.is_closing():
+        raise RuntimeError("Transport is closing")
+    _check(file, offset, count)
+    if transport._sends_files:
+        try:
+            return await _sendfile(transport, file, offset, count)
+        except SendfileNotAvailableError:
+            if not fallback:
+                raise
+    elif not fallback:
+        raise SendfileNotAvailableError("this connection's TLS is not the kernel's, and fallback is disabled")
+    return await _read_and_write(loop, transport, file, offset, count)
+
+
+def _check(file, offset, count):
+    if "b" not in getattr(file, "mode", "b"):
+        raise ValueError("file should be opened in binary mode")
+    if not isinstance(offset, int):
+        raise TypeError(f"offset must be a non-negative integer (got {offset!r})")
+    if offset < 0:
+        raise ValueError(f"offset must be a non-negative integer (got {offset!r})")
+    if count is not None:
+        if not isinstance(count, int):
+            raise TypeError(f"count must be a positive integer (got {count!r})")
+        if count <= 0:
+            raise ValueError(f"count must be a positive integer (got {count!r})")
+
+
+async def _sendfile(transport, file, offset, count):
+    try:
+        fd = file.fileno()
+    except (AttributeError, io.UnsupportedOperation) as exc:
+        raise SendfileNotAvailableError("not a regular file") from exc
+    # As in asyncio: no write and no data_received() until the file is sent.
+    reading = transport.is_reading()
+    transport.pause_reading()
+    part = None
+    try:
+        await transport._make_empty_waiter()
+        part = transport._send_file(fd, offset, count)
+        return await part.future
+    except asyncio.CancelledError:
+        if part is not None:
+            transport._stop_file()
+        raise
+    finally:
+        transport._reset_empty_waiter()
+        if reading:
+            transport.resume_reading()
+        if part is not None and part.sent:
+            os.lseek(fd, offset + part.sent, os.SEEK_SET)
+
+
+async def _read_and_write(loop, transport, file, offset, count):
+    if offset:
+        file.seek(offset)
+    total = 0
+    protocol = asyncio.base_events._SendfileFallbackProtocol(transport)
+    try:
+        while count is None or total < count:
+            size = BLOCK_BYTES if count is None else min(count - total, BLOCK_BYTES)
+            data = await loop.run_in_executor(None, file.read, size)
+            if not data:
+                break
+            await protocol.drain()
+            transport.write(data)
+            total += len(data)
+        return total
+    finally:
+        if total and hasattr(file, "seek"):
+            file.seek(offset + total)
+        await protocol.restore()
