@@ -238,9 +238,6 @@ cdef class TLSTransport(Layer):
         if self.state == OVER:
             transport.abort()
             return
-        if transport._protocol_paused:
-            # start_tls() on a transport whose protocol was paused: so was, in effect, ours.
-            self.lower_paused = self.protocol_paused = True
         self.limit_lower()
         if self.loop.get_debug():
             logger.debug("%r starts SSL handshake", self)
@@ -250,6 +247,10 @@ cdef class TLSTransport(Layer):
         if self.records.has_input() or not self.server_side:
             self.advance()
             self.keep_input()
+
+    def begin_paused(self):
+        """The upgraded transport had paused its protocol: so is, in effect, ours, until all that has been sent."""
+        self.lower_paused = self.protocol_paused = True
 
     def feed_early(self, data):
         """Bytes of the peer's that were received before the upgrade."""
