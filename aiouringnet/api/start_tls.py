@@ -40,6 +40,8 @@ async def _upgrade(loop, transport, protocol, sslcontext, **options):
     # Nothing is delivered before connection_made().
     transport.pause_reading()
     transport.set_protocol(tls)
+    if transport._protocol_paused:
+        tls.begin_paused()
     reader = getattr(protocol, "_stream_reader", None)
     if reader is not None and reader._buffer:
         tls.feed_early(bytes(reader._buffer))

@@ -285,9 +285,6 @@ cdef class TLSTransport(Layer):
             self.offered = False
         if self.offered:
             self.stream.reads_itself = True
-        if transport._protocol_paused:
-            # start_tls() on a transport whose protocol was paused: so was, in effect, ours.
-            self.lower_paused = self.protocol_paused = True
         self.limit_lower()
         if self.loop.get_debug():
             logger.debug("%r starts SSL handshake", self)
@@ -299,6 +296,10 @@ cdef class TLSTransport(Layer):
             self.keep_input()
         if not transport.is_reading() and not transport.is_closing():
             transport.resume_reading()
+
+    def begin_paused(self):
+        """The upgraded transport had paused its protocol: so is, in effect, ours, until all that has been sent."""
+        self.lower_paused = self.protocol_paused = True
 
     def feed_early(self, data):
         """Bytes of the peer's that were received before the upgrade."""
