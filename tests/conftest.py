@@ -18,6 +18,19 @@ cannot be used, the uring half is skipped and says why.
         in C code that no exception can leave.
     @pytest.mark.slow
         marks what `-m "not slow"` leaves out.
+    @pytest.mark.kernel
+        marks what asks something of the kernel: `--kernel-runner` runs that on
+        other kernels, too.
+
+Options of the test command
+
+    --kernel-runner COMMAND
+        runs the tests marked `kernel` once more with kernel TLS, through a command
+        that executes its arguments on another kernel; see test_kernels.py.
+    --ktls
+        every SSLContext of the tests asks for kernel TLS; a kernel without it is
+        an error. What the kernel has nothing to do with is left out: TLS records
+        by the ssl module, and base loops other than asyncio's.
 
 Fixtures
 
@@ -40,7 +53,7 @@ Fixtures
                 A module's `pytest.mark.usefixtures("tls_engine")` is enough.
 
 Plain helpers (protocols that record, child processes, resets) are in helpers.py,
-certificates and SSLContexts in tls.py.
+certificates and SSLContexts in tls.py, kernel TLS in ktls.py.
 """
 
 import asyncio
@@ -52,7 +65,9 @@ import platform
 import signal
 
 import helpers
+import ktls
 import pytest
+import tls
 
 import aiouringnet
 import aiouringnet.tls
@@ -61,6 +76,19 @@ CALL_LIMIT_S = 30
 HARD_LIMIT_EXTRA_S = 30
 
 _stderr_fd = None
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("kernels")
+    group.addoption(
+        "--kernel-runner",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="run the tests marked `kernel` through COMMAND, too, which executes its arguments on another kernel; "
+        "may be given several times",
+    )
+    group.addoption("--ktls", action="store_true", help="have every TLS test ask for kernel TLS, which must be there")
 
 
 # --------------------------------------------------------------------------
@@ -75,6 +103,7 @@ def pytest_configure(config):
         "matrix(base, engine, debug, sqpoll): narrows or widens the loops that a test runs on",
         "limit(seconds): how long the test may take before it counts as hung",
         "slow: left out by -m 'not slow'",
+        "kernel: what --kernel-runner runs on other kernels",
     ):
         config.addinivalue_line("markers", line)
     for line in (
@@ -86,12 +115,28 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_sessionstart(session):
+    if session.config.getoption("ktls"):
+        tls.ask_for_ktls = True
+        if reason := ktls.why_not():
+            # Nothing that would be skipped in silence: it was asked for.
+            raise pytest.UsageError(f"--ktls: {reason}")
+
+
 def pytest_report_header():
     ring = helpers.why_no_ring() or "io_uring is usable"
     return [
         f"aiouringnet {aiouringnet.__version__} from {os.path.dirname(aiouringnet.__file__)}",
-        f"Linux {platform.release()}: {ring}; uvloop: {helpers.why_no_base('uvloop') or 'installed'}",
+        f"Linux {platform.release()}: {ring}; {ktls.why_not_kernel() or 'it has TLS'}",
+        f"uvloop: {helpers.why_no_base('uvloop') or 'installed'}",
     ]
+
+
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if report.when == "call" and name == "other kernel":
+                terminalreporter.write_line(value)
 
 
 def pytest_unconfigure():
@@ -105,6 +150,8 @@ def pytest_generate_tests(metafunc):
         # From the module's mark to the function's own: the nearest one decides.
         for mark in reversed(list(metafunc.definition.iter_markers("matrix"))):
             wanted.update(mark.kwargs)
+        if metafunc.config.getoption("ktls"):
+            wanted.update(base="asyncio", debug=False)
         metafunc.parametrize("case", [_param(case) for case in helpers.cases(**wanted)])
 
 
@@ -255,6 +302,16 @@ def endpoint(request):
         yield endpoint
 
 
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("ktls"):
+        config.hook.pytest_deselected(items=[item for item in items if _param_of(item, "tls_engine") == "ssl"])
+        items[:] = [item for item in items if _param_of(item, "tls_engine") != "ssl"]
+
+
+def _param_of(item, name):
+    return item.callspec.params.get(name) if hasattr(item, "callspec") else None
+
+
 @pytest.fixture(params=["openssl", "ssl"])
 def tls_engine(request, monkeypatch):
     reason = aiouringnet.tls.why_not_openssl() if request.param == "openssl" else None
@@ -262,6 +319,12 @@ def tls_engine(request, monkeypatch):
         pytest.skip(f"OpenSSL's functions cannot be called here: {reason}")
     monkeypatch.setenv("AIOURINGNET_TLS", request.param)
     return request.param
+
+
+@pytest.fixture
+def kernel_tls():
+    if reason := ktls.why_not():
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)

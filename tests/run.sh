@@ -5,6 +5,9 @@
 #   bash tests/run.sh                       everything
 #   bash tests/run.sh -m 'not slow' -x      what is quick, until the first failure
 #   bash tests/run.sh -k uvloop-epoll       one corner of the matrix
+#   bash tests/run.sh --kernel-runner 'vng -r v6.12 --'
+#       all of it, and what depends on the kernel once more on another one, with
+#       kernel TLS: any command will do that executes its arguments there
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

@@ -11,6 +11,7 @@ import tls
 import aiouringnet
 
 pytestmark = [
+    pytest.mark.kernel,
     tls.needs_openssl,
     pytest.mark.matrix(debug=False),
 ]

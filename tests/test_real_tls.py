@@ -9,6 +9,7 @@ import tls
 from wire import over
 
 pytestmark = [
+    pytest.mark.kernel,
     pytest.mark.matrix(debug=False),
     pytest.mark.usefixtures("tls_engine"),
     tls.needs_openssl,

@@ -10,6 +10,8 @@
 The openssl command makes each certificate when it is first asked for, once in a
 session. Contexts are new in every call, so that a test may change its own.
 
+    authority().context_server(ktls=True)         asks for kernel TLS; so do all in a session with --ktls
+
     pytestmark = tls.needs_openssl                            a module that asks for any of this
     pytestmark = pytest.mark.usefixtures("tls_engine")        its tests run on both record engines
 """
@@ -26,6 +28,12 @@ from pathlib import Path
 import pytest
 
 TLS_1_2, TLS_1_3 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
+
+# Python has the name since 3.12.
+OP_ENABLE_KTLS = 8
+
+# What contexts do that are not told: set by the option --ktls.
+ask_for_ktls = False
 
 needs_openssl = pytest.mark.skipif(
     shutil.which("openssl") is None, reason="the openssl command, which makes the certificates, is not installed"
@@ -111,29 +119,32 @@ class Authority:
 
     # --- contexts -------------------------------------------------------------
 
-    def context_server(self, name="localhost", *, pair=None, verify_client=False, alpn=None, version=None):
+    def context_server(self, name="localhost", *, pair=None, verify_client=False, alpn=None, version=None, ktls=None):
         """A server's SSLContext.
 
         pair: another certificate, such as expired().
         verify_client: want a certificate that this authority has signed.
         alpn: the protocols that it speaks. version: the only one, TLS_1_2 or TLS_1_3.
+        ktls: ask for kernel TLS; False: not even where all tests do.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*(pair or self.pair(name)))
         if verify_client:
             context.load_verify_locations(self.cafile)
             context.verify_mode = ssl.CERT_REQUIRED
-        return _limited(context, alpn, version)
+        return _limited(context, alpn, version, ktls)
 
-    def context_client(self, *, pair=None, alpn=None, version=None):
+    def context_client(self, *, pair=None, alpn=None, version=None, ktls=None):
         """A client's SSLContext that trusts this authority. pair: its own certificate, such as client_pair()."""
         context = ssl.create_default_context(cafile=self.cafile)
         if pair:
             context.load_cert_chain(*pair)
-        return _limited(context, alpn, version)
+        return _limited(context, alpn, version, ktls)
 
 
-def _limited(context, alpn, version):
+def _limited(context, alpn, version, ktls):
+    if ask_for_ktls if ktls is None else ktls:
+        context.options |= OP_ENABLE_KTLS
     if alpn:
         context.set_alpn_protocols(alpn)
     if version:

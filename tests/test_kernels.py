@@ -1,0 +1,77 @@
+"""The tests marked `kernel`, on other kernels than this machine's.
+
+    bash tests/run.sh --kernel-runner 'COMMAND'
+
+COMMAND executes its arguments on another kernel that has the tls module, with
+this machine's files: a virtual machine's `run`. It may be given several times,
+for one kernel each. Every TLS connection of those tests asks for kernel TLS.
+"""
+
+import contextlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import ktls
+import pytest
+
+LIMIT_S = 900
+
+
+def pytest_generate_tests(metafunc):
+    runners = metafunc.config.getoption("kernel_runner")
+    found = [pytest.param(shlex.split(runner), id=name(shlex.split(runner))) for runner in runners]
+    metafunc.parametrize("runner", found or [pytest.param(None, id="none")])
+
+
+def name(words):
+    return " ".join([Path(words[0]).name, *words[1:]]).removesuffix(" --")
+
+
+def kernel_part():
+    # A runner need not hand over the environment.
+    path = helpers.child_env().get("PYTHONPATH")
+    return [
+        *(["env", f"PYTHONPATH={path}"] if path else []),
+        *(sys.executable, "-m", "pytest", "-m", "kernel", "--ktls"),
+        *("-q", "-rfE", "--tb=short", "--show-capture=no", "--color=no", "--maxfail=20"),
+        *("-o", "addopts=--strict-markers", "-p", "no:cacheprovider"),
+        str(Path(__file__).parent),
+    ]
+
+
+def run(command, folder):
+    """The exit status, and all that was printed."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    try:
+        printed, _ = process.communicate(timeout=LIMIT_S)
+    except BaseException:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=10)
+        process.kill()
+        raise
+    return process.returncode, printed
+
+
+@pytest.mark.limit(LIMIT_S + 30)
+def test_the_kernels_part_of_the_suite_passes_there(runner, pytestconfig, record_property):
+    if runner is None:
+        pytest.skip(f"no other kernel was named (--kernel-runner), and here: {ktls.why_not_kernel() or 'they ran directly'}")
+    status, printed = run([*runner, *kernel_part()], pytestconfig.invocation_params.dir)
+    closing = re.findall(r"^.*\b\d+ (?:passed|failed|skipped|error).* in [\d.]+s.*$", printed, re.MULTILINE)
+    if status != 0 or not closing or " passed" not in closing[-1]:
+        said = "\n".join(line[:200] for line in printed.splitlines()[-100:])
+        pytest.fail(f"{name(runner)} ended with {status}:\n{said}", pytrace=False)
+    record_property("other kernel", f"{name(runner)}: {closing[-1].strip('= ')}")

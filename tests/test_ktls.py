@@ -1,0 +1,436 @@
+"""Kernel TLS: the kernel encrypts and decrypts, and a connection behaves as if it did not.
+
+Wherever the peer is the standard library's TLS in user space, each byte that
+arrives there, and each that arrives here, went through the kernel's cipher:
+`proof` reads /proc/net/tls_stat after every test.
+"""
+
+import asyncio
+import functools
+import hashlib
+import os
+import random
+import socket
+import ssl
+
+import helpers
+import ktls
+import pytest
+import tls
+from helpers import BufferedRecorder, Recorder, pattern
+from openssl_command import EchoOf, connect, s_client, s_server, serving
+from wire import over, recorder
+
+pytestmark = [
+    pytest.mark.kernel,
+    tls.needs_openssl,
+    pytest.mark.usefixtures("kernel_tls"),
+    pytest.mark.matrix(base="asyncio", debug=False),
+]
+
+MIB = 1 << 20
+RECORD_BYTES = 16384
+
+# Each way, in the tests that are there for the amount.
+BULK_BYTES = int(os.environ.get("AIOURINGNET_TEST_BULK_MIB", 8)) * MIB
+
+versions = pytest.mark.parametrize("version", [tls.TLS_1_2, tls.TLS_1_3], ids=["1.2", "1.3"])
+roles = pytest.mark.parametrize("role", ["client", "server"])
+kinds = pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
+
+
+@pytest.fixture
+def proof(monkeypatch):
+    """proof(transport, version): the test's connection is one that the kernel has taken over."""
+    monkeypatch.setenv("AIOURINGNET_TLS", "openssl")
+    proof = ktls.Proof()
+    yield proof
+    proof.check()
+
+
+class Met:
+    """A transport of ours over kernel TLS, and the standard library's blocking TLS socket at the other end."""
+
+    def __init__(self, loop, transport, protocol, peer):
+        self.loop, self.transport, self.protocol, self.peer = loop, transport, protocol, peer
+
+    async def call(self, function, *args):
+        return await self.loop.run_in_executor(None, function, *args)
+
+    async def send(self, data):
+        await self.call(self.peer.sendall, data)
+
+    async def receive(self, size_bytes):
+        return await self.call(helpers.receive_exactly, self.peer, size_bytes)
+
+    async def receive_to_end(self):
+        """What comes, and how it ends: "close_notify", "eof" or "reset"."""
+        return await self.call(received_to_end, self.peer)
+
+
+def received_to_end(sock):
+    data = bytearray()
+    try:
+        while chunk := sock.recv(1 << 16):
+            data += chunk
+    except ssl.SSLEOFError:
+        return bytes(data), "eof"
+    except ConnectionResetError:
+        return bytes(data), "reset"
+    return bytes(data), "close_notify"
+
+
+@pytest.fixture
+def meet(loop, proof):
+    """await meet(factory, role, version) -> Met; kernel TLS is on at our end, and at the peer's if it is told so."""
+    made = []
+
+    async def meet(factory=Recorder, role="client", version=tls.TLS_1_2, peer_ktls=False, buffers_bytes=None):
+        contexts = {
+            "server": tls.authority().context_server(version=version, ktls=role == "server" or peer_ktls),
+            "client": tls.authority().context_client(version=version, ktls=role == "client" or peer_ktls),
+        }
+        theirs, ours = socket.create_server(("127.0.0.1", 0)), socket.socket()
+        with theirs:
+            if buffers_bytes:
+                for sock in (theirs, ours):
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffers_bytes)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffers_bytes)
+            ours.connect(theirs.getsockname())
+            peer, _ = theirs.accept()
+        peer.settimeout(10)
+        wrap = functools.partial(
+            contexts["client" if role == "server" else "server"].wrap_socket,
+            peer,
+            server_side=role == "client",
+            server_hostname="localhost" if role == "server" else None,
+            suppress_ragged_eofs=False,
+        )
+        handshake = loop.run_in_executor(None, wrap)
+        if role == "client":
+            transport, protocol = await loop.create_connection(
+                factory, sock=ours, ssl=contexts[role], server_hostname="localhost"
+            )
+        else:
+            ours.setblocking(False)
+            transport, protocol = await loop.connect_accepted_socket(factory, ours, ssl=contexts[role])
+        peer = await handshake
+        proof(transport, version)
+        if peer_ktls:
+            proof.of_peer(version)
+        made.append(Met(loop, transport, protocol, peer))
+        return made[-1]
+
+    yield meet
+    for met in made:
+        met.transport.abort()
+        met.peer.close()
+
+
+# --------------------------------------------------------------------------
+# Data
+
+
+CIPHERS = [
+    pytest.param(tls.TLS_1_2, "ECDHE-ECDSA-AES128-GCM-SHA256", id="1.2-AES128-GCM"),
+    pytest.param(tls.TLS_1_2, "ECDHE-ECDSA-AES256-GCM-SHA384", id="1.2-AES256-GCM"),
+    pytest.param(tls.TLS_1_2, "ECDHE-ECDSA-CHACHA20-POLY1305", id="1.2-CHACHA20"),
+    pytest.param(tls.TLS_1_3, "TLS_AES_128_GCM_SHA256", id="1.3-AES128-GCM"),
+    pytest.param(tls.TLS_1_3, "TLS_AES_256_GCM_SHA384", id="1.3-AES256-GCM"),
+    pytest.param(tls.TLS_1_3, "TLS_CHACHA20_POLY1305_SHA256", id="1.3-CHACHA20"),
+]
+
+
+def choosing(version, cipher):
+    """The openssl command's options; Python's contexts cannot choose the ciphers of TLS 1.3."""
+    return ("-tls1_2", "-cipher", cipher) if version == tls.TLS_1_2 else ("-tls1_3", "-ciphersuites", cipher)
+
+
+@over("tcp")
+@pytest.mark.parametrize("version, cipher", CIPHERS)
+async def test_the_kernel_has_the_cipher_that_s_client_wants(loop, endpoint, proof, version, cipher):
+    data = pattern(MIB)
+    async with serving(loop, endpoint, tls.authority().context_server(ktls=True), lambda: EchoOf(len(data))):
+        done = await s_client(endpoint, "-quiet", *choosing(version, cipher), input=data)
+    assert done.stdout == data, done.stderr
+    transport = endpoint.accepted[0].transport
+    assert transport.get_extra_info("cipher")[0] == cipher
+    proof(transport, version)
+
+
+@pytest.mark.parametrize("version, cipher", CIPHERS)
+async def test_the_kernel_has_the_cipher_that_s_server_wants(loop, proof, tmp_path, version, cipher):
+    (tmp_path / "file").write_bytes(pattern(MIB))
+    with s_server("-HTTP", *choosing(version, cipher), cwd=tmp_path) as service:
+        transport, protocol = await connect(loop, service, tls.authority().context_client(ktls=True))
+        assert transport.get_extra_info("cipher")[0] == cipher
+        proof(transport, version)
+        transport.write(b"GET /file HTTP/1.0\r\n\r\n")
+        assert await protocol.lost is None
+    assert bytes(protocol.data) == pattern(MIB)
+
+
+@versions
+@roles
+@kinds
+async def test_messages_of_any_size_come_back(meet, role, version, kind):
+    met = await meet(recorder(kind, **{"data_received" if kind is Recorder else "buffer_updated": echo}), role, version)
+    for size in (1, 2, 100, RECORD_BYTES - 1, RECORD_BYTES, RECORD_BYTES + 1, 100_000, 3):
+        await met.send(pattern(size, seed=size))
+        assert await met.receive(size) == pattern(size, seed=size)
+
+
+def echo(protocol, what):
+    protocol.transport.write(what if isinstance(what, bytes) else bytes(protocol.buffer[:what]))
+
+
+@versions
+async def test_what_one_callback_writes_is_one_record(meet, version):
+    met = await meet(version=version)
+    for _ in range(3):
+        met.transport.write(b"head")
+        met.transport.writelines([b"and", b"body"])
+        # SSL_read returns what one record holds.
+        assert await met.call(met.peer.recv, 1000) == b"headandbody"
+
+
+class Pump:
+    """Random bytes in random pieces, and the hash of them all; the same again for the same seed."""
+
+    def __init__(self, size_bytes, seed):
+        self.random = random.Random(seed)
+        self.left = size_bytes
+        self.hash = hashlib.sha256()
+
+    def __iter__(self):
+        while self.left:
+            # Most are small in number of pieces, and large in number of bytes.
+            piece = self.random.randbytes(min(self.left, int(2 ** self.random.uniform(0, 19))))
+            self.left -= len(piece)
+            self.hash.update(piece)
+            yield piece
+
+
+async def pumped(writer, seed):
+    pump = Pump(BULK_BYTES, seed)
+    for piece in pump:
+        writer.write(piece)
+        await writer.drain()
+    return pump.hash.hexdigest()
+
+
+async def swallowed(reader):
+    digest, left = hashlib.sha256(), BULK_BYTES
+    while left:
+        data = await reader.read(1 << 18)
+        assert data, f"the stream ended with {left} bytes to come"
+        digest.update(data)
+        left -= len(data)
+    return digest.hexdigest()
+
+
+@pytest.mark.limit(60 + BULK_BYTES // MIB)
+@pytest.mark.matrix(sqpoll=True)
+@versions
+async def test_bulk_arrives_whole_in_both_directions_at_once(loop, proof, version):
+    accepted = loop.create_future()
+    server = await asyncio.start_server(
+        lambda *streams: accepted.set_result(streams),
+        "127.0.0.1",
+        0,
+        ssl=tls.authority().context_server(version=version, ktls=True),
+    )
+    client = await asyncio.open_connection(
+        *server.sockets[0].getsockname(),
+        ssl=tls.authority().context_client(version=version, ktls=True),
+        server_hostname="localhost",
+    )
+    ends = [client, await accepted]
+    for _, writer in ends:
+        proof(writer.transport, version)
+    tasks = [pumped(ends[0][1], 1), swallowed(ends[1][0]), pumped(ends[1][1], 2), swallowed(ends[0][0])]
+    sent, received, sent_back, received_back = await asyncio.gather(*tasks)
+    assert sent == received and sent_back == received_back
+    for _, writer in ends:
+        writer.close()
+        await writer.wait_closed()
+    server.close()
+    await server.wait_closed()
+
+
+@pytest.mark.limit(60 + BULK_BYTES // MIB)
+@versions
+@roles
+@pytest.mark.parametrize("peer_ktls", [False, True], ids=["", "peer-too"])
+async def test_bulk_comes_back_whole_from_another_tls(meet, role, version, peer_ktls):
+    met = await meet(helpers.Echo, role, version, peer_ktls)
+    pump, returned = Pump(BULK_BYTES, 3), hashlib.sha256()
+    for piece in pump:
+        await met.send(piece)
+        returned.update(await met.receive(len(piece)))
+    assert returned.hexdigest() == pump.hash.hexdigest()
+
+
+# --------------------------------------------------------------------------
+# Flow
+
+
+@versions
+@roles
+async def test_writing_pauses_while_the_peer_does_not_read(meet, role, version):
+    met = await meet(role=role, version=version, buffers_bytes=65536)
+    data = pattern(2 * MIB)
+    for start in range(0, len(data), 100_000):
+        met.transport.write(data[start : start + 100_000])
+    await helpers.eventually(lambda: "pause" in met.protocol.log)
+    assert await met.receive(len(data)) == data
+    await helpers.eventually(lambda: met.protocol.log[-1] == "resume")
+    assert met.transport.get_write_buffer_size() == 0
+
+
+@versions
+@kinds
+async def test_nothing_arrives_while_reading_is_paused(meet, version, kind):
+    met = await meet(kind, version=version)
+    data = pattern(300_000)
+    await met.send(data[:1000])
+    assert await met.protocol.received(1000) == data[:1000]
+    met.transport.pause_reading()
+    sending = asyncio.ensure_future(met.send(data[1000:]))
+    await asyncio.sleep(0.2)
+    assert len(met.protocol.data) == 1000
+    met.transport.resume_reading()
+    assert await met.protocol.received(len(data)) == data
+    await sending
+
+
+@versions
+@kinds
+async def test_reading_pauses_in_every_callback(meet, version, kind):
+    def pause(protocol, what):
+        protocol.transport.pause_reading()
+        protocol.loop.call_soon(protocol.transport.resume_reading)
+
+    factory = recorder(
+        kind,
+        connection_made=lambda protocol, transport: setattr(protocol, "loop", asyncio.get_running_loop()),
+        **{"data_received" if kind is Recorder else "buffer_updated": pause},
+    )
+    met = await meet(factory, version=version)
+    data = pattern(300_000)
+    await met.send(data)
+    assert await met.protocol.received(len(data)) == data
+
+
+@versions
+async def test_the_protocol_changes_in_mid_connection(meet, version):
+    met = await meet(version=version)
+    await met.send(b"to the first")
+    await met.protocol.received(12)
+    second = BufferedRecorder(buffer_size=100)
+    met.transport.set_protocol(second)
+    await met.send(pattern(10_000))
+    assert await second.received(10_000) == pattern(10_000)
+    assert met.protocol.data == b"to the first"
+    met.transport.abort()
+    await second.lost
+
+
+# --------------------------------------------------------------------------
+# The end
+
+
+@versions
+@roles
+@kinds
+async def test_the_peer_says_goodbye_and_hears_ours(meet, role, version, kind):
+    met = await meet(kind, role, version)
+    await met.send(b"last words")
+    await met.call(met.peer.unwrap)  # an exception, if ours does not come
+    assert await met.protocol.lost is None
+    assert met.protocol.data == b"last words"
+    assert met.protocol.log == ["made", "data", "eof", "lost"]
+
+
+@versions
+@roles
+async def test_all_that_was_written_precedes_our_goodbye(meet, role, version):
+    met = await meet(role=role, version=version, buffers_bytes=65536)
+    data = pattern(2 * MIB)
+    met.transport.write(data)
+    await helpers.eventually(lambda: "pause" in met.protocol.log)
+    met.transport.close()
+    assert await met.receive_to_end() == (data, "close_notify")
+    await met.call(met.peer.unwrap)
+    assert await met.protocol.lost is None
+
+
+@versions
+async def test_what_arrives_after_our_goodbye_is_dropped(meet, version):
+    met = await meet(version=version)
+    met.transport.close()
+    await met.send(pattern(200_000))
+    assert await met.receive_to_end() == (b"", "close_notify")
+    await met.call(met.peer.unwrap)
+    assert await met.protocol.lost is None
+    assert met.protocol.log == ["made", "lost"] or met.protocol.log == ["made", "eof", "lost"]
+
+
+@versions
+@roles
+@kinds
+async def test_a_peer_that_just_ends_has_ended(meet, role, version, kind):
+    met = await meet(kind, role, version)
+    await met.send(b"last words")
+    met.transport.write(b"and yours")
+    await met.receive(9)  # with a server's tickets: what a socket has not read, it answers with a reset
+    socket.socket(fileno=met.peer.detach()).close()
+    assert await met.protocol.lost is None
+    assert met.protocol.data == b"last words"
+    assert met.protocol.log == ["made", "data", "eof", "lost"]
+
+
+@versions
+async def test_a_record_that_is_cut_off_is_not_delivered(meet, version):
+    met = await meet(version=version)
+    await met.send(b"last words")
+    raw = socket.socket(fileno=met.peer.detach())
+    raw.sendall(b"\x17\x03\x03\x01\x00" + bytes(100))
+    raw.close()
+    assert await met.protocol.lost is None
+    assert met.protocol.data == b"last words"
+
+
+@versions
+async def test_a_forged_record_ends_the_connection(meet, proof, version, errors):
+    met = await meet(version=version)
+    await met.send(b"last words")
+    await met.protocol.received(10)
+    raw = socket.socket(fileno=met.peer.detach())
+    raw.sendall(b"\x17\x03\x03\x01\x00" + bytes(256))
+    assert isinstance(await met.protocol.lost, OSError)  # ssl.SSLError is one, too
+    raw.close()
+    assert met.protocol.data == b"last words"
+    proof.forged = int(ktls.expected(version)[1])
+    errors.take()
+
+
+@versions
+@roles
+async def test_abort_ends_a_connection_with_output_under_way(meet, role, version):
+    met = await meet(role=role, version=version, buffers_bytes=65536)
+    met.transport.write(bytes(2 * MIB))
+    await helpers.eventually(lambda: "pause" in met.protocol.log)
+    met.transport.abort()
+    assert await met.protocol.lost is None
+    data, how = await met.receive_to_end()
+    assert len(data) < 2 * MIB and how in ("eof", "reset")
+
+
+@versions
+async def test_a_reset_is_reported(meet, version):
+    met = await meet(version=version)
+    await met.send(b"last words")
+    await met.protocol.received(10)
+    helpers.reset(socket.socket(fileno=met.peer.detach()))
+    assert isinstance(await met.protocol.lost, (ConnectionResetError, BrokenPipeError))
