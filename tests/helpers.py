@@ -1,5 +1,6 @@
 """What the tests share: the matrix, protocols that record, peers and child processes."""
 
+import array
 import asyncio
 import contextlib
 import dataclasses
@@ -394,6 +395,32 @@ def pattern(size_bytes, seed=0):
     """Bytes in which a lost, doubled or swapped piece shows."""
     words = struct.pack(f"<{size_bytes // 4 + 1}I", *range(seed, seed + size_bytes // 4 + 1))
     return words[:size_bytes]
+
+
+def bytes_likes():
+    """What write() takes, by name."""
+    base = pattern(64)
+    grid = memoryview(base).cast("B", (8, 8))
+    return {
+        "bytes": base,
+        "bytes_subclass": type("B", (bytes,), {})(base),
+        "bytearray": bytearray(base),
+        "view_of_bytes": memoryview(base),
+        "view_of_bytearray": memoryview(bytearray(base)),
+        "slice_of_bytes": memoryview(base)[5:40],
+        "slice_of_a_slice": memoryview(base)[5:40][3:-3],
+        "slice_of_bytearray": memoryview(bytearray(base))[7:],
+        "every_second": memoryview(base)[::2],
+        "backwards": memoryview(bytearray(base))[::-1],
+        "two_dimensions": grid,
+        "rows_of_two_dimensions": grid[2:5],
+        "every_second_row": grid[::2],
+        "wide_items": memoryview(base).cast("I"),
+        "slice_of_wide_items": memoryview(base).cast("I")[3:7],
+        "view_of_array": memoryview(array.array("d", [1.5, 2.5])),
+        "no_dimension": memoryview(base[:1]).cast("B", ()),
+        "read_only_view": memoryview(bytearray(base)).toreadonly(),
+    }
 
 
 @contextlib.contextmanager

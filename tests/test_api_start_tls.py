@@ -137,7 +137,6 @@ async def test_streams_are_upgraded(loop, endpoint, contexts):
     await server.wait_closed()
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="the TLS of 3.10 does not nest")
 async def test_tls_runs_within_tls(loop, endpoint, contexts):
     server_context, client_context = contexts
 

@@ -1,7 +1,9 @@
 """curl and nginx: HTTPS with a server of ours, nginx as a server for our client and as a client of our server."""
 
 import asyncio
+import contextlib
 import shutil
+import signal
 import ssl
 
 import helpers
@@ -84,10 +86,13 @@ class Serving:
 # curl
 
 
-def curl(*args, **options):
+def curl_args(*args):
     # The name leads to ::1 elsewhere.
-    where = ("-4", "--noproxy", "*", "--max-time", "15", "--cacert", tls.authority().cafile)
-    return helpers.command("curl", "-sS", *where, *args, **options)
+    return ("curl", "-sS", "-4", "--noproxy", "*", "--max-time", "15", "--cacert", tls.authority().cafile, *args)
+
+
+def curl(*args, **options):
+    return helpers.command(*curl_args(*args), **options)
 
 
 @needs_curl
@@ -128,6 +133,20 @@ async def test_curl_is_refused_without_a_certificate(loop, endpoint, version):
         # CURLE_SSL_CONNECT_ERROR, CURLE_RECV_ERROR
         assert refused.returncode in (35, 56) and b"alert" in refused.stderr, refused
         assert (await curl("--cert", certificate, "--key", key, serving.url)).stdout == MEGABYTES
+
+
+@needs_curl
+@over("tcp")
+@versions
+async def test_a_curl_that_is_killed_in_mid_download_disturbs_nobody(loop, endpoint, version):
+    async with Serving(loop, endpoint, version=version) as serving:
+        slowly = curl_args("--limit-rate", "100k", "-o", "/dev/null", serving.url)
+        with helpers.Service(slowly, ready=lambda _: True) as service:
+            await helpers.eventually(lambda: endpoint.accepted and endpoint.accepted[0].made.done())
+            await helpers.eventually(lambda: endpoint.accepted[0].requests == 1)
+            service.stop(signal.SIGKILL)
+        assert isinstance(await endpoint.accepted[0].lost, (ConnectionError, type(None)))
+        assert (await curl(serving.url)).stdout == MEGABYTES
 
 
 # --------------------------------------------------------------------------
@@ -227,6 +246,24 @@ async def test_nginx_goes_on_after_we_have_refused_it(loop, tmp_path):
         with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer certificate"):
             await ask(service, get(b"/file"), ssl.create_default_context())
         assert await ask(service, get(b"/file")) == b"still there"
+
+
+@needs_nginx
+@versions
+async def test_an_nginx_that_is_killed_in_mid_download_is_missed(loop, tmp_path, version):
+    (tmp_path / "file").write_bytes(MEGABYTES)
+    with nginx(tmp_path, "limit_rate 1m;") as service:
+        reader, writer = await asyncio.open_connection(
+            *service.address, ssl=tls.authority().context_client(version=version), server_hostname="localhost"
+        )
+        writer.write(get(b"/file"))
+        await reader.readexactly(100_000)
+        service.stop(signal.SIGKILL)
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await reader.readexactly(len(MEGABYTES))
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 @needs_nginx

@@ -1,6 +1,5 @@
 """asyncio.Transport, as the applications that use it expect it to be."""
 
-import array
 import asyncio
 import contextlib
 import contextvars
@@ -13,7 +12,7 @@ import sys
 
 import helpers
 import pytest
-from helpers import BufferedRecorder, Recorder, pattern
+from helpers import BufferedRecorder, Recorder, bytes_likes, pattern
 from wire import Boom, barrier, boom, over, recorder, serve, wire  # noqa: F401
 
 pytestmark = pytest.mark.limit(15)
@@ -26,31 +25,6 @@ PEER_IS_GONE = (BrokenPipeError, ConnectionResetError)
 
 # --------------------------------------------------------------------------
 # What may be written
-
-
-def bytes_likes():
-    base = pattern(64)
-    grid = memoryview(base).cast("B", (8, 8))
-    return {
-        "bytes": base,
-        "bytes_subclass": type("B", (bytes,), {})(base),
-        "bytearray": bytearray(base),
-        "view_of_bytes": memoryview(base),
-        "view_of_bytearray": memoryview(bytearray(base)),
-        "slice_of_bytes": memoryview(base)[5:40],
-        "slice_of_a_slice": memoryview(base)[5:40][3:-3],
-        "slice_of_bytearray": memoryview(bytearray(base))[7:],
-        "every_second": memoryview(base)[::2],
-        "backwards": memoryview(bytearray(base))[::-1],
-        "two_dimensions": grid,
-        "rows_of_two_dimensions": grid[2:5],
-        "every_second_row": grid[::2],
-        "wide_items": memoryview(base).cast("I"),
-        "slice_of_wide_items": memoryview(base).cast("I")[3:7],
-        "view_of_array": memoryview(array.array("d", [1.5, 2.5])),
-        "no_dimension": memoryview(base[:1]).cast("B", ()),
-        "read_only_view": memoryview(bytearray(base)).toreadonly(),
-    }
 
 
 @pytest.mark.parametrize("kind", bytes_likes())
