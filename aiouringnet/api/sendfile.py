@@ -92,7 +92,9 @@ async def _sendfile(transport, file, offset, count):
 
 
 async def _read_and_write(loop, transport, file, offset, count):
-    if offset:
+    seekable = hasattr(file, "seek") and (not hasattr(file, "seekable") or file.seekable())
+    if seekable:
+        before = file.tell()
         file.seek(offset)
     total = 0
     protocol = asyncio.base_events._SendfileFallbackProtocol(transport)
@@ -107,6 +109,6 @@ async def _read_and_write(loop, transport, file, offset, count):
             total += len(data)
         return total
     finally:
-        if total and hasattr(file, "seek"):
-            file.seek(offset + total)
+        if seekable:
+            file.seek(offset + total if total else before)
         await protocol.restore()

@@ -93,8 +93,10 @@ cdef enum:
     RECORD_HEADER = 5
     MAX_RECORD_BYTES = RECORD_HEADER + RECORD_BYTES + 256
 
-# Until a control record is tried again that a full socket has refused.
+# Until a control record is tried again that a full socket has refused, and
+# until it is looked again whether a connection that is upgraded has become quiet.
 CONTROL_RETRY_S = 0.01
+QUIET_RETRY_S = 0.001
 
 cdef object TimeoutError_ = asyncio.TimeoutError
 cdef object FALLBACK = asyncio.constants._SendfileMode.FALLBACK
@@ -259,23 +261,24 @@ cdef class TLSTransport(Layer):
         if self.state == OVER:
             transport.abort()
             return
+        self.timer = self.loop.call_later(self.handshake_timeout_s, self._check_handshake_timeout)
         self.offered = (
             self.stream is not None and self.stream.stream.tcp and self.records.offer_socket(self.stream.fileno)
         )
         if self.offered and self.stream.stream.in_flight:
             # An upgrade: what is being received or sent in the clear ends first.
             transport.pause_reading()
-            self.loop.call_soon(self._begin_when_idle)
+            self.loop.call_later(QUIET_RETRY_S, self._begin_when_quiet)
         else:
             self.begin()
 
-    def _begin_when_idle(self):
+    def _begin_when_quiet(self):
         if self.state == OVER:
             return
         if self.stream.stream.in_flight:
-            self.loop.call_soon(self._begin_when_idle)
-            return
-        self.begin()
+            self.loop.call_later(QUIET_RETRY_S, self._begin_when_quiet)
+        else:
+            self.begin()
 
     cdef void begin(self) noexcept:
         transport = self.lower
@@ -290,7 +293,6 @@ cdef class TLSTransport(Layer):
             logger.debug("%r starts SSL handshake", self)
             self.started_at = self.loop.time()
         self.state = HANDSHAKE
-        self.timer = self.loop.call_later(self.handshake_timeout_s, self._check_handshake_timeout)
         if self.records.has_input() or not self.server_side:
             self.advance()
             self.keep_input()
@@ -608,7 +610,7 @@ cdef class TLSTransport(Layer):
             self.wake_waiter(exc)
 
     cdef void handshake_failed(self, object exc) noexcept:
-        if self.state != HANDSHAKE:
+        if self.state > HANDSHAKE:
             return
         self.fatal(
             exc,
@@ -618,7 +620,7 @@ cdef class TLSTransport(Layer):
         self.wake_waiter(exc)
 
     def _check_handshake_timeout(self):
-        if self.state == HANDSHAKE:
+        if self.state <= HANDSHAKE:
             self.handshake_failed(
                 ConnectionAbortedError(
                     f"SSL handshake is taking longer than {self.handshake_timeout_s} seconds: aborting the connection"
