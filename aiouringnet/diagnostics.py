@@ -163,11 +163,17 @@ def machine():
 
 
 def _ktls():
-    """Why TLS connections cannot be encrypted by the kernel, and the remedy; (None, None) where they can."""
+    """Why TLS connections cannot be encrypted by the kernel, and the remedy; (None, None) where they can.
+
+    That is for those whose context asks for it with ssl.OP_ENABLE_KTLS.
+    """
     if _ssl() is None:
         return "this Python has no ssl module", None
     if _ssl().OPENSSL_VERSION_INFO < (3,):
         return "OpenSSL 3.0 is the first that knows kTLS", "Use a Python that is linked with OpenSSL 3.0 or newer."
+    reason, remedy = tls.why_not_ktls()
+    if reason is not None:
+        return reason, remedy
     protocols = _read("/proc/sys/net/ipv4/tcp_available_ulp")
     if protocols is None:
         return "the kernel has no TCP upper layer protocols", None

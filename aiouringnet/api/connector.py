@@ -18,14 +18,8 @@ import socket
 import sys
 import types
 
-from aiouringnet.api.call import parameters_of
+from aiouringnet.api.call import StreamTransport, TLSTransport, parameters_of
 from aiouringnet.tls import records_class
-from aiouringnet.transports.stream import StreamTransport
-
-try:
-    from aiouringnet.tls.transport import TLSTransport
-except ImportError:  # a Python without ssl
-    TLSTransport = None
 
 _Base = asyncio.SelectorEventLoop
 logger = asyncio.log.logger

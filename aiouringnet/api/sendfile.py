@@ -5,21 +5,10 @@ import io
 import os
 from asyncio import SendfileNotAvailableError
 
-from aiouringnet.api.call import like, loops_own
-
-try:
-    from aiouringnet.transports.stream import StreamTransport
-except ImportError:  # not built: no such transports
-    StreamTransport = None
-try:
-    from aiouringnet.tls.transport import TLSTransport
-except ImportError:  # not built, or a Python without ssl
-    TLSTransport = None
+from aiouringnet.api.call import OURS, like, loops_own
 
 # Read and written at a time where the kernel cannot send the file by itself.
 BLOCK_BYTES = 1 << 18
-
-OURS = tuple(cls for cls in (StreamTransport, TLSTransport) if cls is not None)
 
 
 @like("sendfile")

@@ -1,15 +1,12 @@
 """Upgrading a connection to TLS."""
 
-from aiouringnet.api.call import like, loops_own, understood
+from aiouringnet.api.call import OURS, TLSTransport, like, loops_own, understood
+from aiouringnet.tls import records_class
 
 try:
     import ssl
-
-    from aiouringnet.tls import records_class
-    from aiouringnet.tls.transport import TLSTransport
-    from aiouringnet.transports.stream import StreamTransport
-except ImportError:  # not built, or a Python without ssl
-    StreamTransport = TLSTransport = None
+except ImportError:
+    ssl = None
 
 
 @like("start_tls")
@@ -22,7 +19,7 @@ async def start_tls(loop, transport, *args, **kwargs):
     transport that cannot be upgraded or a context that is none, ssl.SSLError
     or OSError when the handshake fails.
     """
-    if StreamTransport is not None and isinstance(transport, (StreamTransport, TLSTransport)):
+    if TLSTransport is not None and isinstance(transport, OURS):
         return await _upgrade(loop, transport, *args, **kwargs)
     method = loops_own(loop, "start_tls")
     return await method(transport, *args, **understood(method, "start_tls", kwargs))

@@ -2,6 +2,11 @@
 
 from aiouringnet.engine import options_of
 
+try:
+    import ssl
+except ImportError:
+    ssl = None
+
 import_error = None
 try:
     from aiouringnet.tls import openssl
@@ -20,6 +25,19 @@ def records_class(loop):
     if choice == "openssl":
         raise RuntimeError(f"tls='openssl' was asked for, but it is not usable: {openssl.why_not}")
     return SSLRecords
+
+
+def why_not_ktls(choice="auto"):
+    """Why OpenSSL does not hand its keys to the kernel, None where it does: a sentence and what would help."""
+    reason = why_not_openssl(choice)
+    if reason is not None:
+        return reason, None
+    if not openssl.knows_ktls:
+        return (
+            f"the ssl module's OpenSSL ({ssl.OPENSSL_VERSION}) was built without kTLS",
+            "Use a Python that is linked with a system OpenSSL 3 (Debian 12, Ubuntu 22.04, and newer, have kTLS in it).",
+        )
+    return None, None
 
 
 def why_not_openssl(choice="auto"):

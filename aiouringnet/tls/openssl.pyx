@@ -23,6 +23,7 @@ from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EBUSY, EEXIST, EINTR, ENOENT, EOPNOTSUPP, errno
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
+from posix.types cimport off_t
 
 import os
 import ssl
@@ -160,8 +161,13 @@ cdef enum:
 cdef Symbols openssl
 cdef void* bio_method = NULL
 
+cdef void* library = NULL               # what dlsym() looks into
+ctypedef ssize_t (*sendfile_function)(void* ssl, int fd, off_t offset, size_t size, int flags) noexcept nogil
+
 # Why OpenSSLRecords cannot be used: a sentence; None when it can.
 why_not = "not loaded"
+# Whether OpenSSL was built with kernel TLS.
+knows_ktls = False
 
 
 # --------------------------------------------------------------------------
@@ -184,6 +190,7 @@ cdef struct Link:
     bint ended                  # end of file was read
     bint stuck                  # the kernel would not change keys
     bint kernel_sends, kernel_receives
+    bint asked                  # whether the kernel sends: by an OpenSSL that knows kernel TLS
     bint asked_send, asked_receive
     int send_errno, receive_errno
     int control_type            # of the next record, 0: data
@@ -401,6 +408,7 @@ cdef long on_ctrl(void* bio, int command, long number, void* pointer) noexcept n
     if link == NULL:
         return 0
     if command == BIO_CTRL_GET_KTLS_SEND:
+        link.asked = True
         return link.kernel_sends
     if command == BIO_CTRL_GET_KTLS_RECV:
         return link.kernel_receives
@@ -448,8 +456,7 @@ def _readable(size_t address, Py_ssize_t size):
 
 def _load():
     """Fill `openssl` and `bio_method`; raises RuntimeError that says why it cannot be done."""
-    global bio_method
-    cdef void* library
+    global bio_method, library, knows_ktls
     cdef void** slot = <void**>&openssl
     cdef void* pointer
     cdef void* context_pointer
@@ -507,6 +514,7 @@ def _load():
         pass
     if not records._started():
         raise unknown
+    knows_ktls = records._knows_ktls()
 
 
 # --------------------------------------------------------------------------
@@ -550,6 +558,19 @@ cdef class OpenSSLRecords(Records):
             openssl.BIO_free(self.bio)
         free(self.link.spill)
         free(self.link.record)
+
+    def _knows_ktls(self):
+        """For _load(): whether this OpenSSL was built with kernel TLS.
+
+        One that was asks the BIO in SSL_sendfile() (ssl_lib.c); the descriptor is none, and nothing is sent.
+        """
+        cdef sendfile_function function = <sendfile_function>dlsym(library, b"SSL_sendfile")
+        if function == NULL:
+            return False  # before 3.0
+        self.link.asked = False
+        function(self.ssl, -1, 0, 0, 0)
+        openssl.ERR_clear_error()
+        return bool(self.link.asked)
 
     def _started(self):
         """For _load(): whether the handshake's first record has come out at our BIO."""
