@@ -304,7 +304,7 @@ cdef class Stream(Handle):
         cdef char byte
         cdef int error
         self.readable = False
-        if sink.reads_itself and self.reading:
+        if self.reading and sink.reads_itself:
             error = sink.on_readable()
             if error:
                 self.deliver_end(error)
