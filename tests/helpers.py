@@ -295,6 +295,42 @@ class Echo(asyncio.Protocol):
         self.lost.set_result(exc)
 
 
+class Upgrading(asyncio.Protocol):
+    """Answers "upgrade" in the clear, then echoes over TLS."""
+
+    def __init__(self, context):
+        self.context = context
+        self.loop = asyncio.get_running_loop()
+        self.upgraded = None
+        self.early = []
+        self.lost = self.loop.create_future()
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        if self.upgraded is None:
+            assert data == b"upgrade"
+            self.transport.write(b"go ahead")
+            self.upgraded = self.loop.create_task(self.upgrade())
+        elif self.upgraded.done():
+            self.transport.write(data)
+        else:
+            # It may come with the end of the handshake, before the task goes on.
+            self.early.append(data)
+
+    async def upgrade(self):
+        self.transport = await self.start_tls(self.transport)
+        self.transport.writelines(self.early)
+
+    async def start_tls(self, transport):
+        return await self.loop.start_tls(transport, self, self.context, server_side=True)
+
+    def connection_lost(self, exc):
+        self.lost.set_result(exc)
+        self.transport.close()
+
+
 # --------------------------------------------------------------------------
 # Peers
 
@@ -453,6 +489,18 @@ def run_python(code, timeout_s=30, **env):
     """Runs code in a fresh interpreter and returns the completed process."""
     return subprocess.run(
         [sys.executable, "-c", code],
+        env=child_env(**env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def run_file(name, *args, timeout_s=30, **env):
+    """Runs a Python file that lies here, and returns the completed process."""
+    return subprocess.run(
+        [sys.executable, Path(__file__).with_name(name), *map(str, args)],
         env=child_env(**env),
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -7,50 +7,26 @@ Prints "ready" when everything is imported, then one line of JSON.
 """
 
 import asyncio
-import ctypes
 import json
-import os
-import struct
 import sys
 
 import helpers
+import seccomp
 
 import aiouringnet
 
 IO_URING_CALLS = (425, 426, 427)  # setup, enter, register: the same on every architecture
 
-# <linux/prctl.h>, <linux/seccomp.h>, <linux/bpf_common.h>
-PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 22, 38
-SECCOMP_MODE_FILTER = 2
-SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO = 0x7FFF0000, 0x00050000
-LOAD_WORD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
 
-
-def filter_program(errno_to_give):
-    """BPF: compares seccomp_data.nr, its first field, with each call's number."""
-    instructions = [(LOAD_WORD, 0, 0, 0)]
+def refusing(errno_to_give):
+    """BPF: compares the number of the call, at offset 0, with each of those."""
+    instructions = [(seccomp.LOAD_WORD, 0, 0, 0)]
     for position, number in enumerate(IO_URING_CALLS):
         # To the last instruction if equal, else to the next.
-        instructions.append((JUMP_IF_EQUAL, len(IO_URING_CALLS) - position, 0, number))
-    instructions.append((RETURN, 0, 0, SECCOMP_RET_ALLOW))
-    instructions.append((RETURN, 0, 0, SECCOMP_RET_ERRNO | errno_to_give))
-    return b"".join(struct.pack("HBBI", *instruction) for instruction in instructions), len(instructions)
-
-
-def install_filter(errno_to_give):
-    libc = ctypes.CDLL(None, use_errno=True)
-    code, length = filter_program(errno_to_give)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", length, ctypes.addressof(buffer)))
-    zero = ctypes.c_ulong(0)
-    calls = (
-        (PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), zero, zero, zero),
-        (PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), program, zero, zero),
-    )
-    for call in calls:
-        if libc.prctl(*call) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+        instructions.append((seccomp.JUMP_IF_EQUAL, len(IO_URING_CALLS) - position, 0, number))
+    instructions.append((seccomp.RETURN, 0, 0, seccomp.ALLOW))
+    instructions.append((seccomp.RETURN, 0, 0, seccomp.ERRNO | errno_to_give))
+    return instructions
 
 
 async def echo_some(loop):
@@ -68,7 +44,7 @@ async def echo_some(loop):
 
 def main(base, how, number=None):
     if how == "seccomp":
-        install_filter(int(number))
+        seccomp.install(refusing(int(number)))
     print("ready", flush=True)
     if how == "told":
         sys.stdin.readline()

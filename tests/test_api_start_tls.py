@@ -7,6 +7,7 @@ import sys
 import helpers
 import pytest
 import tls
+from helpers import Upgrading
 
 import aiouringnet
 
@@ -29,42 +30,6 @@ class Echo(helpers.Echo):
     def connection_lost(self, exc):
         super().connection_lost(exc)
         # The TLS transports of 3.10 count as forgotten unless somebody closes them, on any loop.
-        self.transport.close()
-
-
-class Upgrading(asyncio.Protocol):
-    """Answers "upgrade" in the clear, then echoes over TLS."""
-
-    def __init__(self, context):
-        self.context = context
-        self.loop = asyncio.get_running_loop()
-        self.upgraded = None
-        self.early = []
-        self.lost = self.loop.create_future()
-
-    def connection_made(self, transport):
-        self.transport = transport
-
-    def data_received(self, data):
-        if self.upgraded is None:
-            assert data == b"upgrade"
-            self.transport.write(b"go ahead")
-            self.upgraded = self.loop.create_task(self.upgrade())
-        elif self.upgraded.done():
-            self.transport.write(data)
-        else:
-            # It may come with the end of the handshake, before the task goes on.
-            self.early.append(data)
-
-    async def upgrade(self):
-        self.transport = await self.start_tls(self.transport)
-        self.transport.writelines(self.early)
-
-    async def start_tls(self, transport):
-        return await self.loop.start_tls(transport, self, self.context, server_side=True)
-
-    def connection_lost(self, exc):
-        self.lost.set_result(exc)
         self.transport.close()
 
 

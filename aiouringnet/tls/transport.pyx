@@ -60,6 +60,9 @@ cdef object logger = asyncio.log.logger
 cdef object ktls_logger = logging.getLogger("aiouringnet")
 cdef object BufferedProtocol = asyncio.BufferedProtocol
 
+# The plain number: SSLContext.options makes an enum of it.
+cdef object options_of_context = super(ssl.SSLContext, ssl.SSLContext).options.__get__
+
 # asyncio.constants
 cdef enum:
     LOG_THRESHOLD_FOR_CONNLOST_WRITES = 5
@@ -85,6 +88,9 @@ cdef enum:
     # From so much on it is decrypted into the bytes object that is handed
     # over; less is cheaper to copy than to allocate for and to shrink.
     HANDOVER_BYTES = 8192
+
+cdef enum:
+    OP_ENABLE_KTLS = 8  # ssl has the name since Python 3.12
 
 cdef enum:
     # Content types, RFC 8446 section 5.1, and a record's header in bytes
@@ -581,6 +587,8 @@ cdef class TLSTransport(Layer):
         self.state = OPEN
         if self.offered:
             self.end_offer()
+        elif options_of_context(self.records.sslobj.context) & OP_ENABLE_KTLS:
+            self.decline_ktls()
         self.cancel_timer()
         if self.started_at is not None:
             logger.debug("%r: SSL handshake took %.1f ms", self, (self.loop.time() - self.started_at) * 1e3)
@@ -841,6 +849,20 @@ cdef class TLSTransport(Layer):
         # What has arrived meanwhile has been announced already.
         self.stream.stream.readable = True
         self.engine.mark_resync(self.stream.stream)
+
+    cdef void decline_ktls(self) noexcept:
+        """It was asked for, and this connection could not even try."""
+        if self.records.kind != "openssl":
+            self.ktls_why_not = "the ssl module makes the records"
+        elif self.stream is None:
+            self.ktls_why_not = "TLS runs within TLS"
+        elif not self.stream.stream.tcp:
+            self.ktls_why_not = "the kernel has TLS for TCP only"
+        elif ssl.OPENSSL_VERSION_INFO < (3,):
+            self.ktls_why_not = "OpenSSL 3.0 is the first that knows kernel TLS"
+        else:
+            self.ktls_why_not = "the handshake began before the upgrade: bytes of the peer's had been received"
+        ktls_logger.debug("%r: kernel TLS is not active: %s", self, self.ktls_why_not)
 
     cdef void pass_on(self) noexcept:
         """Plaintext to the stream, for the kernel to encrypt."""
