@@ -12,12 +12,14 @@ import multiprocessing
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import sys
 import threading
 
 import helpers
+import tls
 from helpers import Echo, Recorder, pattern
 
 import aiouringnet
@@ -39,6 +41,8 @@ class Connections:
         address = self.server.sockets[0].getsockname()
         self.pairs = []
         self.peers = []
+        if shutil.which("openssl"):
+            await self.begin_tls()
         for number in range(10):
             transport, protocol = await loop.create_connection(Recorder, *address)
             protocol.connections = self
@@ -69,6 +73,25 @@ class Connections:
         for _ in range(5):
             await asyncio.sleep(0)
         return self
+
+    async def begin_tls(self):
+        """Idle, blocked in sending, closing, with a queue, and in the middle of the handshake."""
+        context = tls.authority().context_server()
+        self.tls_server = await self.loop.create_server(Echo, "127.0.0.1", 0, ssl=context)
+        address = self.tls_server.sockets[0].getsockname()
+        self.tls_pairs = []
+        for _ in range(4):
+            options = {"ssl": tls.authority().context_client(), "server_hostname": "localhost"}
+            transport, protocol = await self.loop.create_connection(Recorder, *address, **options)
+            protocol.connections = self
+            transport.write(b"hello")
+            await protocol.received(5)
+            self.tls_pairs.append((transport, protocol))
+        self.tls_pairs[1][0].pause_reading()
+        self.tls_pairs[1][0].write(bytes(20 << 20))
+        self.tls_pairs[2][0].close()
+        self.tls_pairs[3][0].write(b"gathered")
+        self.peers.append(socket.create_connection(address))
 
 
 async def check(connections, size=3000):

@@ -1,7 +1,7 @@
 """The compiled core under AddressSanitizer: no byte is touched that is not ours, on any path that the suite takes.
 
 The extensions are built once more with `-fsanitize=address`, in a folder of
-their own, and the tests of streams and of reliability run on them in a process
+their own, and the tests of streams, of TLS and of reliability run on them in a process
 where Python's objects come from malloc, so that each has its own fenced block.
 """
 
@@ -25,6 +25,12 @@ ERROR_EXIT_CODE = 86
 # bound resident memory are not for the sanitizer, which keeps freed blocks.
 SELECTED = {
     "test_stream_transport.py": "(asyncio-uring or uvloop-epoll) and not debug",
+    "test_tls_transport.py": (
+        "((openssl and asyncio-uring and not server) or (ssl and asyncio-epoll and nested))"
+        " and not debug and not flooded and not backlog and not bulk and not interrupt"
+    ),
+    "test_tls_errors.py": "openssl and asyncio-uring and not debug",
+    "test_tls_fuzz.py": "openssl and asyncio-uring",
     "test_reliability.py": "(asyncio-uring or uvloop-epoll or uvloop-sqpoll) and not debug and not floods",
 }
 
@@ -79,7 +85,7 @@ def run(folder, *arguments, timeout_s=600):
 def test_the_sanitizer_watches(instrumented):
     """A build that is not instrumented would pass everything."""
     extensions = list((instrumented / "aiouringnet").rglob("*.so"))
-    assert len(extensions) == 4
+    assert len(extensions) == 7
     for extension in extensions:
         assert b"__asan_report_load" in extension.read_bytes(), extension
     done = run(instrumented, "-c", "import aiouringnet.engine.core as core; print(core.__file__)")
