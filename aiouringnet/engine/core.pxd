@@ -195,6 +195,7 @@ cdef class Engine:
     # buffer, or a bytes object that is handed over, or kept for the next read.
     cdef Py_buffer view
     cdef PyObject* spare
+    cdef char* wide                 # the same for layers, which keep nothing of it
     cdef int wake_fd                # watched by the loop
     cdef int loop_epoll_fd          # where it is watched edge-triggered, -1: level-triggered, must be read
     cdef bint wake_tuned

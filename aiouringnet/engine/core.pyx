@@ -777,6 +777,7 @@ cdef class Engine:
 
     def __dealloc__(self):
         Py_XDECREF(self.spare)
+        free(self.wide)
 
     def __del__(self):
         self.close()

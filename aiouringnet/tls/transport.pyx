@@ -81,10 +81,10 @@ cdef enum:
 
 cdef enum:
     RECORD_BYTES = 16384    # plaintext of a full record, RFC 8446 section 5.1
-    # Encrypted and sent at a time: the ciphertext is sent while it is in the cache.
-    BATCH_BYTES = 114688
-    # Handed to a protocol at most.  Below glibc's 128 KiB; see transports/stream.pyx.
-    READ_BYTES = 122880
+    # Encrypted and sent, and decrypted for a protocol, at a time: a system
+    # call for each matters more than what stays in the cache (measured).
+    BATCH_BYTES = 262144
+    READ_BYTES = 262144
     # From so much on it is decrypted into the bytes object that is handed
     # over; less is cheaper to copy than to allocate for and to shrink.
     HANDOVER_BYTES = 8192

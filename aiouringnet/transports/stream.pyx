@@ -30,6 +30,7 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
+from libc.stdlib cimport malloc
 from libc.string cimport memcpy
 
 from aiouringnet.engine.core cimport Engine, FileRange, Layer, Sink, Stream
@@ -59,6 +60,8 @@ cdef enum:
     # That object is shrunk and handed over when it holds so much; less is
     # cheaper to copy.
     HANDOVER_BYTES = 8192
+    # What a layer is given at once, from a buffer that all of a loop's share.
+    LAYER_READ_BYTES = 270336
 
 # Server._attach() and _detach() take the transport since Python 3.13.
 cdef bint SERVER_TAKES_TRANSPORT = sys.version_info >= (3, 13)
@@ -441,6 +444,14 @@ cdef class StreamTransport(Sink):
         cdef PyObject* spare
         if self.buffered:
             return self.acquire(data, -1)
+        if self.layer is not None:
+            if self.engine.wide == NULL:
+                self.engine.wide = <char*>malloc(LAYER_READ_BYTES)
+                if self.engine.wide == NULL:
+                    self.failed(MemoryError(), "Fatal read error on socket transport")
+                    return -1
+            data[0] = self.engine.wide
+            return LAYER_READ_BYTES
         spare = self.engine.spare
         if spare == NULL:
             spare = new_bytes(NULL, READ_BYTES)
@@ -476,9 +487,13 @@ cdef class StreamTransport(Sink):
 
     cdef void release_buffer(self, Py_ssize_t size) noexcept:
         cdef PyObject* spare
+        if self.layer is not None:
+            if size:
+                self.layer.received(self.engine.wide, size)
+            return
         if not self.buffered:
             spare = self.engine.spare
-            if 0 < size < HANDOVER_BYTES or (size and self.layer is not None):
+            if 0 < size < HANDOVER_BYTES:
                 self.on_data(PyBytes_AS_STRING(<object>spare), size)
             elif size:
                 self.engine.spare = NULL
