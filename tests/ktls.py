@@ -38,6 +38,10 @@ def expected(version):
     return True, version == tls.TLS_1_2 or ssl.OPENSSL_VERSION_INFO >= (3, 2)
 
 
+def version_of_both_directions():
+    return tls.TLS_1_3 if all(expected(tls.TLS_1_3)) else tls.TLS_1_2
+
+
 class Proof:
     """Counts what the kernel should have taken over, and compares it with what it says it has."""
 

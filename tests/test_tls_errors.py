@@ -14,6 +14,7 @@ from tls_wire import TLSPeer, echoing, meet, place, role, secure  # noqa: F401
 from wire import recorder
 
 pytestmark = [
+    pytest.mark.kernel,
     tls.needs_openssl,
     pytest.mark.usefixtures("tls_engine"),
     pytest.mark.matrix(base="asyncio", debug=False),

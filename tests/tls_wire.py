@@ -22,6 +22,7 @@ import ssl
 import weakref
 
 import helpers
+import ktls as kernel_tls
 import pytest
 import tls
 from wire import Barrier, Wire, recorder
@@ -255,10 +256,13 @@ def secure(loop, meet):
         server_hostname="localhost",
         session=None,
         version=None,
+        ktls=None,
         **options,
     ):
-        client = client or tls.authority().context_client(version=version)
-        server = server or tls.authority().context_server(version=version)
+        if version is None and tls.ask_for_ktls:
+            version = kernel_tls.version_of_both_directions()
+        client = client or tls.authority().context_client(version=version, ktls=ktls)
+        server = server or tls.authority().context_server(version=version, ktls=ktls)
         ours, theirs = (client, server) if role == "client" else (server, client)
         if role == "client":
             options["server_hostname"] = server_hostname

@@ -89,6 +89,7 @@ cdef struct Symbols:
     int (*SSL_write_ex)(void* ssl, const void* data, size_t size, size_t* done) noexcept nogil
     int (*SSL_pending)(void* ssl) noexcept nogil
     int (*SSL_has_pending)(void* ssl) noexcept nogil
+    int (*SSL_in_init)(void* ssl) noexcept nogil
     int (*SSL_shutdown)(void* ssl) noexcept nogil
     int (*SSL_get_error)(void* ssl, int result) noexcept nogil
     void (*ERR_clear_error)() noexcept nogil
@@ -113,7 +114,7 @@ cdef struct Symbols:
 # In the order of Symbols' fields.
 cdef tuple NAMES = (
     b"OpenSSL_version_num", b"SSL_get_options", b"SSL_get_SSL_CTX", b"SSL_set_bio", b"SSL_read_ex", b"SSL_peek_ex", b"SSL_write_ex",
-    b"SSL_pending", b"SSL_has_pending", b"SSL_shutdown", b"SSL_get_error", b"ERR_clear_error", b"ERR_peek_error",
+    b"SSL_pending", b"SSL_has_pending", b"SSL_in_init", b"SSL_shutdown", b"SSL_get_error", b"ERR_clear_error", b"ERR_peek_error",
     b"ERR_peek_last_error", b"ERR_error_string_n", b"BIO_get_new_index", b"BIO_meth_new", b"BIO_meth_set_read_ex", b"BIO_meth_set_write_ex",
     b"BIO_meth_set_ctrl", b"BIO_meth_set_create", b"BIO_new", b"BIO_up_ref", b"BIO_free", b"BIO_set_data",
     b"BIO_get_data", b"BIO_set_init", b"BIO_set_flags", b"BIO_clear_flags",
@@ -714,6 +715,9 @@ cdef class OpenSSLRecords(Records):
 
     cdef int take_control_record(self, int fd, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept:
         return take_record(fd, buffer, room, size)
+
+    cdef bint in_handshake(self) noexcept:
+        return openssl.SSL_in_init(self.ssl)
 
     cdef bint has_control(self) noexcept:
         return self.link.kernel_sends and self.link.spill_used

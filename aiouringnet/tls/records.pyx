@@ -67,6 +67,9 @@ cdef class Records:
     cdef int take_control_record(self, int fd, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept:
         return 0
 
+    cdef bint in_handshake(self) noexcept:
+        return False
+
     cdef bint has_control(self) noexcept:
         return False
 

@@ -37,7 +37,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
-from libc.errno cimport EAGAIN, EINTR
+from libc.errno cimport EAGAIN, EBADMSG, EINTR, EINVAL, EMSGSIZE
 from libc.string cimport memcpy
 
 from aiouringnet.engine.core cimport EOF_HELD, Engine, Layer, Stream, flag
@@ -332,6 +332,8 @@ cdef class TLSTransport(Layer):
         return True
 
     def connection_lost(self, exc):
+        if isinstance(exc, OSError) and self.records.kernel_receives:
+            exc = as_ssl_error(exc)
         self.cancel_timer()
         self.drop_output()
         self.records.drop_input()
@@ -668,7 +670,7 @@ cdef class TLSTransport(Layer):
         if self.state != OPEN and self.state != FLUSHING:
             return
         if self.records.kernel_sends:
-            self.pass_on()
+            self.pass_on(full_records_only)
             return
         while self.queued and not self.lower_paused and not self.blocked:
             room = min(self.queued, self.batch_bytes)
@@ -701,18 +703,8 @@ cdef class TLSTransport(Layer):
         cdef Py_ssize_t size, filled = 0, i = self.head, offset = self.offset
         cdef Py_ssize_t n
         cdef const char* data
-        cdef Py_buffer view
         while True:
-            piece = self.pieces[i]
-            if PyBytes_CheckExact(piece):
-                data = PyBytes_AS_STRING(piece)
-                size = PyBytes_GET_SIZE(piece)
-            else:
-                # A memoryview of bytes, which stay where they are as long as the view does.
-                PyObject_GetBuffer(piece, &view, PyBUF_SIMPLE)
-                data = <const char*>view.buf
-                size = view.len
-                PyBuffer_Release(&view)
+            size = contents(self.pieces[i], &data)
             data += offset
             size -= offset
             if filled == 0 and (size >= RECORD_BYTES or size == self.queued):
@@ -864,25 +856,57 @@ cdef class TLSTransport(Layer):
             self.ktls_why_not = "the handshake began before the upgrade: bytes of the peer's had been received"
         ktls_logger.debug("%r: kernel TLS is not active: %s", self, self.ktls_why_not)
 
-    cdef void pass_on(self) noexcept:
-        """Plaintext to the stream, for the kernel to encrypt."""
+    cdef void pass_on(self, bint full_records_only) noexcept:
+        """Plaintext to the stream, for the kernel to encrypt: each send ends a record, so small pieces are joined."""
         cdef const char* data
-        cdef Py_ssize_t size
-        cdef Py_buffer view
+        cdef Py_ssize_t size, room
+        if self.records.in_handshake() and not self.continue_handshake():
+            return
         while self.queued and not self.lower_paused and not self.records.has_control():
+            room = self.queued
+            if full_records_only:
+                room -= room % RECORD_BYTES
+                if room == 0:
+                    return
             piece = self.pieces[self.head]
-            if PyBytes_CheckExact(piece):
-                data = PyBytes_AS_STRING(piece)
-                size = PyBytes_GET_SIZE(piece)
+            size = contents(piece, &data) - self.offset
+            if size >= RECORD_BYTES or size == self.queued:
+                data += self.offset
+                size = min(size, room)
+                self.consume(size)
             else:
-                PyObject_GetBuffer(piece, &view, PyBUF_SIMPLE)
-                data = <const char*>view.buf
-                size = view.len
-                PyBuffer_Release(&view)
-            data += self.offset
-            size -= self.offset
-            self.consume(size)
+                size = min(room, RECORD_BYTES)
+                try:
+                    piece = self.take_joined(size)
+                except MemoryError as exc:
+                    self.fatal(exc, "Fatal error on SSL protocol")
+                    return
+                data = PyBytes_AS_STRING(piece)
             self.stream.put(piece, data, size)
+
+    cdef bytes take_joined(self, Py_ssize_t size):
+        """The first so many bytes of what is queued."""
+        cdef const char* data
+        cdef Py_ssize_t n, filled = 0
+        cdef bytes joined = PyBytes_FromStringAndSize(NULL, size)
+        while filled < size:
+            n = min(contents(self.pieces[self.head], &data) - self.offset, size - filled)
+            memcpy(PyBytes_AS_STRING(joined) + filled, data + self.offset, n)
+            self.consume(n)
+            filled += n
+        return joined
+
+    cdef bint continue_handshake(self) noexcept:
+        """Our side has asked for authentication after the handshake: SSL_write(), which nobody calls, would send that."""
+        try:
+            self.records.sslobj.do_handshake()
+        except AGAIN:
+            pass
+        except Exception as exc:
+            self.emit()  # the alert
+            self.fatal(exc, "SSL error")
+        self.emit()
+        return self.state != OVER
 
     cdef void send_control(self) noexcept:
         """Tickets, alerts and KeyUpdates of ours, when the data before them is in the socket."""
@@ -1318,6 +1342,19 @@ cdef class TLSTransport(Layer):
             self.control_writing()
 
 
+cdef inline Py_ssize_t contents(object piece, const char** data):
+    """Where the bytes of a piece of output are, and how many."""
+    cdef Py_buffer view
+    if PyBytes_CheckExact(piece):
+        data[0] = PyBytes_AS_STRING(piece)
+        return PyBytes_GET_SIZE(piece)
+    # A memoryview of bytes, which stay where they are as long as the view does.
+    PyObject_GetBuffer(piece, &view, PyBUF_SIMPLE)
+    data[0] = <const char*>view.buf
+    PyBuffer_Release(&view)
+    return view.len
+
+
 cdef object keep(object data):
     """`data` as bytes, or as a memoryview of our own into bytes: something that will not change."""
     cdef const char* start
@@ -1330,6 +1367,24 @@ cdef object keep(object data):
         return owner
     offset = start - PyBytes_AS_STRING(owner)
     return memoryview(owner)[offset : offset + size]
+
+
+# What the kernel's TLS says of records that it refuses, in OpenSSL's words.
+cdef dict RECORD_ERRORS = {
+    EBADMSG: "DECRYPTION_FAILED_OR_BAD_RECORD_MAC",
+    EMSGSIZE: "DATA_LENGTH_TOO_LONG",
+    EINVAL: "WRONG_VERSION_NUMBER",
+}
+
+
+cdef object as_ssl_error(object exc):
+    reason = RECORD_ERRORS.get(exc.errno)
+    if reason is None:
+        return exc
+    error = ssl.SSLError(ssl.SSL_ERROR_SSL, f"[SSL: {reason}] the kernel could not decrypt a record")
+    error.library, error.reason = "SSL", reason
+    error.__cause__ = exc
+    return error
 
 
 cdef tuple limits(object high, object low, Py_ssize_t default):
