@@ -702,7 +702,7 @@ cdef class TLSTransport(Layer):
         cdef char staged[RECORD_BYTES]
         cdef Py_ssize_t size, filled = 0, i = self.head, offset = self.offset
         cdef Py_ssize_t n
-        cdef const char* data
+        cdef const char* data = NULL
         while True:
             size = contents(self.pieces[i], &data)
             data += offset
@@ -858,7 +858,7 @@ cdef class TLSTransport(Layer):
 
     cdef void pass_on(self, bint full_records_only) noexcept:
         """Plaintext to the stream, for the kernel to encrypt: each send ends a record, so small pieces are joined."""
-        cdef const char* data
+        cdef const char* data = NULL
         cdef Py_ssize_t size, room
         if self.records.in_handshake() and not self.continue_handshake():
             return
@@ -886,7 +886,7 @@ cdef class TLSTransport(Layer):
 
     cdef bytes take_joined(self, Py_ssize_t size):
         """The first so many bytes of what is queued."""
-        cdef const char* data
+        cdef const char* data = NULL
         cdef Py_ssize_t n, filled = 0
         cdef bytes joined = PyBytes_FromStringAndSize(NULL, size)
         while filled < size:
