@@ -8,6 +8,7 @@ import urllib.request
 
 import helpers
 import pytest
+import tls
 
 pytestmark = pytest.mark.matrix(base="asyncio", debug=False)
 
@@ -81,6 +82,26 @@ def test_aiohttp_service_answers(case):
         assert (status, json.loads(body)) == (200, {"received_bytes": 300_000})
         assert service.stop() == 0
     assert "Traceback" not in service.output
+
+
+@tls.needs_openssl
+def test_a_file_server_over_https_and_which_path_it_takes(case, tmp_path):
+    port = helpers.free_port()
+    (tmp_path / "file").write_bytes(helpers.pattern(3_000_000))
+    certificate, key = tls.authority().pair("localhost")
+    options = ("--cert", certificate, "--key", key, "--root", str(tmp_path), "--port", port)
+    client = tls.authority().context_client()
+    with serve(case, "https_files", *options, ready=helpers.accepts(("127.0.0.1", port))) as service:
+        with urllib.request.urlopen(f"https://localhost:{port}/file", context=client, timeout=10) as answer:
+            assert answer.read() == helpers.pattern(3_000_000)
+        with urllib.request.urlopen(f"https://localhost:{port}/.path", context=client, timeout=10) as answer:
+            path = json.loads(answer.read())
+        said = run(case, "tls_path", "localhost", "--port", port, "--cafile", tls.authority().cafile)
+        assert service.stop() == 0
+    assert "Traceback" not in service.output
+    assert path["ktls_send_enabled"] or path["ktls_why_not"]
+    assert re.search(r"records by +(openssl|ssl) of OpenSSL", said) and re.search(rf"engine +{case.engine}\n", said)
+    assert f"kernel sends   {path['ktls_send_enabled']}\n" in said
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
