@@ -1155,7 +1155,9 @@ cdef class TLSTransport(Layer):
 
         "ssl_object", "sslcontext", "peercert", "cipher" and "compression" as
         in asyncio; "tls_engine": "openssl", or "ssl" for the standard
-        library's objects; all else is the transport's below.
+        library's objects; "ktls_send_enabled", "ktls_recv_enabled": whether
+        the kernel makes and reads the records, "ktls_why_not": a sentence
+        where it was asked for in vain; all else is the transport's below.
         """
         if name == "sslcontext":
             return self.sslcontext
