@@ -47,6 +47,7 @@ cdef extern from "Python.h":
 
 
 cdef object logger = asyncio.log.logger
+cdef object warn = warnings.warn    # __del__ may run when this module's names are None
 cdef object BufferedProtocol = asyncio.BufferedProtocol
 
 # asyncio.constants
@@ -151,7 +152,7 @@ cdef class StreamTransport(Sink):
 
     def __del__(self):
         if self.sock is not None and not self.finished:
-            warnings.warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
+            warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
             self.finished = True
             self.sock.close()
             self.release_server()
