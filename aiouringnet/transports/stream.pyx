@@ -47,7 +47,9 @@ cdef extern from "Python.h":
 
 
 cdef object logger = asyncio.log.logger
-cdef object warn = warnings.warn    # __del__ may run when this module's names are None
+# For __del__, which may run when the names of this and other modules are None.
+cdef object warn = warnings.warn
+cdef object is_finalizing = sys.is_finalizing
 cdef object BufferedProtocol = asyncio.BufferedProtocol
 
 # asyncio.constants
@@ -155,7 +157,8 @@ cdef class StreamTransport(Sink):
             warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
             self.finished = True
             self.sock.close()
-            self.release_server()
+            if not is_finalizing():
+                self.release_server()
 
     # --- what asyncio's own helpers look at (loop.sendfile, streams) ---------
 
