@@ -9,9 +9,11 @@ import asyncio
 import functools
 import hashlib
 import os
+import platform
 import random
 import socket
 import ssl
+import sys
 
 import helpers
 import ktls
@@ -19,6 +21,7 @@ import pytest
 import tls
 from helpers import BufferedRecorder, Recorder, pattern
 from openssl_command import EchoOf, connect, s_client, s_server, serving
+from tls_wire import TLSPeer
 from wire import over, recorder
 
 pytestmark = [
@@ -434,3 +437,163 @@ async def test_a_reset_is_reported(meet, version):
     await met.protocol.received(10)
     helpers.reset(socket.socket(fileno=met.peer.detach()))
     assert isinstance(await met.protocol.lost, (ConnectionResetError, BrokenPipeError))
+
+
+# --------------------------------------------------------------------------
+# Upgrades
+
+
+@versions
+async def test_an_upgraded_connection_is_taken_over_at_both_ends(loop, proof, version):
+    with helpers.Endpoint("tcp") as endpoint:
+        context = tls.authority().context_server(version=version, ktls=True)
+        server = await endpoint.serve(loop, lambda: helpers.Upgrading(context))
+        transport, protocol = await endpoint.connect(loop, Recorder)
+        transport.write(b"upgrade")
+        assert await protocol.received(8) == b"go ahead"
+        context = tls.authority().context_client(version=version, ktls=True)
+        secure = await loop.start_tls(transport, protocol, context, server_hostname="localhost")
+        data = pattern(MIB)
+        secure.write(data)
+        assert (await protocol.received(8 + len(data)))[8:] == data
+        for each in (secure, endpoint.accepted[0].transport):
+            proof(each, version)
+        secure.close()
+        assert await protocol.lost is None
+        assert await endpoint.accepted[0].lost is None
+        server.close()
+        await server.wait_closed()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="StreamWriter.start_tls came with 3.11")
+@versions
+async def test_what_had_arrived_before_an_upgrade_is_not_lost(loop, proof, version):
+    """Its end is in user space then; the other end is taken over all the same."""
+
+    async def serve(reader, writer):
+        assert await reader.readline() == b"upgrade\n"
+        await writer.start_tls(tls.authority().context_server(version=version, ktls=True))
+        accepted.set_result(writer.transport)
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        done.set_result(None)
+
+    accepted, done = loop.create_future(), loop.create_future()
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        await loop.sock_connect(sock, server.sockets[0].getsockname())
+        peer = TLSPeer(loop, sock, tls.authority().context_client(version=version), False, "localhost")
+        with pytest.raises(ssl.SSLWantReadError):
+            peer.sslobj.do_handshake()
+        # In one segment: the server's reader has both.
+        await loop.sock_sendall(sock, b"upgrade\n" + peer.outgoing.read())
+        await peer.handshake()
+        data = pattern(300_000)
+        sending = loop.create_task(peer.send(data))
+        assert await peer.receive(len(data)) == data
+        await sending
+        sending, receiving = ktls.active(await accepted)
+        assert not receiving
+        proof.sending += sending
+        await loop.sock_sendall(sock, peer.close_notify())
+        assert await peer.receive_to_end() == (b"", "close_notify")
+        await done
+    server.close()
+    await server.wait_closed()
+
+
+# --------------------------------------------------------------------------
+# New keys
+
+
+def can_rekey():
+    """Whether kernel and OpenSSL change keys of TLS 1.3: since 6.14, and 3.5."""
+    return tuple(map(int, platform.release().split(".")[:2])) >= (6, 14) and ssl.OPENSSL_VERSION_INFO >= (3, 5)
+
+
+@pytest.mark.skipif(can_rekey(), reason="this kernel and this OpenSSL change keys")
+@roles
+async def test_new_keys_that_the_kernel_cannot_follow_end_the_connection_and_say_so(loop, proof, role):
+    """A KeyUpdate that asks for ours in return: what we sent next, nobody could decrypt."""
+    transport, protocol, peer = await with_keys_to_update(loop, proof, role)
+    peer.update_key(and_yours=True)
+    await peer.send(b"question")
+    await protocol.received(8)
+    transport.write(b"answer")
+    lost = await protocol.lost
+    assert isinstance(lost, ssl.SSLError) and "KeyUpdate" in str(lost)
+    # And the peer is not left waiting, nor with records that it cannot read.
+    try:
+        assert await peer.receive_to_end() == (b"", "eof")
+    except ConnectionResetError:
+        pass
+    peer.sock.close()
+
+
+@pytest.mark.skipif(not can_rekey(), reason="this kernel, or this OpenSSL, does not change keys")
+@roles
+async def test_data_goes_on_with_new_keys(loop, proof, role):
+    transport, protocol, peer = await with_keys_to_update(loop, proof, role)
+    for turn in range(1, 4):
+        peer.update_key(and_yours=turn % 2 == 1)
+        await peer.send(b"question")
+        assert await protocol.received(8 * turn) == b"question" * turn
+        transport.write(b"answer")
+        assert await peer.receive(6) == b"answer"
+    transport.abort()
+    await protocol.lost
+    peer.sock.close()
+
+
+@pytest.mark.skipif(all(ktls.expected(tls.TLS_1_3)), reason="this OpenSSL has the kernel receive")
+async def test_new_keys_of_the_peer_alone_are_openssls_business(loop, proof):
+    transport, protocol, peer = await with_keys_to_update(loop, proof, "client")
+    for turn in range(1, 4):
+        peer.update_key(and_yours=False)
+        await peer.send(b"question")
+        assert await protocol.received(8 * turn) == b"question" * turn
+        transport.write(b"answer")
+        assert await peer.receive(6) == b"answer"
+    transport.abort()
+    await protocol.lost
+    peer.sock.close()
+
+
+async def with_keys_to_update(loop, proof, role):
+    """A transport over kernel TLS 1.3, and a TLSPeer that can change its keys."""
+    contexts = {
+        "server": tls.authority().context_server(version=tls.TLS_1_3, ktls=role == "server"),
+        "client": tls.authority().context_client(version=tls.TLS_1_3, ktls=role == "client"),
+    }
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        sock, _ = listener.accept()
+    for each in (ours, sock):
+        each.setblocking(False)
+    if role == "client":
+        connecting = loop.create_connection(Recorder, sock=ours, ssl=contexts[role], server_hostname="localhost")
+        peer = TLSPeer(loop, sock, contexts["server"], True)
+    else:
+        connecting = loop.connect_accepted_socket(Recorder, ours, ssl=contexts[role])
+        peer = TLSPeer(loop, sock, contexts["client"], False, "localhost")
+    connecting = loop.create_task(connecting)
+    await peer.handshake()
+    transport, protocol = await connecting
+    proof(transport, tls.TLS_1_3)
+    return transport, protocol, peer
+
+
+async def test_renegotiation_ends_the_connection_and_says_so(loop, proof):
+    """In TLS 1.2 no kernel changes keys."""
+    context = tls.authority().context_client(version=tls.TLS_1_2, ktls=True)
+    with s_server(talkative=True) as service:
+        transport, protocol = await connect(loop, service, context)
+        proof(transport, tls.TLS_1_2)
+        transport.write(b"before\n")
+        await service.heard("before\n")
+        await service.say(b"r\n")
+        assert isinstance(await protocol.lost, ssl.SSLError)

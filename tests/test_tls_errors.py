@@ -7,6 +7,7 @@ import socket
 import ssl
 
 import helpers
+import ktls
 import pytest
 import tls
 from helpers import BufferedRecorder, Recorder, pattern
@@ -400,15 +401,17 @@ async def test_a_changed_record_ends_the_connection_with_openssls_reason(loop, s
     # What was genuine before it has been delivered, and nothing else.
     assert w.protocol.data == b"good"
     assert w.protocol.log == ["made", "data", "lost"]
-    with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):
-        await w.receive_to_end()
+    if not ktls.active(w.transport)[1]:  # a kernel that decrypts sends no alerts
+        with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):
+            await w.receive_to_end()
 
 
 @pytest.mark.parametrize("rubbish", ["http", "zeros", "noise", "endless record", "alert"])
 async def test_rubbish_after_the_handshake_ends_the_connection(loop, secure, role, rubbish):
     w = await secure(role=role)
     with contextlib.suppress(OSError):
-        await w.send_raw(RUBBISH[rubbish])
+        # Twice: a kernel that decrypts looks at a record when it has 13 bytes.
+        await w.send_raw(2 * RUBBISH[rubbish])
     lost = await w.protocol.lost
     assert isinstance(lost, ssl.SSLError)
     assert w.protocol.log == ["made", "lost"]

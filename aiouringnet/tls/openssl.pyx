@@ -90,6 +90,7 @@ cdef struct Symbols:
     int (*SSL_pending)(void* ssl) noexcept nogil
     int (*SSL_has_pending)(void* ssl) noexcept nogil
     int (*SSL_in_init)(void* ssl) noexcept nogil
+    int (*SSL_get_key_update_type)(const void* ssl) noexcept nogil
     int (*SSL_shutdown)(void* ssl) noexcept nogil
     int (*SSL_get_error)(void* ssl, int result) noexcept nogil
     void (*ERR_clear_error)() noexcept nogil
@@ -114,11 +115,11 @@ cdef struct Symbols:
 # In the order of Symbols' fields.
 cdef tuple NAMES = (
     b"OpenSSL_version_num", b"SSL_get_options", b"SSL_get_SSL_CTX", b"SSL_set_bio", b"SSL_read_ex", b"SSL_peek_ex",
-    b"SSL_write_ex", b"SSL_pending", b"SSL_has_pending", b"SSL_in_init", b"SSL_shutdown", b"SSL_get_error",
-    b"ERR_clear_error", b"ERR_peek_error", b"ERR_peek_last_error", b"ERR_error_string_n", b"BIO_get_new_index",
-    b"BIO_meth_new", b"BIO_meth_set_read_ex", b"BIO_meth_set_write_ex", b"BIO_meth_set_ctrl", b"BIO_meth_set_create",
-    b"BIO_new", b"BIO_up_ref", b"BIO_free", b"BIO_set_data", b"BIO_get_data", b"BIO_set_init", b"BIO_set_flags",
-    b"BIO_clear_flags",
+    b"SSL_write_ex", b"SSL_pending", b"SSL_has_pending", b"SSL_in_init", b"SSL_get_key_update_type", b"SSL_shutdown",
+    b"SSL_get_error", b"ERR_clear_error", b"ERR_peek_error", b"ERR_peek_last_error", b"ERR_error_string_n",
+    b"BIO_get_new_index", b"BIO_meth_new", b"BIO_meth_set_read_ex", b"BIO_meth_set_write_ex", b"BIO_meth_set_ctrl",
+    b"BIO_meth_set_create", b"BIO_new", b"BIO_up_ref", b"BIO_free", b"BIO_set_data", b"BIO_get_data", b"BIO_set_init",
+    b"BIO_set_flags", b"BIO_clear_flags",
 )
 
 cdef enum:
@@ -127,6 +128,7 @@ cdef enum:
     SSL_ERROR_WANT_WRITE = 3
     SSL_ERROR_WANT_X509_LOOKUP = 4
     SSL_ERROR_ZERO_RETURN = 6
+    SSL_KEY_UPDATE_NONE = -1
     # openssl/bio.h
     BIO_TYPE_SOURCE_SINK = 0x0400
     BIO_FLAGS_READ = 1
@@ -194,6 +196,7 @@ cdef struct Link:
     bint kernel_sends, kernel_receives
     bint asked                  # whether the kernel sends: by an OpenSSL that knows kernel TLS
     bint asked_send, asked_receive
+    int handed_over             # how often keys to send with were
     int send_errno, receive_errno
     int control_type            # of the next record, 0: data
 
@@ -392,6 +395,7 @@ cdef bint hand_over(Link* link, bint sending, void* keys) noexcept nogil:
     if problem and (link.kernel_sends if sending else link.kernel_receives):
         link.stuck = True
     if sending:
+        link.handed_over += 1
         link.asked_send = True
         link.send_errno = problem
         link.kernel_sends = link.kernel_sends or problem == 0
@@ -718,7 +722,16 @@ cdef class OpenSSLRecords(Records):
         return take_record(fd, buffer, room, size)
 
     cdef bint in_handshake(self) noexcept:
-        return openssl.SSL_in_init(self.ssl)
+        return openssl.SSL_in_init(self.ssl) or openssl.SSL_get_key_update_type(self.ssl) != SSL_KEY_UPDATE_NONE
+
+    cdef Py_ssize_t continue_handshake(self) noexcept:
+        cdef bint new_keys = openssl.SSL_get_key_update_type(self.ssl) != SSL_KEY_UPDATE_NONE
+        cdef int before = self.link.handed_over
+        # What precedes data goes out without any, too.
+        cdef Py_ssize_t n = self.write(b"", 0)
+        if new_keys and self.link.kernel_sends and self.link.handed_over == before:
+            self.link.stuck = True  # OpenSSL 3.0 keeps them for itself
+        return n
 
     cdef bint has_control(self) noexcept:
         return self.link.kernel_sends and self.link.spill_used

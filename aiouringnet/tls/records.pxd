@@ -40,8 +40,9 @@ cdef class Records:
     cdef object withdraw_socket(self)
     # Receive a record that the kernel has decrypted, header in front: its type, 0 at the end of the stream, or -errno
     cdef int take_control_record(self, int fd, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept
-    # Whether OpenSSL has something to say that it would say before data
+    # Whether OpenSSL has something to say before data, and its turn to do so; as write()
     cdef bint in_handshake(self) noexcept
+    cdef Py_ssize_t continue_handshake(self) noexcept
     # Whether control records wait for the kernel to send them, and sending them when the socket is idle
     cdef bint has_control(self) noexcept
     cdef bint send_control(self) noexcept

@@ -70,6 +70,9 @@ cdef class Records:
     cdef bint in_handshake(self) noexcept:
         return False
 
+    cdef Py_ssize_t continue_handshake(self) noexcept:
+        return WANTS_MORE
+
     cdef bint has_control(self) noexcept:
         return False
 

@@ -388,6 +388,8 @@ cdef class TLSTransport(Layer):
 
     cdef void advance(self) noexcept:
         """Do what the input allows."""
+        if self.records.kernel_sends:
+            self.records.socket_idle(self.socket_is_idle())  # an answer to KeyUpdate brings new keys
         if self.state == HANDSHAKE:
             self.handshake()
         if self.state == OPEN:
@@ -399,6 +401,10 @@ cdef class TLSTransport(Layer):
             self.encrypt()
             if self.state == FLUSHING:
                 self.shut_down()
+        if self.records.kernel_sends:
+            self.records.socket_idle(False)
+            if self.keys_are_lost():
+                return
         # Tickets, alerts, answers to KeyUpdate.
         self.emit()
 
@@ -897,15 +903,22 @@ cdef class TLSTransport(Layer):
         return joined
 
     cdef bint continue_handshake(self) noexcept:
-        """Our side has asked for authentication after the handshake: SSL_write(), which nobody calls, would send that."""
-        try:
-            self.records.sslobj.do_handshake()
-        except AGAIN:
-            pass
-        except Exception as exc:
-            self.emit()  # the alert
-            self.fatal(exc, "SSL error")
+        """Authentication after the handshake, new keys: what SSL_write(), which nobody calls, would send first."""
+        cdef Py_ssize_t n
+        if not self.socket_is_idle():
+            # What was written before goes out with the old keys.
+            self.waiting = True
+            self.stream.stream.expect_sent()
+            return False
+        self.records.socket_idle(True)
+        n = self.records.continue_handshake()
+        self.records.socket_idle(False)
+        if self.keys_are_lost():
+            return False
         self.emit()
+        if n == FAILED:
+            error, self.records.error = self.records.error, None
+            self.fatal(error, "Fatal error on SSL protocol")
         return self.state != OVER
 
     cdef void send_control(self) noexcept:
@@ -973,16 +986,7 @@ cdef class TLSTransport(Layer):
         n = self.records.read(scratch, sizeof(scratch))
         self.records.socket_idle(False)
         self.keep_input()
-        if self.records.keys_are_stuck():
-            self.records.error = None
-            self.fatal(
-                ssl.SSLError(
-                    ssl.SSL_ERROR_SSL,
-                    "the peer changed its TLS keys (KeyUpdate), which this kernel's TLS cannot follow: "
-                    "use Linux 6.14 or newer, or leave out ssl.OP_ENABLE_KTLS",
-                ),
-                "SSL error in data received",
-            )
+        if self.keys_are_lost():
             return
         self.emit()
         if n == 0:
@@ -992,6 +996,21 @@ cdef class TLSTransport(Layer):
             self.fatal(error, "SSL error in data received")
         if self.state == OPEN and not self.paused:
             self.stream.stream.start_reading()
+
+    cdef bint keys_are_lost(self) noexcept:
+        """Whether new keys, which the kernel did not take, end the connection: what it sends nobody can decrypt."""
+        if not self.records.keys_are_stuck() or self.state == OVER:
+            return False
+        self.records.error = None
+        self.fatal(
+            ssl.SSLError(
+                ssl.SSL_ERROR_SSL,
+                "the peer changes TLS keys (KeyUpdate), which this kernel and this OpenSSL do not do with kernel TLS: "
+                "use Linux 6.14 and OpenSSL 3.5 or newer, or leave out ssl.OP_ENABLE_KTLS",
+            ),
+            "SSL error in data received",
+        )
+        return True
 
     cdef void deliver_plain(self, const char* data, Py_ssize_t size) noexcept:
         """What the kernel has decrypted."""
