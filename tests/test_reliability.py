@@ -517,6 +517,7 @@ def test_ten_thousand_connections_in_waves_leave_nothing(make_loop, endpoint):
     stats = engine_of(loop).stats()
     assert stats["streams"] == 0
     helpers.run_on(loop, wave(40))
+    helpers.run_on(loop, nothing_under_way(loop, in_flight=1))
     server.close()
 
 
