@@ -48,6 +48,7 @@ async def serve(args: argparse.Namespace) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF)
         with open(args.file, "rb") as file:
             for _ in range(args.times):
+                file.seek(0)  # asyncio's own reads on from there when it cannot use sendfile(2)
                 await send(loop, writer, file)
         await writer.drain()
         after = resource.getrusage(resource.RUSAGE_SELF)
@@ -73,22 +74,24 @@ async def send(loop: asyncio.AbstractEventLoop, writer: asyncio.StreamWriter, fi
             await loop.sendfile(writer.transport, file)
     except NotImplementedError:
         # What a program does then, as aiohttp: read and write.
-        file.seek(0)
         while block := file.read(BLOCK_BYTES):
             writer.write(block)
             await writer.drain()
 
 
-def receive(port: int) -> None:
-    """The client process."""
+def receive(port: int, size_bytes: int) -> None:
+    """The client process; it fails when something else arrives than `size_bytes`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     with context.wrap_socket(socket.create_connection(("127.0.0.1", port))) as sock:
         sock.sendall(b"go\n")
         buffer = bytearray(1 << 18)
-        while sock.recv_into(buffer):
-            pass
+        total = 0
+        while n := sock.recv_into(buffer):
+            total += n
+    if total != size_bytes:
+        raise SystemExit(f"{total} bytes arrived instead of {size_bytes}")
 
 
 def measure(server: str, ktls: bool, path: pathlib.Path, times: int, strace: bool) -> dict[str, object]:
@@ -102,7 +105,8 @@ def measure(server: str, ktls: bool, path: pathlib.Path, times: int, strace: boo
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(parse_server(server)))
         assert process.stdout is not None
         port = json.loads(process.stdout.readline())["port"]
-        subprocess.run([sys.executable, __file__, "--receive", str(port)], check=True)
+        size_bytes = path.stat().st_size * times
+        subprocess.run([sys.executable, __file__, "--receive", str(port), str(size_bytes)], check=True)
         found = dict(json.loads(process.stdout.readline()))
         process.wait(30)
         if strace:
@@ -145,11 +149,16 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=200, help="MiB sent in each measurement")
     parser.add_argument("--strace", action="store_true", help="count system calls, too")
     for name in ("--serve", "--file", "--times", "--receive", "--ktls"):  # the child processes
-        kind: dict[str, object] = {"--serve": {"nargs": 2}, "--ktls": {"action": "store_true"}}.get(name, {})
-        parser.add_argument(name, help=argparse.SUPPRESS, **({"type": int} if name in ("--times", "--receive") else {}), **kind)
+        kind: dict[str, object] = {
+            "--serve": {"nargs": 2},
+            "--times": {"type": int},
+            "--receive": {"type": int, "nargs": 2},
+            "--ktls": {"action": "store_true"},
+        }.get(name, {})
+        parser.add_argument(name, help=argparse.SUPPRESS, **kind)
     args = parser.parse_args()
     if args.receive:
-        receive(args.receive)
+        receive(*args.receive)
     elif args.serve:
         loops.prepare_process(args)
         loops.make_loop(args).run_until_complete(serve(args))

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import stat
 from asyncio import SendfileNotAvailableError
 
 from aiouringnet.api.call import OURS, like, loops_own
@@ -85,12 +86,17 @@ async def _read_and_write(loop, transport, file, offset, count):
     if seekable:
         before = file.tell()
         file.seek(offset)
+    fd = _regular_file(file) if seekable else None
     total = 0
     protocol = asyncio.base_events._SendfileFallbackProtocol(transport)
     try:
         while count is None or total < count:
             size = BLOCK_BYTES if count is None else min(count - total, BLOCK_BYTES)
-            data = await loop.run_in_executor(None, file.read, size)
+            data = None if fd is None else _read_cached(fd, size, offset + total)
+            if data is None:
+                if seekable:
+                    file.seek(offset + total)
+                data = await loop.run_in_executor(None, file.read, size)
             if not data:
                 break
             await protocol.drain()
@@ -101,3 +107,24 @@ async def _read_and_write(loop, transport, file, offset, count):
         if seekable:
             file.seek(offset + total if total else before)
         await protocol.restore()
+
+
+def _regular_file(file):
+    """The descriptor of a file whose bytes are those that it reads (and not unpacked, say), or None."""
+    if not isinstance(file, (io.BufferedReader, io.FileIO)):
+        return None
+    try:
+        fd = file.fileno()
+        return fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    except OSError:
+        return None
+
+
+def _read_cached(fd, size, offset):
+    """What the page cache has, without waiting for the disk; None: a thread has to read it (preadv2(2), RWF_NOWAIT)."""
+    buffer = bytearray(size)
+    try:
+        n = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+    except OSError:
+        return None
+    return bytes(memoryview(buffer)[:n]) if n else b""
