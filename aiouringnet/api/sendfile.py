@@ -62,12 +62,20 @@ async def _sendfile(transport, file, offset, count):
     except (AttributeError, io.UnsupportedOperation) as exc:
         raise SendfileNotAvailableError("not a regular file") from exc
     # As in asyncio: no write and no data_received() until the file is sent.
+    # Nothing happens meanwhile where the socket takes it at once.
     reading = transport.is_reading()
-    transport.pause_reading()
+    paused = False
     part = None
     try:
-        await transport._make_empty_waiter()
+        empty = transport._make_empty_waiter()
+        if not empty.done():
+            transport.pause_reading()
+            paused = True
+        await empty
         part = transport._send_file(fd, offset, count)
+        if not part.future.done():
+            transport.pause_reading()
+            paused = True
         return await part.future
     except asyncio.CancelledError:
         if part is not None:
@@ -75,7 +83,7 @@ async def _sendfile(transport, file, offset, count):
         raise
     finally:
         transport._reset_empty_waiter()
-        if reading:
+        if reading and paused:
             transport.resume_reading()
         if part is not None and part.sent:
             os.lseek(fd, offset + part.sent, os.SEEK_SET)

@@ -485,7 +485,7 @@ cdef class Stream(Handle):
         """Send a part of a file; the queue is empty and nothing is written meanwhile."""
         self.file = file
         if not self.dirty and not self.sending:
-            self.engine.mark_dirty(self)
+            self.advance_file()
 
     cdef bint advance_file(self) noexcept:
         """Send what the socket takes of the file; True when that was the last of it."""

@@ -1066,7 +1066,11 @@ cdef class TLSTransport(Layer):
         if self.empty_waiter is None or self.empty_waiter.done() or self.queued or self.records.has_control():
             return
         if self.stream.empty_waiter is None:
-            self.stream._make_empty_waiter().add_done_callback(self._lower_is_empty)
+            lower_waiter = self.stream._make_empty_waiter()
+            if lower_waiter.done():
+                self._lower_is_empty(lower_waiter)
+            else:
+                lower_waiter.add_done_callback(self._lower_is_empty)
 
     def _lower_is_empty(self, lower_waiter):
         if self.empty_waiter is None or self.empty_waiter.done() or lower_waiter.cancelled():
