@@ -231,7 +231,7 @@ sys.path.insert(0, {folder!r})
 source = open({os.path.join(folder, "refused_child.py")!r}).read()
 namespace = {{"__name__": "refused_child"}}
 exec(source[: source.rindex("main(")], namespace)
-namespace["install_filter"]({errno.EPERM})
+namespace["seccomp"].install(namespace["refusing"]({errno.EPERM}))
 runpy.run_module("aiouringnet", run_name="__main__")
 """
     done = helpers.run_python(code, AIOURINGNET_ENGINE="auto")
