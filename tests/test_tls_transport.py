@@ -24,7 +24,7 @@ from wire import Boom, boom, recorder
 import aiouringnet
 
 pytestmark = [
-    pytest.mark.kernel,
+    pytest.mark.kernel(engine="uring"),  # test_ktls.py has the other
     tls.needs_openssl,
     pytest.mark.usefixtures("tls_engine"),
     # What the base loop is matters to few; those widen it.
