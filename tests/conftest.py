@@ -20,7 +20,7 @@ cannot be used, the uring half is skipped and says why.
         marks what `-m "not slow"` leaves out.
     @pytest.mark.kernel
         marks what asks something of the kernel: `--kernel-runner` runs that on
-        other kernels, too.
+        other kernels, too. Its arguments narrow the matrix there.
 
 Options of the test command
 
@@ -103,7 +103,7 @@ def pytest_configure(config):
         "matrix(base, engine, debug, sqpoll): narrows or widens the loops that a test runs on",
         "limit(seconds): how long the test may take before it counts as hung",
         "slow: left out by -m 'not slow'",
-        "kernel: what --kernel-runner runs on other kernels",
+        "kernel(base, engine, debug, sqpoll): what --kernel-runner runs on other kernels, and the loops that this takes there",
     ):
         config.addinivalue_line("markers", line)
     for line in (
@@ -154,6 +154,8 @@ def pytest_generate_tests(metafunc):
             # System calls are dear in a virtual machine: the poller's thread only where the test itself asks for it.
             own = [mark for mark in metafunc.definition.own_markers if mark.name == "matrix"]
             wanted.update(base="asyncio", debug=False, sqpoll=any(mark.kwargs.get("sqpoll") for mark in own))
+            for mark in metafunc.definition.iter_markers("kernel"):
+                wanted.update(mark.kwargs)
         metafunc.parametrize("case", [_param(case) for case in helpers.cases(**wanted)])
 
 

@@ -15,7 +15,7 @@ from tls_wire import TLSPeer, echoing, meet, place, role, secure  # noqa: F401
 from wire import recorder
 
 pytestmark = [
-    pytest.mark.kernel,
+    pytest.mark.kernel(engine="uring"),  # test_ktls.py has the other
     tls.needs_openssl,
     pytest.mark.usefixtures("tls_engine"),
     pytest.mark.matrix(base="asyncio", debug=False),

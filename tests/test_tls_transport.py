@@ -24,7 +24,7 @@ from wire import Boom, boom, recorder
 import aiouringnet
 
 pytestmark = [
-    pytest.mark.kernel,
+    pytest.mark.kernel(engine="uring"),  # test_ktls.py has the other
     tls.needs_openssl,
     pytest.mark.usefixtures("tls_engine"),
     # What the base loop is matters to few; those widen it.
@@ -610,7 +610,7 @@ async def test_resume_comes_only_when_little_is_left(loop, secure):
     w = await secure(recorder(resume_writing=lambda p: sizes.append(p.transport.get_write_buffer_size())))
     sizes = []
     w.transport.set_write_buffer_limits(high=200_000, low=50_000)
-    w.shrink_buffers()
+    w.shrink_buffers(65536)
     w.transport.write(bytes(2 * MIB))
     assert w.protocol.log == ["made", "pause"]
     left = 2 * MIB

@@ -244,7 +244,9 @@ cdef class Stream(Handle):
         cdef Sink sink
         if self.closed:
             return
-        if error == EIO and self.ktls and self.sink.on_control_record():
+        # A control record of kernel TLS is not the end, but waits like one for what came before it.
+        if error == EIO and self.ktls and self.reading and self.held is None and self.sink.on_control_record():
+            self.ended = False
             self.engine.mark_resync(self)  # the read operation that met it has ended
             return
         self.ended = True

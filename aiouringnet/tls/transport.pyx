@@ -427,7 +427,7 @@ cdef class TLSTransport(Layer):
         self.peer_closed = True
         if self.state == SHUTDOWN:
             self.finish()  # close() was called meanwhile
-        elif self.state == OPEN and not self.paused:
+        elif self.state == OPEN and not self.paused and not self.holding and self.kept is None:
             self.end_of_input()
 
     cdef Py_ssize_t read(self) noexcept:
