@@ -103,7 +103,7 @@ def pytest_configure(config):
         "matrix(base, engine, debug, sqpoll): narrows or widens the loops that a test runs on",
         "limit(seconds): how long the test may take before it counts as hung",
         "slow: left out by -m 'not slow'",
-        "kernel(base, engine, debug, sqpoll): what --kernel-runner runs on other kernels, and the loops that this takes there",
+        "kernel(base, engine, debug, sqpoll): runs on other kernels, too, on these loops (--kernel-runner)",
     ):
         config.addinivalue_line("markers", line)
     for line in (

@@ -50,7 +50,8 @@ class Lines(logging.Handler):
 async def exchange(loop, version, log):
     data = helpers.pattern(300_000)
     with helpers.Endpoint("tcp") as endpoint:
-        server = await endpoint.serve(loop, helpers.Echo, ssl=tls.authority().context_server(version=version, ktls=True))
+        server_context = tls.authority().context_server(version=version, ktls=True)
+        server = await endpoint.serve(loop, helpers.Echo, ssl=server_context)
         transport, protocol = await endpoint.connect(
             loop,
             helpers.Recorder,

@@ -68,8 +68,12 @@ def run(command, folder):
 @pytest.mark.limit(LIMIT_S + 30)
 def test_the_kernels_part_of_the_suite_passes_there(runner, pytestconfig, record_property):
     if runner is None:
-        pytest.skip(f"no other kernel was named (--kernel-runner), and here: {ktls.why_not_kernel() or 'they ran directly'}")
-    status, printed = run([*runner, *kernel_part()], pytestconfig.invocation_params.dir)
+        here = ktls.why_not_kernel() or "they ran directly"
+        pytest.skip(f"no other kernel was named (--kernel-runner), and here: {here}")
+    try:
+        status, printed = run([*runner, *kernel_part()], pytestconfig.invocation_params.dir)
+    except OSError as error:
+        pytest.fail(f"{name(runner)} cannot be run: {error}", pytrace=False)
     closing = re.findall(r"^.*\b\d+ (?:passed|failed|skipped|error).* in [\d.]+s.*$", printed, re.MULTILINE)
     if status != 0 or not closing or " passed" not in closing[-1]:
         said = "\n".join(line[:200] for line in printed.splitlines()[-100:])

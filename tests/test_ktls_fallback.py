@@ -1,4 +1,4 @@
-"""Kernel TLS that is asked for and cannot be had: the connection works in user space, and one line of debug log says why."""
+"""Kernel TLS that is asked for and cannot be had: the connection works in user space, and a line of the log says why."""
 
 import errno
 import json
@@ -162,7 +162,9 @@ REFUSALS = [
 
 @pytest.mark.skipif(SETSOCKOPT is None, reason="the number of setsockopt() is not known for this machine")
 @pytest.mark.usefixtures("kernel_tls")
-@pytest.mark.parametrize("call, number, reason", REFUSALS, ids=[f"{call}-{errno.errorcode[n]}" for call, n, _ in REFUSALS])
+@pytest.mark.parametrize(
+    "call, number, reason", REFUSALS, ids=[f"{call}-{errno.errorcode[number]}" for call, number, _ in REFUSALS]
+)
 def test_what_the_kernel_refuses_is_done_in_user_space(case, call, number, reason):
     child = helpers.run_file("ktls_child.py", case.engine, call, number, AIOURINGNET_ENGINE=case.engine)
     assert (child.returncode, child.stderr) == (0, "")
