@@ -1475,6 +1475,7 @@ async def test_what_cannot_be_upgraded_is_refused(loop, plain):
 @pytest.mark.parametrize("split", [0, 1, 10, 10_000])
 async def test_a_stream_whose_reader_holds_the_clients_hello_is_upgraded(loop, place, split):
     upgraded = []
+    served = loop.create_future()
 
     async def serve(reader, writer):
         assert await reader.readline() == b"upgrade\n"
@@ -1486,6 +1487,7 @@ async def test_a_stream_whose_reader_holds_the_clients_hello_is_upgraded(loop, p
         await writer.drain()
         writer.close()
         await writer.wait_closed()
+        served.set_result(None)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     sock = socket.socket()
@@ -1504,6 +1506,7 @@ async def test_a_stream_whose_reader_holds_the_clients_hello_is_upgraded(loop, p
     assert upgraded[0] is not None
     assert await peer.receive_to_end() == (b"", "close_notify")
     sock.close()
+    await served
     server.close()
     await server.wait_closed()
 
