@@ -1315,6 +1315,7 @@ def test_signals_in_the_middle_of_everything(make_loop, endpoint):
             started = time.monotonic()
             while time.monotonic() - started < 0.5:
                 await exchange(loop, endpoint, 5, 100_000, random.Random(6))
+            await asyncio.gather(*(accepted.lost for accepted in endpoint.accepted))
 
     before = signal.signal(signal.SIGUSR1, on_signal)
     signal.siginterrupt(signal.SIGUSR1, True)
