@@ -93,7 +93,12 @@ def postgres(tmp_path_factory):
         args = [programs / "postgres", "-D", data]
         for name, value in settings.items():
             args += ["-c", f"{name}={value}"]
-        ready = helpers.accepts(f"{folder}/.s.PGSQL.{port}")
+
+        def ready(_):
+            """It listens before it takes connections."""
+            asked = [programs / "pg_isready", "-q", "-h", folder, "-p", str(port)]
+            return subprocess.run(asked, stdin=subprocess.DEVNULL).returncode == 0
+
         # SIGINT, by which PostgreSQL ends without waiting for its clients.
         with helpers.Service(args, ready, cwd=folder, **as_postgres()) as service:
             common = {"port": port, "user": "tester", "database": "postgres"}
