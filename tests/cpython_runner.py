@@ -97,12 +97,15 @@ def count_tls(tls_seen):
 
     for module in (connector, start_tls):
 
-        def records_class(loop, choose=module.records_class):
-            chosen = choose(loop)
-            tls_seen[chosen.kind] += 1
-            return chosen
+        def record_layer(loop, choose=module.record_layer):
+            def counted(*args):
+                records = choose(loop)(*args)
+                tls_seen[records.kind] += 1
+                return records
 
-        module.records_class = records_class
+            return counted
+
+        module.record_layer = record_layer
 
     original_init = sslproto.SSLProtocol.__init__
 

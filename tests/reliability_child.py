@@ -243,14 +243,19 @@ def forked(loop, connections, in_child):
                 os._exit(1)
             print("child done", flush=True)
             os._exit(0)
-        while os.waitpid(pid, os.WNOHANG) == (0, 0):
-            await check(connections)
-            await asyncio.sleep(0.005)
-        for size in (10, 300_000, 10):
-            await check(connections, size)
-        print("parent done")
+        await outlive(pid, connections)
 
     loop.run_until_complete(main())
+
+
+async def outlive(pid, connections):
+    """The parent's connections work while the child lives, and afterwards."""
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        await check(connections)
+        await asyncio.sleep(0.005)
+    for size in (10, 300_000, 10):
+        await check(connections, size)
+    print("parent done")
 
 
 def fork_and_use_the_parents_loop(make_loop):
@@ -306,16 +311,7 @@ def fork_and_exit_normally(make_loop):
         gc.collect()
         print("child done", flush=True)
         sys.exit(0)
-
-    async def in_parent():
-        while os.waitpid(pid, os.WNOHANG) == (0, 0):
-            await check(connections)
-            await asyncio.sleep(0.005)
-        for size in (10, 300_000, 10):
-            await check(connections, size)
-        print("parent done")
-
-    loop.run_until_complete(in_parent())
+    loop.run_until_complete(outlive(pid, connections))
 
 
 def fork_and_poll_the_parents_loop(make_loop):

@@ -114,6 +114,26 @@ async def test_nothing_is_written_into_the_middle(loop, place, path):
         await asyncio.wait([sending])
 
 
+async def test_two_files_at_once_are_not_mixed(loop, place, path):
+    if not place.transport._sends_files:
+        pytest.skip("files that are read and written share the transport like any two writers, as in asyncio")
+    os.truncate(path, MUCH // 4)
+    place.peer.transport.pause_reading()
+    with open(path, "rb") as file, open(path, "rb") as other:
+        sending = asyncio.ensure_future(loop.sendfile(place.transport, file))
+        await asyncio.sleep(0.05)
+        assert not sending.done()
+        with pytest.raises(RuntimeError):
+            await loop.sendfile(place.transport, other, 10, 10)
+        # The refusal leaves the first one's protection alone.
+        with pytest.raises(RuntimeError, match="sendfile is in progress"):
+            place.transport.write(b"not now")
+        place.peer.transport.resume_reading()
+        assert await sending == MUCH // 4
+    await place.peer.received(MUCH // 4)
+    assert len(place.peer.data) == MUCH // 4
+
+
 async def test_a_slow_reader_costs_no_memory(loop, place, path):
     """What waits is in the file, not in the process."""
     os.truncate(path, MUCH)

@@ -19,7 +19,7 @@ import sys
 import types
 
 from aiouringnet.api.call import StreamTransport, TLSTransport, parameters_of
-from aiouringnet.tls import records_class
+from aiouringnet.tls import record_layer
 
 _Base = asyncio.SelectorEventLoop
 logger = asyncio.log.logger
@@ -150,7 +150,7 @@ class Connector:
         if TLSTransport is None:
             raise RuntimeError("Python ssl module is not available")
         tls = TLSTransport(
-            self.engine, records_class(self.loop), protocol, sslcontext, waiter, **options, **self._tls_options
+            self.engine, record_layer(self.loop), protocol, sslcontext, waiter, **options, **self._tls_options
         )
         StreamTransport(self.engine, rawsock, tls, None, extra, server)
         self._unowned = None

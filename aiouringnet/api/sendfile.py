@@ -63,11 +63,11 @@ async def _sendfile(transport, file, offset, count):
         raise SendfileNotAvailableError("not a regular file") from exc
     # As in asyncio: no write and no data_received() until the file is sent.
     # Nothing happens meanwhile where the socket takes it at once.
+    empty = transport._make_empty_waiter()  # RuntimeError: another file is being sent
     reading = transport.is_reading()
     paused = False
     part = None
     try:
-        empty = transport._make_empty_waiter()
         if not empty.done():
             transport.pause_reading()
             paused = True

@@ -1,7 +1,7 @@
 """Upgrading a connection to TLS."""
 
 from aiouringnet.api.call import OURS, TLSTransport, like, loops_own, understood
-from aiouringnet.tls import records_class
+from aiouringnet.tls import record_layer
 
 try:
     import ssl
@@ -32,7 +32,7 @@ async def _upgrade(loop, transport, protocol, sslcontext, **options):
         raise ConnectionAbortedError("the transport is closing: it cannot be upgraded to TLS")
     waiter = loop.create_future()
     tls = TLSTransport(
-        transport._engine, records_class(loop), protocol, sslcontext, waiter, call_connection_made=False, **options
+        transport._engine, record_layer(loop), protocol, sslcontext, waiter, call_connection_made=False, **options
     )
     # Nothing is delivered before connection_made().
     transport.pause_reading()

@@ -15,13 +15,13 @@ except ImportError as exc:  # not built, or a Python without ssl
     import_error = exc
 
 
-def records_class(loop):
-    """The class of the record layer that a loop's options choose; RuntimeError when it cannot be had."""
+def record_layer(loop):
+    """What makes the record layers that a loop's options choose; RuntimeError when it cannot be had."""
     choice = options_of(loop).tls
     if choice == "ssl":
         return SSLRecords
     if openssl.why_not is None:
-        return openssl.OpenSSLRecords
+        return openssl.make_records
     if choice == "openssl":
         raise RuntimeError(f"tls='openssl' was asked for, but it is not usable: {openssl.why_not}")
     return SSLRecords

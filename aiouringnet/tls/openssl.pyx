@@ -30,6 +30,8 @@ import ssl
 
 from aiouringnet.tls.records cimport FAILED, Records, WANTS_MORE
 
+from aiouringnet.tls.records import SSLRecords
+
 
 cdef extern from "dlfcn.h" nogil:
     void* dlopen(const char* path, int flags)
@@ -364,7 +366,15 @@ cdef bint flush_to_socket(Link* link) noexcept nogil:
         return False
     while link.kernel_sends and link.spill_used:
         memcpy(&header, link.spill, sizeof(header))
-        if send_control(link.fd, header.type, link.spill + sizeof(header), header.size) != <ssize_t>header.size:
+        sent = send_control(link.fd, header.type, link.spill + sizeof(header), header.size)
+        if 0 < sent < <ssize_t>header.size:
+            # The rest continues the record that is open in the kernel.
+            header.size -= <unsigned int>sent
+            link.spill_used -= sent
+            memmove(link.spill + sizeof(header), link.spill + sizeof(header) + sent, link.spill_used - sizeof(header))
+            memcpy(link.spill, &header, sizeof(header))
+            return False
+        if sent != <ssize_t>header.size:
             return False
         link.spill_used -= sizeof(header) + header.size
         memmove(link.spill, link.spill + sizeof(header) + header.size, link.spill_used)
@@ -462,7 +472,7 @@ def _readable(size_t address, Py_ssize_t size):
 
 def _load():
     """Fill `openssl` and `bio_method`; raises RuntimeError that says why it cannot be done."""
-    global bio_method, library, knows_ktls
+    global bio_method, library, knows_ktls, ssl_type
     cdef void** slot = <void**>&openssl
     cdef void* pointer
     cdef void* context_pointer
@@ -492,6 +502,7 @@ def _load():
     context.verify_mode = ssl.CERT_NONE
     sslobj = context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO())
     unknown = RuntimeError("the layout of this Python's ssl objects is not known")
+    ssl_type = type(sslobj._sslobj)
     for thing, holder in ((sslobj._sslobj, sizeof(SSLHolder)), (context, sizeof(ContextHolder))):
         if type(thing).__basicsize__ < holder:
             raise unknown
@@ -529,6 +540,22 @@ def _load():
 # wrap_bio() wants memory BIOs; ours takes their place at once.
 cdef object placeholder = ssl.MemoryBIO()
 
+# The type of the object in an ssl.SSLObject whose layout was checked.
+cdef object ssl_type = None
+
+
+class ForeignObject(TypeError):
+    """A context's wrap_bio() has made something else than the ssl module's objects."""
+
+
+def make_records(context, server_side, server_hostname):
+    """OpenSSLRecords; SSLRecords for a context with objects of its own."""
+    try:
+        return OpenSSLRecords(context, server_side, server_hostname)
+    except ForeignObject:
+        return SSLRecords(context, server_side, server_hostname)
+
+
 cdef inline void forget_errors() noexcept nogil:
     """SSL_get_error() wants an empty queue before the call that it judges; looking is cheaper than clearing."""
     if openssl.ERR_peek_error():
@@ -548,6 +575,8 @@ cdef class OpenSSLRecords(Records):
 
     def __init__(self, context, server_side, server_hostname):
         self.sslobj = context.wrap_bio(placeholder, placeholder, server_side=server_side, server_hostname=server_hostname)
+        if type(getattr(self.sslobj, "_sslobj", None)) is not ssl_type:
+            raise ForeignObject()
         self.ssl = (<SSLHolder*><PyObject*>self.sslobj._sslobj).ssl
         self.bio = openssl.BIO_new(bio_method)
         if self.bio == NULL:
@@ -610,6 +639,9 @@ cdef class OpenSSLRecords(Records):
     cdef void drop_input(self) noexcept:
         self.link.input_size = 0
         self.kept = None
+        # The SSLObject may be used on, when the descriptor's number is somebody else's.
+        self.link.reads = self.link.idle = False
+        self.link.fd = -1
 
     cdef bint has_input(self) noexcept:
         return self.link.input_size > 0 or openssl.SSL_has_pending(self.ssl)
@@ -776,5 +808,6 @@ cdef class OpenSSLRecords(Records):
 try:
     _load()
     why_not = None
-except (RuntimeError, MemoryError) as exc:
-    why_not = str(exc)
+except Exception as exc:
+    # Whatever it is: TLS goes on with the ssl module's objects.
+    why_not = str(exc) or repr(exc)

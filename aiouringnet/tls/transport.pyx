@@ -30,7 +30,6 @@ delivered is kept.
 import asyncio
 import logging
 import ssl
-import sys
 from asyncio import sslproto
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -42,7 +41,7 @@ from libc.string cimport memcpy
 
 from aiouringnet.engine.core cimport EOF_HELD, Engine, Layer, Stream, flag
 from aiouringnet.tls.records cimport FAILED, Records, WANTS_MORE
-from aiouringnet.transports.stream cimport StreamTransport, own
+from aiouringnet.transports.stream cimport StreamTransport, limits, own
 
 from aiouringnet.tls.records import AGAIN
 from aiouringnet.transports.stream import Transport
@@ -162,15 +161,15 @@ cdef class TLSTransport(Layer):
     cdef Py_ssize_t batch_bytes
     cdef flag blocked               # nothing can be written before something is read (renegotiation)
     cdef flag lower_paused
+    cdef flag protocol_paused
+    cdef Py_ssize_t high, low
+    cdef object empty_waiter        # of sendfile(): no write meanwhile
 
     # kernel TLS
     cdef flag offered               # the handshake reads from the socket
     cdef flag finishing             # finish() waits for control records to be sent
     cdef bytes held_record          # a control record that waits for the socket to drain
-    cdef object empty_waiter        # of sendfile(): no write meanwhile
     cdef object ktls_why_not        # a sentence, where it was asked for
-    cdef flag protocol_paused
-    cdef Py_ssize_t high, low
 
     _start_tls_compatible = True
     _sendfile_compatible = FALLBACK
@@ -178,7 +177,7 @@ cdef class TLSTransport(Layer):
     def __init__(
         self,
         Engine engine,
-        records_class,
+        make_records,
         protocol,
         sslcontext,
         waiter=None,
@@ -202,7 +201,7 @@ cdef class TLSTransport(Layer):
         self.engine = engine
         self.loop = engine.loop
         self.sslcontext = sslcontext
-        self.records = records_class(sslcontext, server_side, None if server_side else server_hostname or None)
+        self.records = make_records(sslcontext, server_side, None if server_side else server_hostname or None)
         self.server_side = server_side
         self.waiter = waiter
         self.accepted = accepted
@@ -994,7 +993,7 @@ cdef class TLSTransport(Layer):
         elif n == FAILED and self.state != OVER:
             error, self.records.error = self.records.error, None
             self.fatal(error, "SSL error in data received")
-        if self.state == OPEN and not self.paused:
+        if self.state != OVER and self.stream.is_reading():
             self.stream.stream.start_reading()
 
     cdef bint keys_are_lost(self) noexcept:
@@ -1014,10 +1013,10 @@ cdef class TLSTransport(Layer):
 
     cdef void deliver_plain(self, const char* data, Py_ssize_t size) noexcept:
         """What the kernel has decrypted."""
+        if self.state != OPEN:
+            return  # after close()
         if self.kept is not None or self.paused or self.holding:
             self.kept = PyBytes_FromStringAndSize(data, size) if self.kept is None else self.kept + data[:size]
-        elif self.state != OPEN:
-            return  # after close()
         elif self.layer is not None:
             self.layer.received(data, size)
         elif self.buffered:
@@ -1139,6 +1138,7 @@ cdef class TLSTransport(Layer):
         self.state = OVER
         self.cancel_timer()
         self.drop_output()
+        self.records.drop_input()
         if self.lower is not None:
             self.lower._force_close(exc)
 
@@ -1230,8 +1230,6 @@ cdef class TLSTransport(Layer):
 
     def abort(self):
         """Close at once; queued output is lost."""
-        if self.state == OVER and self.closing and self.lower is None:
-            return
         self.check_usable()
         self._force_close(None)
 
@@ -1410,13 +1408,3 @@ cdef object as_ssl_error(object exc):
     error.library, error.reason = "SSL", reason
     error.__cause__ = exc
     return error
-
-
-cdef tuple limits(object high, object low, Py_ssize_t default):
-    if high is None:
-        high = default if low is None else 4 * low
-    if low is None:
-        low = high // 4
-    if not high >= low >= 0:
-        raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
-    return high, low

@@ -51,5 +51,8 @@ cdef class StreamTransport(Sink):
     cdef void release_server(self) noexcept
 
 
+# Both limits of a write buffer, in bytes, from what set_write_buffer_limits() was given
+cdef tuple limits(object high, object low, Py_ssize_t default)
+
 # An immutable bytes object that holds `data`, and where in it the data lies
 cdef object own(object data, const char** start, Py_ssize_t* size)

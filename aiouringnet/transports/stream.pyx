@@ -63,8 +63,8 @@ cdef enum:
     # That object is shrunk and handed over when it holds so much; less is
     # cheaper to copy.
     HANDOVER_BYTES = 8192
-    # What a layer is given at once, from a buffer that all of a loop's share.
-    LAYER_READ_BYTES = 270336
+    # What a layer is given at once, from a buffer that all of a loop's share; read_budget's default.
+    LAYER_READ_BYTES = 262144
 
 # Server._attach() and _detach() take the transport since Python 3.13.
 cdef bint SERVER_TAKES_TRANSPORT = sys.version_info >= (3, 13)
@@ -296,14 +296,7 @@ cdef class StreamTransport(Sink):
 
     def set_write_buffer_limits(self, high=None, low=None):
         """Bytes of queued output above which pause_writing() is called, and below which resume_writing()."""
-        if high is None:
-            high = DEFAULT_HIGH_WATER if low is None else 4 * low
-        if low is None:
-            low = high // 4
-        if not high >= low >= 0:
-            raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
-        self.high = high
-        self.low = low
+        self.high, self.low = limits(high, low, DEFAULT_HIGH_WATER)
         if self.stream.queued > self.high:
             self.pause_writing()
 
@@ -712,6 +705,16 @@ cdef class StreamTransport(Sink):
                 server._detach(self)
             else:
                 server._detach()
+
+
+cdef tuple limits(object high, object low, Py_ssize_t default):
+    if high is None:
+        high = default if low is None else 4 * low
+    if low is None:
+        low = high // 4
+    if not high >= low >= 0:
+        raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
+    return high, low
 
 
 cdef object own(object data, const char** start, Py_ssize_t* size):
