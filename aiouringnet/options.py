@@ -37,6 +37,9 @@ class Options:
     sqpoll: let a kernel thread submit (IORING_SETUP_SQPOLL).
     sqpoll_idle_ms: milliseconds without work after which that thread sleeps.
     sqpoll_cpu: the core it is bound to, None for any.
+    ktls_worker_bytes: over kernel TLS, sends of at least so many bytes are made
+        by io_uring's worker threads, so that encrypting takes another core's
+        time; None: by the loop's thread.
     tls: what makes TLS records: "auto" (OpenSSL's functions in the library
         that the ssl module has loaded, else ssl.SSLObject), "openssl" (or an
         error), or "ssl".  Default: AIOURINGNET_TLS.
@@ -50,6 +53,7 @@ class Options:
     sqpoll: bool = False
     sqpoll_idle_ms: int = 50
     sqpoll_cpu: int | None = None
+    ktls_worker_bytes: int | None = None
     tls: str = field(default_factory=_tls_from_environment)
 
     def __post_init__(self):
@@ -65,6 +69,8 @@ class Options:
         if not isinstance(self.sqpoll, bool):
             raise TypeError(f"sqpoll must be True or False, not {self.sqpoll!r}")
         _check_range("sqpoll_idle_ms", self.sqpoll_idle_ms, 1, 10000)
+        if self.ktls_worker_bytes is not None:
+            _check_range("ktls_worker_bytes", self.ktls_worker_bytes, 16384, 1 << 30)
         if self.sqpoll_cpu is not None:
             _check_range("sqpoll_cpu", self.sqpoll_cpu, 0, _last_cpu())
             if not self.sqpoll:

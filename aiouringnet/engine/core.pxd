@@ -70,6 +70,8 @@ cdef class Layer:
     cdef int readable(self) noexcept
     # A record that is not data waits in the kernel: true when it has been dealt with
     cdef bint control_record(self) noexcept
+    # Reading has met an errno; the transport below ends with it
+    cdef void read_failed(self, int error) noexcept
     # What was written to the transport below has been sent; called when it was asked for
     cdef void drained(self) noexcept
     # Pass on what was written since the last time
@@ -81,6 +83,7 @@ cdef class FileRange:
     cdef int fd
     cdef off_t offset               # of the next byte
     cdef long long remaining        # bytes, -1: up to the end of the file
+    cdef long long size             # of a regular file when its sending began; else -1
     cdef readonly long long sent    # bytes
     cdef readonly object future     # ends with their number
 
@@ -191,6 +194,7 @@ cdef class Engine:
     cdef set cancelled              # those of them that were asked to end
     cdef object interrupt           # SystemExit or KeyboardInterrupt to raise when the pass ends
     cdef size_t read_budget
+    cdef size_t worker_bytes        # kernel TLS sends of so much are left to a worker thread; 0: none are
     # What the one direct read under way receives into: a protocol's own
     # buffer, or a bytes object that is handed over, or kept for the next read.
     cdef Py_buffer view

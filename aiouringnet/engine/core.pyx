@@ -32,6 +32,7 @@ from libc.errno cimport (
 )
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
+from posix.stat cimport S_ISREG, fstat, struct_stat
 from posix.types cimport off_t
 
 import socket
@@ -100,8 +101,8 @@ cdef enum:
     FLATTEN_BYTES = 16384
     # After a read of so much, the next piece has probably come meanwhile.
     STREAMING_BYTES = 32768
-    # Of a file, in one turn of a connection.
-    FILE_BYTES = 1 << 20
+    # Of a file, in one turn of a connection: what fits into a socket at its largest (tcp_wmem).
+    FILE_BYTES = 4 << 20
     SMALL_QUEUE = 1     # chunks that a stream holds without an allocation
     KEPT_QUEUE = 64     # chunks; a longer queue is freed when it has drained
     EXPECTATION_MAX = 8
@@ -172,6 +173,9 @@ cdef class Layer:
     cdef bint control_record(self) noexcept:
         return False
 
+    cdef void read_failed(self, int error) noexcept:
+        pass
+
     cdef void drained(self) noexcept:
         pass
 
@@ -185,6 +189,8 @@ cdef class FileRange:
         self.offset = offset
         self.remaining = remaining
         self.future = future
+        cdef struct_stat status
+        self.size = status.st_size if fstat(fd, &status) == 0 and S_ISREG(status.st_mode) else -1
 
     cdef void end(self, object exc) noexcept:
         if self.future.done():
@@ -453,6 +459,9 @@ cdef class Stream(Handle):
         cdef size_t asked
         if self.file is not None and self.count == 0:
             return self.advance_file()
+        if self.ktls and self.engine.worker_bytes and self.queued >= self.engine.worker_bytes:
+            self.submit_send()
+            return False
         while self.count:
             self.engine.n_direct_sends += 1
             if self.count == 1:
@@ -492,19 +501,25 @@ cdef class Stream(Handle):
     cdef bint advance_file(self) noexcept:
         """Send what the socket takes of the file; True when that was the last of it."""
         cdef FileRange file = self.file
-        cdef Py_ssize_t total = 0
-        cdef ssize_t n
-        cdef size_t asked
-        while True:
-            asked = FILE_BYTES if file.remaining < 0 else min(file.remaining, <long long>FILE_BYTES)
-            n = c_sendfile(self.fd, file.fd, &file.offset, asked) if asked else 0
+        cdef size_t asked, total = 0
+        cdef ssize_t n = 0
+        while file.remaining != 0:
+            asked = FILE_BYTES - total
+            if 0 < file.remaining < <long long>asked:
+                asked = file.remaining
+            n = c_sendfile(self.fd, file.fd, &file.offset, asked)
             if n > 0:
                 total += n
                 file.sent += n
                 self.engine.n_bytes_out += n
                 if file.remaining > 0:
                     file.remaining -= n
-                if total >= FILE_BYTES:
+                if file.offset == file.size and file.sent == n:
+                    break  # all of it at once: what it has grown by since is not looked for
+                if file.remaining != 0 and <size_t>n < asked and file.offset < file.size:
+                    self.await_writable()  # the socket is full
+                    return False
+                if total >= FILE_BYTES and file.remaining != 0:
                     # Others get their turn.
                     if not self.dirty:
                         self.engine.mark_dirty(self)
@@ -512,12 +527,10 @@ cdef class Stream(Handle):
             elif n < 0 and errno == EAGAIN:
                 self.await_writable()
                 return False
-            elif n < 0 and errno == EINTR:
-                continue
-            else:
+            elif n == 0 or errno != EINTR:
                 break
         self.file = None
-        if n == 0:
+        if n >= 0:
             file.end(None)  # the part's end, or the file's
             return True
         error = errno

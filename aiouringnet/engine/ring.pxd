@@ -89,7 +89,7 @@ cdef class Ring(Engine):
     cdef unsigned int buffer_size, buffer_count, buffer_mask
     cdef int returned               # buffers added to the ring but not yet published
 
-    cdef unsigned long long n_enters, n_cqes, n_sends, n_short_sends, n_starved, n_sq_full, n_retries, n_overflows, n_switches
+    cdef unsigned long long n_enters, n_cqes, n_sends, n_short_sends, n_worker_sends, n_starved, n_sq_full, n_retries, n_overflows, n_switches
 
     cdef int set_up(self) except -1
     cdef object make_ring(self, io_uring* ring, int attach_fd)

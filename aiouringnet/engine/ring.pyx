@@ -373,6 +373,10 @@ cdef class RingStream(Stream):
         if poll_first:
             # The socket has just refused: wait for it instead of trying again.
             sqe.ioprio |= IORING_RECVSEND_POLL_FIRST
+        if self.ktls and engine.worker_bytes and self.queued >= engine.worker_bytes:
+            # Encrypting is what takes time: on another core, while Python goes on.  (Linux 5.6)
+            sqe.flags |= IOSQE_ASYNC
+            engine.n_worker_sends += 1
         sqe.user_data = user_data(self, TAG_SEND)
         self.send_tag = TAG_SEND
         # With a poller: what may block is waited for, and so is noticed when it fails.
@@ -707,6 +711,9 @@ cdef class Ring(Engine):
         self.buffer_size = options.buffer_size
         self.buffer_count = options.buffer_count
         self.direct_limit = 0 if self.sqpoll else 1
+        if not self.sqpoll:
+            # With a poller it is the poller that encrypts.
+            self.worker_bytes = options.ktls_worker_bytes or 0
         try:
             self.set_up()
         except BaseException:
@@ -1214,6 +1221,7 @@ cdef class Ring(Engine):
             completions=self.n_cqes,
             ring_sends=self.n_sends,
             short_sends=self.n_short_sends,
+            worker_sends=self.n_worker_sends,
             buffers_exhausted=self.n_starved,
             submission_queue_full=self.n_sq_full,
             completion_overflows=self.n_overflows,

@@ -20,7 +20,7 @@ do_handshake(): they touch nothing but a Link.
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
-from libc.errno cimport EAGAIN, EBUSY, EEXIST, EINTR, ENOENT, EOPNOTSUPP, errno
+from libc.errno cimport EAGAIN, EALREADY, EBUSY, EEXIST, EINTR, ENOENT, EOPNOTSUPP, errno
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 from posix.types cimport off_t
@@ -63,7 +63,9 @@ cdef extern from "sys/socket.h" nogil:
     ssize_t c_recvmsg "recvmsg"(int fd, msghdr* message, int flags)
     ssize_t c_sendmsg "sendmsg"(int fd, const msghdr* message, int flags)
     ssize_t c_send "send"(int fd, const void* data, size_t size, int flags)
+    int c_getsockopt "getsockopt"(int fd, int level, int name, void* value, socklen_t* size)
     int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, socklen_t size)
+    int SOL_SOCKET, SO_ERROR
     int MSG_DONTWAIT, MSG_NOSIGNAL
 
 cdef extern from "netinet/in.h" nogil:
@@ -155,7 +157,9 @@ cdef enum:
     TLS_CIPHER_AES_GCM_256 = 52
     TLS_CIPHER_AES_CCM_128 = 53
     TLS_CIPHER_CHACHA20_POLY1305 = 54
-    # Content types, RFC 8446 section 5.1
+    # Content types, RFC 8446 section 5.1, and a level of section 6
+    ALERT_RECORD = 21
+    FATAL_ALERT = 2
     HANDSHAKE_RECORD = 22
     DATA_RECORD = 23
     RECORD_HEADER = 5
@@ -396,8 +400,8 @@ cdef bint hand_over(Link* link, bint sending, void* keys) noexcept nogil:
         problem = EOPNOTSUPP
     elif sending and not flush_to_socket(link):
         problem = EBUSY
-    elif not sending and link.input_size:
-        problem = EBUSY
+    elif not sending and (link.input_size or not (link.reads or link.kernel_receives)):
+        problem = EALREADY  # received before an upgrade, or with it: the kernel cannot have that any more
     elif c_setsockopt(link.fd, IPPROTO_TCP, TCP_ULP, b"tls", 3) < 0 and errno != EEXIST:
         problem = errno
     elif c_setsockopt(link.fd, SOL_TLS, TLS_TX if sending else TLS_RX, keys, size) < 0:
@@ -562,6 +566,14 @@ cdef inline void forget_errors() noexcept nogil:
         openssl.ERR_clear_error()
 
 
+# What hand_over() met.
+cdef dict PROBLEMS = {
+    ENOENT: "the kernel has no tls module, or not this cipher (modprobe tls)",
+    EBUSY: "what precedes new keys was not yet sent",
+    EALREADY: "bytes of the peer's had been received before the handshake",
+}
+
+
 cdef class OpenSSLRecords(Records):
     """`context.wrap_bio()` with a BIO over our buffers."""
 
@@ -718,14 +730,12 @@ cdef class OpenSSLRecords(Records):
 
     # --- kernel TLS ----------------------------------------------------------
 
-    cdef bint offer_socket(self, int fd) noexcept:
-        if not openssl.SSL_get_options(self.ssl) & SSL_OP_ENABLE_KTLS or ssl.OPENSSL_VERSION_INFO < (3,):
-            return False
-        if self.link.input_size:
-            return False  # received before an upgrade: the kernel cannot have that any more
+    cdef bint wants_socket(self) noexcept:
+        return openssl.SSL_get_options(self.ssl) & SSL_OP_ENABLE_KTLS and ssl.OPENSSL_VERSION_INFO >= (3,)
+
+    cdef void offer_socket(self, int fd, bint reads) noexcept:
         self.link.fd = fd
-        self.link.reads = True
-        return True
+        self.link.reads = reads
 
     cdef void socket_idle(self, bint idle) noexcept:
         self.link.idle = idle
@@ -744,10 +754,8 @@ cdef class OpenSSLRecords(Records):
         ):
             if not asked:
                 reasons.append(f"{what}: OpenSSL does not offload this cipher and version")
-            elif problem == ENOENT:
-                reasons.append(f"{what}: the kernel has no tls module, or not this cipher (modprobe tls)")
             elif problem:
-                reasons.append(f"{what}: {os.strerror(problem)}")
+                reasons.append(f"{what}: {PROBLEMS.get(problem) or os.strerror(problem)}")
         return "; ".join(reasons) or None
 
     cdef int take_control_record(self, int fd, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept:
@@ -775,6 +783,16 @@ cdef class OpenSSLRecords(Records):
         sent = flush_to_socket(&self.link)
         self.link.idle = idle
         return sent
+
+    cdef void send_alert(self, int description) noexcept:
+        cdef char[2] alert
+        cdef int error = 0
+        cdef socklen_t size = sizeof(error)
+        alert[0] = FATAL_ALERT
+        alert[1] = <char>description
+        # The kernel has noted the error as the socket's, which the next send would report; reading it takes it away.
+        c_getsockopt(self.link.fd, SOL_SOCKET, SO_ERROR, &error, &size)
+        send_control(self.link.fd, ALERT_RECORD, alert, sizeof(alert))
 
     cdef bint keys_are_stuck(self) noexcept:
         return self.link.stuck

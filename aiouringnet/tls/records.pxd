@@ -31,9 +31,11 @@ cdef class Records:
     cdef Py_ssize_t write(self, const char* data, Py_ssize_t size) noexcept
     # Add close_notify to the output
     cdef void shutdown(self) noexcept
-    # Let the handshake read from the socket itself and hand its keys to the kernel, where the context asks for that;
-    # returns whether it does.  `idle`: nothing is queued for the socket.
-    cdef bint offer_socket(self, int fd) noexcept
+    # Whether the context asks for kernel TLS
+    cdef bint wants_socket(self) noexcept
+    # Let the handshake hand its keys to the kernel.  Those to receive with only where it `reads` from the socket
+    # itself, which is not so when something was received before.  `idle`: nothing is queued for the socket.
+    cdef void offer_socket(self, int fd, bint reads) noexcept
     cdef void socket_idle(self, bint idle) noexcept
     cdef bint socket_ended(self) noexcept
     # The handshake is over: no more reading from the socket.  Why the kernel does not send, or not receive, or None.
@@ -45,6 +47,8 @@ cdef class Records:
     cdef Py_ssize_t continue_handshake(self) noexcept
     # Whether control records wait for the kernel to send them, and sending them when the socket is idle
     cdef bint has_control(self) noexcept
+    # Have the kernel tell the peer of a fatal error (RFC 8446 section 6.2), if its socket takes that now
+    cdef void send_alert(self, int description) noexcept
     cdef bint send_control(self) noexcept
     # Whether the kernel has refused to change keys: nothing more can be sent or read
     cdef bint keys_are_stuck(self) noexcept

@@ -52,8 +52,11 @@ cdef class Records:
     cdef void shutdown(self) noexcept:
         pass
 
-    cdef bint offer_socket(self, int fd) noexcept:
+    cdef bint wants_socket(self) noexcept:
         return False
+
+    cdef void offer_socket(self, int fd, bint reads) noexcept:
+        pass
 
     cdef void socket_idle(self, bint idle) noexcept:
         pass
@@ -78,6 +81,9 @@ cdef class Records:
 
     cdef bint send_control(self) noexcept:
         return True
+
+    cdef void send_alert(self, int description) noexcept:
+        pass
 
     cdef bint keys_are_stuck(self) noexcept:
         return False

@@ -267,9 +267,7 @@ cdef class TLSTransport(Layer):
             transport.abort()
             return
         self.timer = self.loop.call_later(self.handshake_timeout_s, self._check_handshake_timeout)
-        self.offered = (
-            self.stream is not None and self.stream.stream.tcp and self.records.offer_socket(self.stream.fileno)
-        )
+        self.offered = self.stream is not None and self.stream.stream.tcp and self.records.wants_socket()
         if self.offered and self.stream.stream.in_flight:
             # An upgrade: what is being received or sent in the clear ends first.
             transport.pause_reading()
@@ -287,12 +285,10 @@ cdef class TLSTransport(Layer):
 
     cdef void begin(self) noexcept:
         transport = self.lower
-        if self.offered and self.stream.stream.held is not None:
-            # Received before the upgrade.
-            self.records.withdraw_socket()
-            self.offered = False
         if self.offered:
-            self.stream.reads_itself = True
+            # What was received before an upgrade the kernel cannot decrypt any more.
+            self.stream.reads_itself = not self.records.has_input() and self.stream.stream.held is None
+            self.records.offer_socket(self.stream.fileno, self.stream.reads_itself)
         self.limit_lower()
         if self.loop.get_debug():
             logger.debug("%r starts SSL handshake", self)
@@ -837,15 +833,16 @@ cdef class TLSTransport(Layer):
         self.ktls_why_not = self.records.withdraw_socket()
         if self.ktls_why_not is not None:
             ktls_logger.debug("%r: kernel TLS is not active for %s", self, self.ktls_why_not)
-        self.stream.reads_itself = False
         if self.records.kernel_sends or self.records.kernel_receives:
             self.stream.stream.ktls = True
         if self.records.kernel_receives:
             # A read stops at each control record: a short one does not mean that the socket is empty.
             self.stream.stream.thorough = True
-        # What has arrived meanwhile has been announced already.
-        self.stream.stream.readable = True
-        self.engine.mark_resync(self.stream.stream)
+        if self.stream.reads_itself:
+            self.stream.reads_itself = False
+            # What has arrived meanwhile has been announced already.
+            self.stream.stream.readable = True
+            self.engine.mark_resync(self.stream.stream)
 
     cdef void decline_ktls(self) noexcept:
         """It was asked for, and this connection could not even try."""
@@ -858,7 +855,7 @@ cdef class TLSTransport(Layer):
         elif ssl.OPENSSL_VERSION_INFO < (3,):
             self.ktls_why_not = "OpenSSL 3.0 is the first that knows kernel TLS"
         else:
-            self.ktls_why_not = "the handshake began before the upgrade: bytes of the peer's had been received"
+            self.ktls_why_not = "the context that asks for it was chosen in the middle of the handshake"
         ktls_logger.debug("%r: kernel TLS is not active: %s", self, self.ktls_why_not)
 
     cdef void pass_on(self, bint full_records_only) noexcept:
@@ -976,6 +973,11 @@ cdef class TLSTransport(Layer):
             else:
                 self.take_record(data)
         return kind > 0 or kind == -EAGAIN or kind == -EINTR
+
+    cdef void read_failed(self, int error) noexcept:
+        """A record that the kernel refuses: the peer is told why, as by OpenSSL, and as far as its socket takes that."""
+        if self.records.kernel_receives and self.records.kernel_sends and error in ALERTS:
+            self.records.send_alert(ALERTS[error])
 
     cdef void take_record(self, bytes record) noexcept:
         cdef char scratch[RECORD_BYTES]
@@ -1392,7 +1394,10 @@ cdef object keep(object data):
     return memoryview(owner)[offset : offset + size]
 
 
-# What the kernel's TLS says of records that it refuses, in OpenSSL's words.
+# What the kernel's TLS says of records that it refuses: bad_record_mac, record_overflow and protocol_version
+# (RFC 8446, section 6), and in OpenSSL's words.
+cdef dict ALERTS = {EBADMSG: 20, EMSGSIZE: 22, EINVAL: 70}
+
 cdef dict RECORD_ERRORS = {
     EBADMSG: "DECRYPTION_FAILED_OR_BAD_RECORD_MAC",
     EMSGSIZE: "DATA_LENGTH_TOO_LONG",

@@ -620,6 +620,8 @@ cdef class StreamTransport(Sink):
         return 0
 
     cdef void on_error(self, int error, bint writing) noexcept:
+        if self.layer is not None and not writing:
+            self.layer.read_failed(error)
         self.fatal(
             OSError(error, strerror(error)),
             "Fatal write error on socket transport" if writing else "Fatal read error on socket transport",
