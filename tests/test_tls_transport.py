@@ -9,6 +9,7 @@ import socket
 import ssl
 import sys
 import threading
+import tracemalloc
 import warnings
 import weakref
 
@@ -889,6 +890,24 @@ async def test_data_that_was_held_at_close_is_dropped(loop, secure, barrier):
     assert w.protocol.data == b""
 
 
+@VERSIONS
+async def test_data_after_a_close_while_reading_is_paused_is_dropped_and_costs_no_memory(loop, secure, version):
+    w = await secure(version=version)
+    w.transport.pause_reading()
+    w.transport.close()
+    piece = pattern(4 * RECORD_BYTES)
+    tracemalloc.start()
+    try:
+        for _ in range(64):
+            await w.send(piece)
+        assert tracemalloc.get_traced_memory()[1] < MIB  # of 4 MiB
+    finally:
+        tracemalloc.stop()
+    await w.say_goodbye()
+    assert await w.protocol.lost is None
+    assert w.protocol.data == b""
+
+
 @ANY_BASE
 @pytest.mark.parametrize("end", ["close_notify", "close_notify and FIN", "FIN"])
 @KINDS
@@ -1336,6 +1355,37 @@ async def test_a_closed_transport_and_its_protocol_are_freed_without_the_collect
         await helpers.eventually(lambda: [reference() for reference in references] == [None] * 3)
     finally:
         gc.enable()
+    server.close()
+
+
+async def test_a_context_with_tls_objects_of_its_own_is_used_as_it_is(loop, place):
+    """Tracing libraries wrap them; what is in there is not for OpenSSL's functions to know."""
+
+    class Traced:
+        _sslobj = None
+
+        def __init__(self, sslobj):
+            self.wrapped, self.calls = sslobj, []
+
+        def __getattr__(self, name):
+            self.calls.append(name)
+            return getattr(self.wrapped, name)
+
+    class Context(ssl.SSLContext):
+        def wrap_bio(self, *args, **kwargs):
+            return Traced(super().wrap_bio(*args, **kwargs))
+
+    context = Context(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(tls.authority().cafile)
+    server = await place.serve(loop, echoing, ssl=tls.authority().context_server())
+    transport, protocol = await place.connect(loop, Recorder, ssl=context, server_hostname="localhost")
+    transport.write(pattern(100_000))
+    assert await protocol.received(100_000) == pattern(100_000)
+    assert transport.get_extra_info("tls_engine") == "ssl"
+    assert {"do_handshake", "read", "write"} <= set(transport.get_extra_info("ssl_object").calls)
+    transport.close()
+    await protocol.lost
+    await place.accepted[0].lost
     server.close()
 
 
