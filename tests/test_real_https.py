@@ -12,6 +12,7 @@ import tls
 from wire import over
 
 pytestmark = [
+    pytest.mark.kernel(engine="uring"),
     pytest.mark.matrix(debug=False),
     pytest.mark.usefixtures("tls_engine"),
     tls.needs_openssl,

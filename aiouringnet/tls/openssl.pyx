@@ -165,6 +165,7 @@ cdef enum:
     RECORD_HEADER = 5
 
     RECORD_BYTES = 16384        # plaintext of a full record, RFC 8446 section 5.1
+    MAX_DRAINED = 16            # records that are read to be dropped
     # What a record may add: header 5, explicit nonce or IV 16, MAC 48 (HMAC-SHA384), padding 16, content type 1.
     RECORD_OVERHEAD = 96
 
@@ -742,6 +743,13 @@ cdef class OpenSSLRecords(Records):
 
     cdef bint socket_ended(self) noexcept:
         return self.link.ended
+
+    cdef void drain_socket(self) noexcept:
+        cdef char scratch[RECORD_BYTES]
+        cdef int i
+        for i in range(MAX_DRAINED):
+            if not self.link.reads or c_recv(self.link.fd, scratch, sizeof(scratch), MSG_DONTWAIT) <= 0:
+                break
 
     cdef object withdraw_socket(self):
         self.kernel_sends = self.link.kernel_sends

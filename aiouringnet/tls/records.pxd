@@ -38,6 +38,8 @@ cdef class Records:
     cdef void offer_socket(self, int fd, bint reads) noexcept
     cdef void socket_idle(self, bint idle) noexcept
     cdef bint socket_ended(self) noexcept
+    # Drop what the handshake, which has failed, would read next
+    cdef void drain_socket(self) noexcept
     # The handshake is over: no more reading from the socket.  Why the kernel does not send, or not receive, or None.
     cdef object withdraw_socket(self)
     # Receive a record that the kernel has decrypted, header in front: its type, 0 at the end of the stream, or -errno

@@ -64,6 +64,9 @@ cdef class Records:
     cdef bint socket_ended(self) noexcept:
         return False
 
+    cdef void drain_socket(self) noexcept:
+        pass
+
     cdef object withdraw_socket(self):
         return None
 

@@ -145,6 +145,7 @@ cdef class TLSTransport(Layer):
     cdef flag in_context            # a callback of ours is running
     cdef flag eof                   # the transport below has ended
     cdef flag peer_closed           # the peer's close_notify has come
+    cdef flag clean                 # both sides have said goodbye, and nothing is left to send
     cdef int dropped                # how often a write was dropped
 
     # input
@@ -327,7 +328,9 @@ cdef class TLSTransport(Layer):
         return True
 
     def connection_lost(self, exc):
-        if isinstance(exc, OSError) and self.records.kernel_receives:
+        if self.clean:
+            exc = None  # a peer that closed its socket resets it when our close_notify arrives
+        elif isinstance(exc, OSError) and self.records.kernel_receives:
             exc = as_ssl_error(exc)
         self.cancel_timer()
         self.drop_output()
@@ -582,7 +585,8 @@ cdef class TLSTransport(Layer):
             self.handshake_failed(ConnectionAbortedError("the TLS handshake was interrupted"))
             return
         except BaseException as exc:
-            self.emit()  # the alert
+            self.emit()  # the alert, which a socket that is closed with unread input would take back by a reset
+            self.records.drain_socket()
             self.handshake_failed(exc)
             return
         if self.state != HANDSHAKE:
@@ -1128,6 +1132,7 @@ cdef class TLSTransport(Layer):
         self.call_eof_received()
         if self.state == SHUTDOWN:
             self.state = OVER
+            self.clean = self.lower_queued() == 0
             self.loop.call_soon(self.lower.close)
 
     def _check_shutdown_timeout(self):
