@@ -10,6 +10,7 @@
     tls-handshakex10  a TLS connection for each echo of 64 bytes, 10 at a time: a request is a full handshake
     tls-resumedx10  the same, each connection resumes the session of the one before
     tls             all TLS cells with a target
+    ktls            TLS echo, 64 B to 256 KiB, 10 connections of a client that sleeps: one core will do
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ FULL_CELLS = ECHO_CELLS + SLEEPING_CELLS + HTTP_CELLS
 TLS_CELLS = ("tls-64x1", "tls-64x10", "tls-64x100", "tls-64x1000", "tls-1Kx1", "tls-1Kx10", "tls-1Kx100",
              "tls-1Kx1000", "tls-16Kx10", "tls-16Kx100", "tls-256Kx1", "tls-256Kx10", "tls-handshakex10",
              "tls-resumedx10", "tls-http-smallx1", "tls-http-smallx10", "tls-http-smallx100")
-GROUPS = {"tls": TLS_CELLS}
+KTLS_CELLS = ("tls-64x10:sleep", "tls-1Kx10:sleep", "tls-16Kx10:sleep", "tls-256Kx10:sleep")
+GROUPS = {"tls": TLS_CELLS, "ktls": KTLS_CELLS}
 QUICK_CELLS = ("64x1", "64x100", "16Kx10", "64x100:sleep", "http-smallx100")
 
 

@@ -18,6 +18,7 @@ import sys
 
 LOOPS = ("asyncio", "uvloop", "rloop", "aiofastnet-asyncio", "aiofastnet-uvloop", "ours-asyncio", "ours-uvloop")
 WARM_BLOCK_BYTES = 4 << 20
+OP_ENABLE_KTLS = 8  # ssl.OP_ENABLE_KTLS; the name is there since Python 3.12
 MAX_SECONDS = 600
 
 
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="free a 4 MiB block first: glibc then serves large blocks from its heap and not by mmap, "
                              "as it does in programs that have run for a while")
     parser.add_argument("--tls", nargs=2, metavar=("CERT", "KEY"), help="serve TLS with this certificate and key")
+    parser.add_argument("--ktls", action="store_true", help="ask for kernel TLS")
+    parser.add_argument("--tls12", action="store_true", help="TLS 1.2, which OpenSSL 3.0 gives to the kernel both ways")
     parser.add_argument("--seconds", type=int, default=MAX_SECONDS, help="end after this time whatever happens")
 
 
@@ -64,7 +67,18 @@ def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*args.tls)
+    if args.ktls:
+        context.options |= OP_ENABLE_KTLS
+    if args.tls12:
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
     return context
+
+
+def kernel_tls(transport: asyncio.BaseTransport) -> dict[str, object]:
+    """Which directions of a connection the kernel encrypts, and why not the others, as far as the package says."""
+    return {"ktls_send_enabled": bool(transport.get_extra_info("ktls_send_enabled")),
+            "ktls_recv_enabled": bool(transport.get_extra_info("ktls_recv_enabled")),
+            "why_not": transport.get_extra_info("ktls_why_not") or "this loop does not say why"}
 
 
 def make_loop(args: argparse.Namespace) -> asyncio.AbstractEventLoop:
@@ -92,14 +106,13 @@ def record_layer(args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> s
     """What really makes the TLS records of ours, for the same reason: OpenSSL called directly, or the ssl module."""
     if not args.tls or not args.loop.startswith("ours-"):
         return None
-    from aiouringnet.tls import records_class
-    return str(records_class(loop).kind)
+    return str(importlib.import_module("aiouringnet").status(loop)["tls_engine"])
 
 
-def announce(args: argparse.Namespace, loop: asyncio.AbstractEventLoop, port: int) -> None:
+def announce(args: argparse.Namespace, loop: asyncio.AbstractEventLoop, port: int, **more: object) -> None:
     """Prints the one line that the harness waits for."""
     ready = {"port": port, "pid": os.getpid(), "loop": args.loop, "engine": engine_kind(args, loop),
-             "record_layer": record_layer(args, loop)}
+             "record_layer": record_layer(args, loop), **more}
     if args.loop.startswith("ours-"):
         ready["package"] = os.path.dirname(sys.modules["aiouringnet"].__file__ or "")
     print(json.dumps(ready), flush=True)

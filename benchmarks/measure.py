@@ -183,5 +183,6 @@ def measure(server: Server, cell: Cell, warm: bool, placement: Placement, timing
             result |= (_http_syscalls if cell.is_http else _echo_syscalls)(cell, ready, placement)
         result["engine"] = ready.get("engine")
         result["record_layer"] = ready.get("record_layer")
+        result["kernel_tls"] = ready.get("kernel_tls")
     wait_until_idle()
     return result

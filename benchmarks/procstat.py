@@ -23,13 +23,14 @@ class Sample:
     main_wait_ns: int    # ready, but another thread had the core: how disturbed the measurement was
     all_cpu_ns: int
     sqpoll_cpu_ns: int
+    user_cpu_ns: int     # of all_cpu_ns, in user space; in steps of 10 ms
     rss_bytes: int
 
     def since(self, earlier: Sample) -> Sample:
         """The difference, except that memory is what it is now."""
         return Sample(self.main_cpu_ns - earlier.main_cpu_ns, self.main_wait_ns - earlier.main_wait_ns,
                       self.all_cpu_ns - earlier.all_cpu_ns, self.sqpoll_cpu_ns - earlier.sqpoll_cpu_ns,
-                      self.rss_bytes)
+                      self.user_cpu_ns - earlier.user_cpu_ns, self.rss_bytes)
 
 
 def rss_bytes(pid: int) -> int:
@@ -55,7 +56,57 @@ def sample(pid: int) -> Sample:
                 main, wait = run_ns, wait_ns
             elif (task / "comm").read_text().startswith("iou-sqp-"):
                 sqpoll += run_ns
-    return Sample(main, wait, total, sqpoll, rss_bytes(pid))
+    user_ticks = int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+    return Sample(main, wait, total, sqpoll, user_ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK"), rss_bytes(pid))
+
+
+def user_time_is_known() -> bool:
+    """User-mode Linux counts the kernel's time as the process's own in user space."""
+    return "User Mode Linux" not in pathlib.Path("/proc/cpuinfo").read_text()
+
+
+def attach_strace(pid: int, output: str, *options: str) -> subprocess.Popen[bytes] | None:
+    """strace on all threads of an idle process, attached already; None when it may not attach. SIGINT detaches it."""
+    process = subprocess.Popen(["strace", *options, "-f", "-o", output, "-p", str(pid)], stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + COUNTER_SECONDS
+    status = pathlib.Path(f"/proc/{pid}/status")
+    while time.monotonic() < deadline and process.poll() is None:
+        if f"TracerPid:\t{process.pid}\n" in status.read_text():
+            return process
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    return None
+
+
+def end_strace(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(COUNTER_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class SyscallLog:
+    """What a process calls from now until stop(), by strace: how many calls, and the bytes that sendfile(2) sent."""
+
+    def __init__(self, pid: int) -> None:
+        self._output = tempfile.NamedTemporaryFile("r", prefix="bench-", suffix=".strace")
+        process = attach_strace(pid, self._output.name, "-s", "0")
+        if process is None:
+            raise RuntimeError("strace may not attach here")
+        self._process = process
+
+    def stop(self) -> tuple[int, int]:
+        end_strace(self._process)
+        text = self._output.read()
+        self._output.close()
+        # A call that another thread's interrupts has a second line, "<... sendfile resumed>".
+        calls = re.findall(r"^\d+ +\w+\(", text, re.MULTILINE)
+        sent = re.findall(r"^\d+ +(?:<\.\.\. )?sendfile[( ].* = (\d+)$", text, re.MULTILINE)
+        return len(calls), sum(map(int, sent))
 
 
 class SyscallCounter:
@@ -87,12 +138,7 @@ class SyscallCounter:
         assert self._process is not None
         if self.tool == "perf":
             self._command_perf(b"disable\n")
-        self._process.send_signal(signal.SIGINT)
-        try:
-            self._process.wait(COUNTER_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_strace(self._process)
         self._output.seek(0)
         text = self._output.read().decode(errors="replace")
         self._output.close()
@@ -146,22 +192,13 @@ class SyscallCounter:
         return int(match[1])
 
     def _attach_strace(self) -> bool:
-        strace = shutil.which("strace")
-        if strace is None:
+        if shutil.which("strace") is None:
             return self._fail("strace is not installed")
-        self._process = subprocess.Popen(
-            [strace, "-c", "-f", "-o", self._output.name, "-p", str(self.pid)], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + COUNTER_SECONDS
-        status = pathlib.Path(f"/proc/{self.pid}/status")
-        while time.monotonic() < deadline and self._process.poll() is None:
-            if f"TracerPid:\t{self._process.pid}\n" in status.read_text():
-                self.tool = "strace"
-                return True
-            time.sleep(0.02)
-        self._process.kill()
-        self._process.wait()
-        return self._fail("strace may not attach here")
+        self._process = attach_strace(self.pid, self._output.name, "-c")
+        if self._process is None:
+            return self._fail("strace may not attach here")
+        self.tool = "strace"
+        return True
 
     def _parse_strace(self, text: str) -> int | None:
         # % time, seconds, usecs/call, calls, errors (may be empty), "total"

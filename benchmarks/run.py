@@ -2,6 +2,7 @@
 
     python benchmarks/run.py                # everything but TLS: echo, HTTP, idle memory; about an hour
     python benchmarks/run.py --cells tls    # TLS: echo, handshakes, HTTPS; about an hour, too
+    python benchmarks/run.py --cells ktls --servers ours-uvloop,ours-uvloop+ktls   # where the kernel has TLS
     python benchmarks/run.py --quick        # under two minutes
     python benchmarks/run.py --cells 64x1,64x100 --servers c,uvloop,ours-uvloop --rounds 3 --seconds 0.7
     python benchmarks/run.py --servers uvloop,ours-uvloop,ours-uvloop@/path/to/other/checkout
@@ -140,6 +141,8 @@ def usable_servers(wanted: list[Server], placement: Placement, skipped: dict[str
 def takes_part(server: Server, cell: Cell, placement: Placement, tls_servers: list[Server]) -> bool:
     if (cell.is_http and server.loop == "c") or (cell.tls and server not in tls_servers):
         return False
+    if server.changes_tls and (cell.is_http or not cell.tls):  # uvicorn makes its own context
+        return False
     shared_core = placement.sqpoll_cpu == placement.load_cpu
     return not (server.sqpoll and shared_core and not cell.leaves_core_to_poller)
 
@@ -206,7 +209,14 @@ def progress_line(server: Server, m: Measurement, width: int) -> str:
     p99 = m["p99_us"]
     latency = f"p99 {p99:8.0f} µs" if p99 is not None else "p99 unknown"
     return (f"  {server.text:{width}} {m['cpu_us']:8.2f} µs CPU {m['req_per_s']:10.0f} req/s  {latency}"
-            f"  disturbed {disturbance(server, m):.0%}")
+            f"  disturbed {disturbance(server, m):.0%}{kernel_tls(m)}")
+
+
+def kernel_tls(m: Measurement) -> str:
+    found = m["kernel_tls"]
+    if not found:
+        return ""
+    return "  kernel TLS both ways" if found["ktls_recv_enabled"] else "  kernel TLS for sending only"
 
 
 def why_not_http() -> str | None:

@@ -1,11 +1,13 @@
 """Who is measured: a server is named by its event loop.
 
     c                       the plain C epoll server (echo only), with OpenSSL for TLS
-    asyncio, uvloop, rloop, aiofastnet-asyncio, aiofastnet-uvloop
+    asyncio, uvloop, rloop, aiofastnet-asyncio, aiofastnet-uvloop; of the modifiers, they take +ktls and +tls12
     ours-asyncio, ours-uvloop, each with modifiers:
         +epoll              the epoll engine instead of the ring
         +sqpoll             a kernel thread submits (it gets its own core, or the client's)
         +buffer_size=8192   any option of patch_loop, like +tls=ssl
+        +ktls               TLS by the kernel; the server does not run where the kernel does not send
+        +tls12              TLS 1.2 at most: OpenSSL 3.0 leaves receiving with TLS 1.3 to the process
         @/other/checkout    the package of that checkout, so that two builds meet in one run
 """
 
@@ -33,6 +35,7 @@ START_SECONDS = 15
 LIFE_SECONDS = 300  # a server ends by itself when the harness was killed before it could end it
 PEERS = LOOPS[:5]
 OURS = LOOPS[5:]
+TLS_MODIFIERS = ("ktls", "tls12")
 DEFAULT_SERVERS = ("c", *PEERS, *OURS, *(f"{name}+epoll" for name in OURS), *(f"{name}+sqpoll" for name in OURS))
 
 
@@ -67,6 +70,14 @@ class Server:
     def sqpoll(self) -> bool:
         return "sqpoll" in self.modifiers
 
+    @property
+    def changes_tls(self) -> bool:
+        return not set(self.modifiers).isdisjoint(TLS_MODIFIERS)
+
+    @property
+    def ktls(self) -> bool:
+        return "ktls" in self.modifiers
+
 
 def parse_server(text: str) -> Server:
     name, _, checkout = text.partition("@")
@@ -74,11 +85,13 @@ def parse_server(text: str) -> Server:
     server = Server(text, loop, tuple(modifiers), checkout or None)
     if loop != "c" and loop not in LOOPS:
         raise ValueError(f"server {text!r}: {loop!r} is none of c, {', '.join(LOOPS)}")
-    if (modifiers or checkout) and not server.is_ours:
-        raise ValueError(f"server {text!r}: only {' and '.join(OURS)} take +modifiers and @checkout")
+    if not server.is_ours and (checkout or loop == "c" or not set(modifiers) <= set(TLS_MODIFIERS)):
+        raise ValueError(f"server {text!r}: only {' and '.join(OURS)} take @checkout and +modifiers, other loops "
+                         f"{' and '.join(f'+{name}' for name in TLS_MODIFIERS)} at most")
     for modifier in modifiers:
-        if modifier not in ("uring", "epoll", "sqpoll") and "=" not in modifier:
-            raise ValueError(f"server {text!r}: +{modifier} is none of +uring, +epoll, +sqpoll, +option=value")
+        if modifier not in ("uring", "epoll", "sqpoll", *TLS_MODIFIERS) and "=" not in modifier:
+            raise ValueError(f"server {text!r}: +{modifier} is none of +ktls, +tls12, +uring, +epoll, +sqpoll, "
+                             "+option=value")
     return server
 
 
@@ -97,6 +110,8 @@ def _arguments(server: Server, warm: bool, placement: Placement) -> list[str]:
     for modifier in server.modifiers:
         if modifier == "sqpoll":
             arguments += ["--sqpoll", "--sqpoll-cpu", str(placement.sqpoll_cpu)]
+        elif modifier in TLS_MODIFIERS:
+            arguments.append(f"--{modifier}")
         elif "=" in modifier:
             arguments += ["--option", modifier]
         else:
