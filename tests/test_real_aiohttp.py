@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import io
+import sys
 
 import helpers
+import ktls
 import pytest
 import tls
 
@@ -51,13 +53,15 @@ async def shout(request):
 
 
 @contextlib.asynccontextmanager
-async def service(endpoint):
-    """A client session, with a base URL that leads to the server."""
+async def service(endpoint, folder=None):
+    """A client session, with a base URL that leads to the server, and to the files of `folder`."""
     app = web.Application(client_max_size=64 << 20)
     app.router.add_post("/echo", echo)
     app.router.add_get("/stream", stream)
     app.router.add_get("/trickle", trickle)
     app.router.add_get("/shout", shout)
+    if folder:
+        app.router.add_static("/files", folder)
     runner = web.AppRunner(app, shutdown_timeout=1)
     await runner.setup()
     if endpoint.kind == "unix":
@@ -131,6 +135,66 @@ async def test_websocket_messages(loop, endpoint):
             await websocket.send_bytes(b"a" * size)
             assert await websocket.receive_bytes() == b"A" * size
         await websocket.ping()
+
+
+# --------------------------------------------------------------------------
+# Files
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Which way each file goes that our sendfile() is given: "_sendfile", the kernel's, or "_read_and_write"."""
+    module = sys.modules["aiouringnet.api.sendfile"]
+    taken = []
+
+    def note(name):
+        way = getattr(module, name)
+
+        async def noting(*args):
+            taken.append(name)
+            return await way(*args)
+
+        monkeypatch.setattr(module, name, noting)
+
+    for name in ("_sendfile", "_read_and_write"):
+        note(name)
+    return taken
+
+
+@pytest.fixture(params=["http", *(pytest.param(kind, marks=tls.needs_openssl) for kind in ("https", "https-ktls"))])
+def site(request):
+    with helpers.Endpoint("tcp", secure=request.param != "http") as endpoint:
+        endpoint.ktls = request.param == "https-ktls"
+        if endpoint.server_tls:
+            endpoint.server_tls = {"ssl": tls.authority().context_server(ktls=endpoint.ktls)}
+            endpoint.client_tls = {"ssl": tls.authority().context_client(ktls=False)}
+        yield endpoint
+
+
+PARTS = [
+    (None, slice(None)),
+    ("bytes=1000-1999999", slice(1000, 2_000_000)),
+    ("bytes=-70001", slice(-70_001, None)),
+    ("bytes=5000000-", slice(5_000_000, None)),
+]
+
+
+@pytest.mark.kernel
+@pytest.mark.matrix(debug=False, sqpoll=False)
+async def test_files_and_parts_of_files_are_sent_by_sendfile(loop, site, ways, tmp_path):
+    (tmp_path / "body").write_bytes(BODY)
+    by_kernel = site.ktls and ktls.why_not() is None
+    before = ktls.counters()["TlsTxSw"] if by_kernel else 0
+    async with service(site, tmp_path) as session:
+        for wanted, part in PARTS:
+            headers = {"Range": wanted} if wanted else {}
+            async with session.get("/files/body", headers=headers) as answer:
+                assert answer.status == (206 if wanted else 200)
+                assert await answer.read() == BODY[part]
+        if by_kernel:
+            assert ktls.counters()["TlsTxSw"] == before + 1  # one connection, kept
+    way = "_sendfile" if by_kernel or not site.server_tls else "_read_and_write"
+    assert ways == [way] * len(PARTS)
 
 
 # --------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import os
+import socket
 
 import helpers
 import pytest
@@ -210,6 +211,21 @@ async def test_a_file_without_a_descriptor_is_read_and_written(loop, place):
     assert await place.peer.received(499_900) == pattern(500_000)[100:]
     with pytest.raises(asyncio.SendfileNotAvailableError):
         await loop.sendfile(place.transport, io.BytesIO(b"data"), fallback=False)
+
+
+async def test_the_protocol_hears_of_what_is_left_to_send(loop, place):
+    calls = []
+    place.protocol.pause_writing = lambda: calls.append("pause")
+    place.protocol.resume_writing = lambda: calls.append("resume")
+    place.peer.transport.pause_reading()
+    place.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    place.transport.set_write_buffer_limits(1 << 16)
+    data = pattern(250_000)  # one block, and more than fits into the socket and the peer's
+    assert await aiouringnet.sendfile(loop, place.transport, io.BytesIO(data)) == len(data)
+    assert calls == ["pause"]
+    place.peer.transport.resume_reading()
+    assert await place.peer.received(len(data)) == data
+    await helpers.eventually(lambda: calls == ["pause", "resume"])
 
 
 async def test_a_pipe_is_read_and_written(loop, place):

@@ -115,6 +115,9 @@ async def _read_and_write(loop, transport, file, offset, count):
         if seekable:
             file.seek(offset + total if total else before)
         await protocol.restore()
+        if transport._protocol_paused:
+            # asyncio's class forgets it; the protocol would hear of resume_writing() alone.
+            transport.get_protocol().pause_writing()
 
 
 def _regular_file(file):
