@@ -31,7 +31,7 @@ from loops import LOOPS
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
-START_SECONDS = 15
+START_SECONDS = 60  # in an emulated machine
 LIFE_SECONDS = 300  # a server ends by itself when the harness was killed before it could end it
 PEERS = LOOPS[:5]
 OURS = LOOPS[5:]
