@@ -10,6 +10,7 @@ import functools
 import gc
 import itertools
 import os
+import random
 import select
 import shutil
 import signal
@@ -427,10 +428,19 @@ def receive_exactly(sock, size_bytes):
     return bytes(data)
 
 
+_words = b""
+
+
 def pattern(size_bytes, seed=0):
-    """Bytes in which a lost, doubled or swapped piece shows."""
-    words = struct.pack(f"<{size_bytes // 4 + 1}I", *range(seed, seed + size_bytes // 4 + 1))
-    return words[:size_bytes]
+    """Bytes in which a lost, doubled or swapped piece shows: a count, from another number for another seed."""
+    global _words
+    # Modulo a prime: pieces whose seed is where they begin do not repeat each other.
+    start = seed % 262_139 * 4
+    end = start + size_bytes
+    if end > len(_words):
+        # Tests ask for the same bytes thousands of times.
+        _words = array.array("I", range(max(end, 2 * len(_words)) // 4 + 1)).tobytes()
+    return _words[start:end]
 
 
 def bytes_likes():
@@ -467,9 +477,13 @@ def short_folder():
 
 
 def free_port():
-    """A TCP port that was free a moment ago, for servers that must be told one."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
+    """A TCP port that was free a moment ago, for servers that must be told one.
+
+    None that the kernel gives out by itself: a test in another process would soon get it.
+    """
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(10_000, 30_000))) as sock:
+            return sock.getsockname()[1]
 
 
 # --------------------------------------------------------------------------
