@@ -20,7 +20,8 @@ cannot be used, the uring half is skipped and says why.
         marks what `-m "not slow"` leaves out.
     @pytest.mark.kernel
         marks what asks something of the kernel: `--kernel-runner` runs that on
-        other kernels, too. Its arguments narrow the matrix there.
+        other kernels, too. Its arguments narrow the parameters there:
+        `kernel(engine="uring", endpoint="tcp")`.
 
 Options of the test command
 
@@ -57,6 +58,7 @@ certificates and SSLContexts in tls.py, kernel TLS in ktls.py.
 """
 
 import asyncio
+import dataclasses
 import faulthandler
 import gc
 import inspect
@@ -103,7 +105,7 @@ def pytest_configure(config):
         "matrix(base, engine, debug, sqpoll): narrows or widens the loops that a test runs on",
         "limit(seconds): how long the test may take before it counts as hung",
         "slow: left out by -m 'not slow'",
-        "kernel(base, engine, debug, sqpoll): runs on other kernels, too, on these loops (--kernel-runner)",
+        "kernel(**parameters): runs on other kernels, too (--kernel-runner), with these parameters only",
     ):
         config.addinivalue_line("markers", line)
     for line in (
@@ -150,12 +152,6 @@ def pytest_generate_tests(metafunc):
         # From the module's mark to the function's own: the nearest one decides.
         for mark in reversed(list(metafunc.definition.iter_markers("matrix"))):
             wanted.update(mark.kwargs)
-        if metafunc.config.getoption("ktls"):
-            # System calls are dear in a virtual machine: the poller's thread only where the test itself asks for it.
-            own = [mark for mark in metafunc.definition.own_markers if mark.name == "matrix"]
-            wanted.update(base="asyncio", debug=False, sqpoll=any(mark.kwargs.get("sqpoll") for mark in own))
-            for mark in metafunc.definition.iter_markers("kernel"):
-                wanted.update(mark.kwargs)
         metafunc.parametrize("case", [_param(case) for case in helpers.cases(**wanted)])
 
 
@@ -164,6 +160,28 @@ def _param(case):
     reason = reason or helpers.why_no_base(case.base)
     marks = [pytest.mark.skip(reason=reason)] if reason else []
     return pytest.param(case, marks=marks, id=str(case))
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("ktls"):
+        left_out = [item for item in items if not _is_of_kernel_part(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if _is_of_kernel_part(item)]
+    # Other kernels take longest: where tests run in several processes, the rest goes on meanwhile.
+    items.sort(key=lambda item: item.path.name != "test_kernels.py")
+
+
+def _is_of_kernel_part(item):
+    """Whether a test asks something of the kernel that its neighbours in the matrix do not."""
+    here = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+    here |= dataclasses.asdict(here["case"]) if "case" in here else {}
+    wanted = {"base": "asyncio", "debug": False, "tls_engine": "openssl"}
+    if not any(mark.kwargs.get("sqpoll") for mark in item.own_markers if mark.name == "matrix"):
+        # System calls are dear in a virtual machine: the poller's thread only where the test itself asks for it.
+        wanted["sqpoll"] = False
+    for mark in reversed(list(item.iter_markers("kernel"))):
+        wanted |= mark.kwargs
+    return all(here.get(name, value) == value for name, value in wanted.items())
 
 
 def pytest_collection_finish(session):
@@ -304,16 +322,6 @@ def run(loop):
 def endpoint(request):
     with helpers.Endpoint(request.param) as endpoint:
         yield endpoint
-
-
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("ktls"):
-        config.hook.pytest_deselected(items=[item for item in items if _param_of(item, "tls_engine") == "ssl"])
-        items[:] = [item for item in items if _param_of(item, "tls_engine") != "ssl"]
-
-
-def _param_of(item, name):
-    return item.callspec.params.get(name) if hasattr(item, "callspec") else None
 
 
 @pytest.fixture(params=["openssl", "ssl"])

@@ -15,7 +15,10 @@ import pytest
 from helpers import BufferedRecorder, Recorder, bytes_likes, pattern
 from wire import Boom, barrier, boom, over, recorder, serve, wire  # noqa: F401
 
-pytestmark = pytest.mark.limit(15)
+pytestmark = [
+    pytest.mark.limit(15),
+    pytest.mark.kernel(engine="uring", endpoint="tcp"),  # the other engine asks nothing new, and what differs over Unix is ours
+]
 
 MIB = 1 << 20
 
@@ -79,7 +82,7 @@ async def test_bytes_are_not_copied(loop, wire):
     await helpers.eventually(lambda: sys.getrefcount(data) == before)
 
 
-@pytest.mark.parametrize("data", ["text", None, 5, [b"list"], object()], ids=repr)
+@pytest.mark.parametrize("data", ["text", None, 5, [b"list"], object()], ids=lambda value: type(value).__name__)
 @pytest.mark.matrix(debug=False)
 @over("tcp")
 async def test_what_is_not_bytes_like_is_refused(loop, wire, data):

@@ -261,6 +261,7 @@ def secure(loop, meet):
     ):
         if version is None and tls.ask_for_ktls:
             version = kernel_tls.version_of_both_directions()
+        proof = kernel_tls.Proof() if tls.ask_for_ktls and not (client or server) and ktls is None else None
         client = client or tls.authority().context_client(version=version, ktls=ktls)
         server = server or tls.authority().context_server(version=version, ktls=ktls)
         ours, theirs = (client, server) if role == "client" else (server, client)
@@ -277,6 +278,10 @@ def secure(loop, meet):
         )
         await peer.handshake()
         transport, protocol = await connecting
+        if proof and sock.family == socket.AF_INET:
+            # A suite that silently ran in user space would prove nothing about the kernel.
+            proof(transport, version)
+            proof.check()
         made.append(SecureWire(loop, transport, protocol, sock, peer))
         return made[-1]
 
