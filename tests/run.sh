@@ -5,6 +5,7 @@
 #   bash tests/run.sh                       everything
 #   bash tests/run.sh -m 'not slow' -x      what is quick, until the first failure
 #   bash tests/run.sh -k uvloop-epoll       one corner of the matrix
+#   bash tests/run.sh -n 0                  in one process
 #   bash tests/run.sh --kernel-runner 'vng -r v6.12 --'
 #       all of it, and what depends on the kernel once more on another one, with
 #       kernel TLS: any command will do that executes its arguments there
@@ -12,4 +13,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 set_up test 'aiouringnet[test]'
-exec "$venv/bin/pytest" "$@" </dev/null
+# One process more than cores, since many a test waits for somebody else, and what
+# takes longest (other kernels, builds) is one test. Further ones mostly start servers.
+cores=$(nproc)
+exec "$venv/bin/pytest" -n $((cores < 3 ? cores + 1 : 4)) --dist worksteal "$@" </dev/null
