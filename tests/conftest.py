@@ -62,6 +62,7 @@ import dataclasses
 import faulthandler
 import gc
 import inspect
+import itertools
 import os
 import platform
 import signal
@@ -76,6 +77,8 @@ import aiouringnet.tls
 
 CALL_LIMIT_S = 30
 HARD_LIMIT_EXTRA_S = 30
+
+TAKES_MINUTES = ("test_kernels.py", "test_sanitizer.py", "test_install.py")
 
 _stderr_fd = None
 
@@ -167,8 +170,24 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if not _is_of_kernel_part(item)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if _is_of_kernel_part(item)]
-    # Other kernels take longest: where tests run in several processes, the rest goes on meanwhile.
-    items.sort(key=lambda item: item.path.name != "test_kernels.py")
+    items[:] = _spread(items)
+
+
+def _spread(items):
+    """Puts what takes minutes at the start of what each of several processes (pytest-xdist) is given first.
+
+    That is an equal share of the list; a process that has nothing left takes from the end of another's.
+    """
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    long = [[item for item in items if item.path.name == name] for name in TAKES_MINUTES]
+    others = iter([item for item in items if item.path.name not in TAKES_MINUTES])
+    spread = []
+    for number in range(processes):
+        share = [item for group in long[number::processes] for item in group]
+        size = (len(items) - len(spread)) // (processes - number)
+        spread += share
+        spread += itertools.islice(others, max(0, size - len(share)))
+    return spread + list(others)
 
 
 def _is_of_kernel_part(item):
