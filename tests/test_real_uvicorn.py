@@ -109,5 +109,5 @@ class TestOverTLS:
 
     @needs_wrk
     def test_every_request_of_wrk_is_answered(self, service):
-        wrk(f"{service.url}/small", connections=100)
+        wrk(f"{service.url}/small", connections=20)
         wrk(f"{service.url}/big", connections=10)
