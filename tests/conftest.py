@@ -32,6 +32,9 @@ Options of the test command
         every SSLContext of the tests asks for kernel TLS; a kernel without it is
         an error. What the kernel has nothing to do with is left out: TLS records
         by the ssl module, and base loops other than asyncio's.
+    --patience FACTOR
+        lets each test take so much longer before it counts as hung, where programs
+        are slow: under the sanitizer, in a virtual machine.
 
 Fixtures
 
@@ -94,6 +97,7 @@ def pytest_addoption(parser):
         "may be given several times",
     )
     group.addoption("--ktls", action="store_true", help="have every TLS test ask for kernel TLS, which must be there")
+    parser.addoption("--patience", type=float, default=1, metavar="FACTOR", help="let each test take so much longer")
 
 
 # --------------------------------------------------------------------------
@@ -102,6 +106,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     global _stderr_fd
+    helpers.patience = config.getoption("patience")
     # Capturing is suspended here, so this is the stderr that a person sees.
     _stderr_fd = os.dup(2)
     for line in (
@@ -256,7 +261,7 @@ def pytest_runtest_call(item):
 
 def _limit_s(item):
     mark = item.get_closest_marker("limit")
-    return mark.args[0] if mark else CALL_LIMIT_S
+    return helpers.patience * (mark.args[0] if mark else CALL_LIMIT_S)
 
 
 # --------------------------------------------------------------------------

@@ -32,6 +32,9 @@ from aiouringnet import engine as engines
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# The option --patience: how many times longer something may take than it should.
+patience = 1
+
 # --------------------------------------------------------------------------
 # The matrix
 
@@ -185,7 +188,7 @@ def leaked_fds(before, patience_s=2):
 
 async def eventually(predicate, timeout_s=5, why=None):
     """Waits until `predicate()` holds, and fails with `why` when it never does."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s * patience
     while not predicate():
         if time.monotonic() > deadline:
             raise AssertionError(why or f"never held: {predicate}")

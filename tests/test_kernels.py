@@ -36,7 +36,7 @@ def kernel_part():
     path = helpers.child_env().get("PYTHONPATH")
     return [
         *(["env", f"PYTHONPATH={path}"] if path else []),
-        *(sys.executable, "-m", "pytest", "-m", "kernel and not slow", "--ktls"),
+        *(sys.executable, "-m", "pytest", "-m", "kernel and not slow", "--ktls", "--patience", "2"),
         *("-q", "-rfE", "--tb=short", "--show-capture=no", "--color=no", "--maxfail=20"),
         *("-o", "addopts=--strict-markers", "-p", "no:cacheprovider"),
         str(Path(__file__).parent),

@@ -442,7 +442,7 @@ def run_child(case, scenario, *python_options, timeout_s=20):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=timeout_s,
+        timeout=timeout_s * helpers.patience,
     )
     assert done.stderr == ""
     return done

@@ -106,8 +106,8 @@ def test_the_sanitizer_watches(instrumented):
 
 @pytest.mark.parametrize("module", SELECTED)
 def test_no_memory_error(instrumented, module):
-    done = run(instrumented, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k",
-               SELECTED[module], str(instrumented / "tests" / module))  # fmt: skip
+    done = run(instrumented, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--patience", "4", "-m", "not slow",
+               "-k", SELECTED[module], str(instrumented / "tests" / module))  # fmt: skip
     assert "AddressSanitizer" not in done.stdout + done.stderr, done.stdout[-20000:] + done.stderr[-20000:]
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
     assert " passed" in done.stdout.splitlines()[-1]
