@@ -85,7 +85,7 @@ async def _sendfile(transport, file, offset, count):
         transport._reset_empty_waiter()
         if reading and paused:
             transport.resume_reading()
-        if part is not None and part.sent:
+        if part is not None and part.sent and part.offset != part.size:
             os.lseek(fd, offset + part.sent, os.SEEK_SET)
 
 

@@ -81,9 +81,9 @@ cdef class Layer:
 # A part of a file that is being sent.
 cdef class FileRange:
     cdef int fd
-    cdef off_t offset               # of the next byte
+    cdef readonly off_t offset      # of the next byte
     cdef long long remaining        # bytes, -1: up to the end of the file
-    cdef long long size             # of a regular file when its sending began; else -1
+    cdef readonly off_t size        # the file's end, where its position was set to; -1 before that
     cdef readonly long long sent    # bytes
     cdef readonly object future     # ends with their number
 

@@ -32,7 +32,6 @@ from libc.errno cimport (
 )
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
-from posix.stat cimport S_ISREG, fstat, struct_stat
 from posix.types cimport off_t
 
 import socket
@@ -47,6 +46,8 @@ cdef extern from "pthread.h" nogil:
 
 cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
+    off_t c_lseek "lseek"(int fd, off_t offset, int whence)
+    int SEEK_END
 
 cdef extern from "sys/uio.h" nogil:
     struct iovec:
@@ -189,8 +190,7 @@ cdef class FileRange:
         self.offset = offset
         self.remaining = remaining
         self.future = future
-        cdef struct_stat status
-        self.size = status.st_size if fstat(fd, &status) == 0 and S_ISREG(status.st_mode) else -1
+        self.size = -1
 
     cdef void end(self, object exc) noexcept:
         if self.future.done():
@@ -514,10 +514,14 @@ cdef class Stream(Handle):
                 self.engine.n_bytes_out += n
                 if file.remaining > 0:
                     file.remaining -= n
-                if file.offset == file.size and file.sent == n:
-                    break  # all of it at once: what it has grown by since is not looked for
+                if <size_t>n < asked and file.size < 0:
+                    # The file has ended, or the socket is full.  The position is to be behind the last byte
+                    # anyway, so this is likely to be its only change.
+                    file.size = c_lseek(file.fd, 0, SEEK_END)
+                    if file.offset == file.size and file.sent == n:
+                        break
                 if file.remaining != 0 and <size_t>n < asked and file.offset < file.size:
-                    self.await_writable()  # the socket is full
+                    self.await_writable()
                     return False
                 if total >= FILE_BYTES and file.remaining != 0:
                     # Others get their turn.
