@@ -85,9 +85,10 @@ def parse_server(text: str) -> Server:
     server = Server(text, loop, tuple(modifiers), checkout or None)
     if loop != "c" and loop not in LOOPS:
         raise ValueError(f"server {text!r}: {loop!r} is none of c, {', '.join(LOOPS)}")
-    if not server.is_ours and (checkout or loop == "c" or not set(modifiers) <= set(TLS_MODIFIERS)):
-        raise ValueError(f"server {text!r}: only {' and '.join(OURS)} take @checkout and +modifiers, other loops "
-                         f"{' and '.join(f'+{name}' for name in TLS_MODIFIERS)} at most")
+    allowed = () if loop == "c" else TLS_MODIFIERS
+    if not server.is_ours and (checkout or not set(modifiers) <= set(allowed)):
+        raise ValueError(f"server {text!r}: only {' and '.join(OURS)} take @checkout and all +modifiers, other loops in "
+                         f"Python {' and '.join(f'+{name}' for name in TLS_MODIFIERS)}")
     for modifier in modifiers:
         if modifier not in ("uring", "epoll", "sqpoll", *TLS_MODIFIERS) and "=" not in modifier:
             raise ValueError(f"server {text!r}: +{modifier} is none of +ktls, +tls12, +uring, +epoll, +sqpoll, "
