@@ -102,8 +102,9 @@ cdef enum:
     FLATTEN_BYTES = 16384
     # After a read of so much, the next piece has probably come meanwhile.
     STREAMING_BYTES = 32768
-    # Of a file, in one turn of a connection: what fits into a socket at its largest (tcp_wmem).
-    FILE_BYTES = 4 << 20
+    # Of a file, in one turn of a connection.  A socket holds less (tcp_wmem): only a peer that reads as fast as
+    # the kernel sends, on this machine, is held up for others.
+    FILE_BYTES = 16 << 20
     SMALL_QUEUE = 1     # chunks that a stream holds without an allocation
     KEPT_QUEUE = 64     # chunks; a longer queue is freed when it has drained
     EXPECTATION_MAX = 8
