@@ -61,32 +61,33 @@ async def _sendfile(transport, file, offset, count):
         fd = file.fileno()
     except (AttributeError, io.UnsupportedOperation) as exc:
         raise SendfileNotAvailableError("not a regular file") from exc
-    # As in asyncio: no write and no data_received() until the file is sent.
-    # Nothing happens meanwhile where the socket takes it at once.
+    part = transport._send_file(fd, offset, count) if transport._is_empty else None
+    if part is None or not part.ended:
+        part = await _sendfile_in_turn(transport, fd, offset, count, part)
+    if part.error is not None:
+        raise part.error
+    return part.sent
+
+
+async def _sendfile_in_turn(transport, fd, offset, count, part):
+    """As in asyncio: no write and no data_received() until the file is sent.  `part`: what has begun, or None."""
     empty = transport._make_empty_waiter()  # RuntimeError: another file is being sent
     reading = transport.is_reading()
-    paused = False
-    part = None
+    transport.pause_reading()
     try:
-        if not empty.done():
-            transport.pause_reading()
-            paused = True
-        await empty
-        part = transport._send_file(fd, offset, count)
-        if not part.future.done():
-            transport.pause_reading()
-            paused = True
-        return await part.future
+        if part is None:
+            await empty
+            part = transport._send_file(fd, offset, count)
+        if not part.ended:
+            await part.wait(transport._loop)
     except asyncio.CancelledError:
-        if part is not None:
-            transport._stop_file()
+        transport._stop_file()
         raise
     finally:
         transport._reset_empty_waiter()
-        if reading and paused:
+        if reading:
             transport.resume_reading()
-        if part is not None and part.sent and part.offset != part.size:
-            os.lseek(fd, offset + part.sent, os.SEEK_SET)
+    return part
 
 
 async def _read_and_write(loop, transport, file, offset, count):

@@ -81,12 +81,15 @@ cdef class Layer:
 # A part of a file that is being sent.
 cdef class FileRange:
     cdef int fd
-    cdef readonly off_t offset      # of the next byte
+    cdef off_t offset               # of the next byte
     cdef long long remaining        # bytes, -1: up to the end of the file
-    cdef readonly off_t size        # the file's end, where its position was set to; -1 before that
+    cdef off_t size                 # the file's end, where its position was set to; -1 before that
     cdef readonly long long sent    # bytes
-    cdef readonly object future     # ends with their number
+    cdef readonly bint ended
+    cdef readonly object error      # the exception that ended it before its time, or None
+    cdef object future              # of wait()
 
+    cdef void place(self) noexcept
     cdef void end(self, object exc) noexcept
 
 

@@ -47,7 +47,7 @@ cdef extern from "pthread.h" nogil:
 cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
     off_t c_lseek "lseek"(int fd, off_t offset, int whence)
-    int SEEK_END
+    int SEEK_END, SEEK_SET
 
 cdef extern from "sys/uio.h" nogil:
     struct iovec:
@@ -186,20 +186,28 @@ cdef class Layer:
 
 
 cdef class FileRange:
-    def __init__(self, int fd, off_t offset, long long remaining, future):
+    def __init__(self, int fd, off_t offset, long long remaining):
         self.fd = fd
         self.offset = offset
         self.remaining = remaining
-        self.future = future
         self.size = -1
 
+    def wait(self, loop):
+        """A future that is done when this has ended."""
+        self.future = loop.create_future()
+        return self.future
+
+    cdef void place(self) noexcept:
+        """Set the file's position behind the last byte sent, as asyncio documents, where it is not there already."""
+        if self.sent and self.offset != self.size:
+            c_lseek(self.fd, self.offset, SEEK_SET)
+
     cdef void end(self, object exc) noexcept:
-        if self.future.done():
-            return
-        if exc is None:
-            self.future.set_result(self.sent)
-        else:
-            self.future.set_exception(exc)
+        self.place()
+        self.ended = True
+        self.error = exc
+        if self.future is not None and not self.future.done():
+            self.future.set_result(None)
 
 
 # sendfile() errors that are the connection's, not the file's (send(2)).

@@ -1085,6 +1085,10 @@ cdef class TLSTransport(Layer):
         else:
             self.empty_waiter.set_result(None)
 
+    @property
+    def _is_empty(self):
+        return self.empty_waiter is None and not self.queued and not self.records.has_control() and self.stream._is_empty
+
     def _send_file(self, fd, offset, count):
         return self.stream._send_file(fd, offset, count)
 

@@ -195,20 +195,24 @@ cdef class StreamTransport(Sink):
     def _reset_empty_waiter(self):
         self.empty_waiter = None
 
-    def _send_file(self, fd, offset, count):
-        """Send `count` bytes (None: all) of a file from `offset`; between the two methods above.
+    @property
+    def _is_empty(self):
+        """Whether a file may be sent without the two methods above."""
+        return self.empty_waiter is None and not self.stream.queued and not self.stream.sending
 
-        Returns the FileRange, whose `future` ends with the bytes sent.
-        """
+    def _send_file(self, fd, offset, count):
+        """Send `count` bytes (None: all) of a file from `offset`, when nothing else waits; returns the FileRange."""
         self.engine.check()
         if self.lost:
             raise ConnectionError("the connection is closed")
-        file = FileRange(fd, offset, -1 if count is None else count, self.loop.create_future())
+        file = FileRange(fd, offset, -1 if count is None else count)
         self.stream.send_file(file)
         return file
 
     def _stop_file(self):
-        self.stream.file = None
+        if self.stream.file is not None:
+            self.stream.file.place()
+            self.stream.file = None
 
     # --- asyncio.BaseTransport -----------------------------------------------
 
