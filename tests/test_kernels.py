@@ -5,6 +5,11 @@
 COMMAND executes its arguments on another kernel that has the tls module, with
 this machine's files: a virtual machine's `run`. It may be given several times,
 for one kernel each. Every TLS connection of those tests asks for kernel TLS.
+
+    bash tests/newer_openssl.sh /tmp/newer
+    bash tests/run.sh --kernel-runner 'COMMAND' --kernel-python /tmp/newer/bin/python
+
+has that Python run them: OpenSSL 3.5 gives the kernel both directions of TLS 1.3.
 """
 
 import contextlib
@@ -25,22 +30,27 @@ def pytest_generate_tests(metafunc):
     runners = metafunc.config.getoption("kernel_runner")
     found = [pytest.param(shlex.split(runner), id=name(shlex.split(runner))) for runner in runners]
     metafunc.parametrize("runner", found or [pytest.param(None, id="none")])
+    metafunc.parametrize("python", metafunc.config.getoption("kernel_python") or [sys.executable])
 
 
 def name(words):
     return " ".join([Path(words[0]).name, *words[1:]]).removesuffix(" --")
 
 
-def kernel_part():
+def kernel_part(python):
     # A runner need not hand over the environment.
     path = helpers.child_env().get("PYTHONPATH")
     return [
         *(["env", f"PYTHONPATH={path}"] if path else []),
-        *(sys.executable, "-m", "pytest", "-m", "kernel and not slow", "--ktls", "--patience", "2"),
+        *(python, "-m", "pytest", "-m", "kernel and not slow", "--ktls", "--patience", "2"),
         *("-q", "-rfE", "--tb=short", "--show-capture=no", "--color=no", "--maxfail=20"),
         *("-o", "addopts=--strict-markers", "-p", "no:cacheprovider"),
         str(Path(__file__).parent),
     ]
+
+
+def openssl_of(python):
+    return subprocess.check_output([python, "-c", "import ssl; print(ssl.OPENSSL_VERSION)"], text=True).strip()
 
 
 def run(command, folder):
@@ -66,16 +76,17 @@ def run(command, folder):
 
 
 @pytest.mark.limit(LIMIT_S + 30)
-def test_the_kernels_part_of_the_suite_passes_there(runner, pytestconfig, record_property):
+def test_the_kernels_part_of_the_suite_passes_there(runner, python, pytestconfig, record_property):
     if runner is None:
         here = ktls.why_not_kernel() or "they ran directly"
         pytest.skip(f"no other kernel was named (--kernel-runner), and here: {here}")
     try:
-        status, printed = run([*runner, *kernel_part()], pytestconfig.invocation_params.dir)
+        status, printed = run([*runner, *kernel_part(python)], pytestconfig.invocation_params.dir)
     except OSError as error:
         pytest.fail(f"{name(runner)} cannot be run: {error}", pytrace=False)
     closing = re.findall(r"^.*\b\d+ (?:passed|failed|skipped|error).* in [\d.]+s.*$", printed, re.MULTILINE)
     if status != 0 or not closing or " passed" not in closing[-1]:
         said = "\n".join(line[:200] for line in printed.splitlines()[-100:])
         pytest.fail(f"{name(runner)} ended with {status}:\n{said}", pytrace=False)
-    record_property("other kernel", f"{name(runner)}: {closing[-1].strip('= ')}")
+    what = f"{name(runner)}, {openssl_of(python)}"
+    record_property("other kernel", f"{what}: {closing[-1].strip('= ')}")

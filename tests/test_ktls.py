@@ -6,6 +6,7 @@ arrives there, and each that arrives here, went through the kernel's cipher:
 """
 
 import asyncio
+import collections
 import functools
 import hashlib
 import os
@@ -21,7 +22,7 @@ import pytest
 import tls
 from helpers import BufferedRecorder, Recorder, pattern
 from openssl_command import EchoOf, connect, s_client, s_server, serving
-from tls_wire import TLSPeer
+from tls_wire import TLSPeer, send_ticket, update_key
 from wire import over, recorder
 
 import aiouringnet
@@ -216,11 +217,13 @@ class Pump:
             yield piece
 
 
-async def pumped(writer, seed):
+async def pumped(writer, seed, interrupt=None):
     pump = Pump(BULK_BYTES, seed)
-    for piece in pump:
+    for number, piece in enumerate(pump):
         writer.write(piece)
         await writer.drain()
+        if interrupt is not None and number % 10 == 9:
+            interrupt(number // 10)
     return pump.hash.hexdigest()
 
 
@@ -578,35 +581,112 @@ def can_rekey():
     return tuple(map(int, platform.release().split(".")[:2])) >= (6, 14) and ssl.OPENSSL_VERSION_INFO >= (3, 5)
 
 
-@pytest.mark.skipif(can_rekey(), reason="this kernel and this OpenSSL change keys")
+cannot_rekey = pytest.mark.skipif(can_rekey(), reason="this kernel and this OpenSSL change keys")
+rekeying = pytest.mark.skipif(not can_rekey(), reason="this kernel, or this OpenSSL, does not change keys")
+
+# A KeyUpdate that asks for ours in return, or not.
+requests = pytest.mark.parametrize("and_yours", [True, False], ids=["both", "theirs"])
+
+
+def ends_by(and_yours):
+    """Whether a KeyUpdate ends a connection whose keys the kernel cannot change: those of OpenSSL are its own."""
+    return and_yours or all(ktls.expected(tls.TLS_1_3))
+
+
+@cannot_rekey
 @roles
-async def test_new_keys_that_the_kernel_cannot_follow_end_the_connection_and_say_so(loop, proof, role):
-    """A KeyUpdate that asks for ours in return: what we sent next, nobody could decrypt."""
+@requests
+@pytest.mark.parametrize("times", [1, 3])
+async def test_new_keys_that_the_kernel_cannot_follow_end_the_connection_and_say_so(
+    loop, proof, role, and_yours, times
+):
+    """What came next, or what we sent next, nobody could decrypt."""
+    if not ends_by(and_yours):
+        pytest.skip("the kernel does not receive: see test_new_keys_of_the_peer_alone_are_openssls_business")
     transport, protocol, peer = await with_keys_to_update(loop, proof, role)
-    peer.update_key(and_yours=True)
+    for _ in range(times):
+        peer.update_key(and_yours)
     await peer.send(b"question")
-    await protocol.received(8)
-    transport.write(b"answer")
-    lost = await protocol.lost
-    assert isinstance(lost, ssl.SSLError) and "KeyUpdate" in str(lost)
+    if times == 1 and not all(ktls.expected(tls.TLS_1_3)):
+        assert await protocol.received(8) == b"question"
+        transport.write(b"answer")
+    assert_explained(await protocol.lost)
     # And the peer is not left waiting, nor with records that it cannot read.
+    assert await received_at(peer) == b""
+
+
+def assert_explained(lost):
+    assert isinstance(lost, ssl.SSLError) and "KeyUpdate" in str(lost)
+
+
+async def received_at(peer, before=b""):
+    """What still comes; the connection ends without close_notify."""
+    data = bytearray(before)
     try:
-        assert await peer.receive_to_end() == (b"", "eof")
-    except ConnectionResetError:
-        pass
-    peer.sock.close()
+        while chunk := await peer.call(peer.sslobj.read, 1 << 16):
+            data += chunk
+        raise AssertionError("it ended with close_notify")
+    except (ssl.SSLEOFError, ConnectionError):
+        return bytes(data)
+    finally:
+        peer.sock.close()
 
 
-@pytest.mark.skipif(not can_rekey(), reason="this kernel, or this OpenSSL, does not change keys")
+@cannot_rekey
 @roles
-async def test_data_goes_on_with_new_keys(loop, proof, role):
+@requests
+async def test_such_keys_end_a_connection_with_data_under_way_in_both_directions(loop, proof, role, and_yours):
+    if not ends_by(and_yours):
+        pytest.skip("the kernel does not receive")
+    transport, protocol, peer = await with_keys_to_update(loop, proof, role)
+    data = pattern(8 * MIB)
+    transport.write(data)
+    await helpers.eventually(lambda: "pause" in protocol.log)
+    # The sockets are full in both directions, and the new keys are in the middle.
+    await asyncio.wait([sending := loop.create_task(peer.send(data))], timeout=0.1)
+    peer.update_key(and_yours)
+    received = await received_at(peer)
+    assert_explained(await protocol.lost)
+    genuine = data.startswith(received), data.startswith(protocol.data)
+    assert genuine == (True, True)
+    if all(ktls.expected(tls.TLS_1_3)):
+        # All that preceded the new keys; the peer sends a MiB at a time.
+        assert protocol.data and len(protocol.data) % MIB == 0
+    await asyncio.gather(sending, return_exceptions=True)
+
+
+@rekeying
+@roles
+@pytest.mark.parametrize("times", [1, 3])
+async def test_data_goes_on_with_new_keys(loop, proof, role, times):
     transport, protocol, peer = await with_keys_to_update(loop, proof, role)
     for turn in range(1, 4):
-        peer.update_key(and_yours=turn % 2 == 1)
+        for _ in range(times):
+            peer.update_key(and_yours=turn % 2 == 1)
+            if role == "client":
+                peer.send_ticket()
         await peer.send(b"question")
         assert await protocol.received(8 * turn) == b"question" * turn
         transport.write(b"answer")
         assert await peer.receive(6) == b"answer"
+    transport.abort()
+    await protocol.lost
+    peer.sock.close()
+
+
+@rekeying
+@roles
+async def test_new_keys_do_not_wait_for_a_peer_that_does_not_read(loop, proof, role):
+    transport, protocol, peer = await with_keys_to_update(loop, proof, role)
+    data = pattern(8 * MIB)
+    transport.write(data)
+    await helpers.eventually(lambda: "pause" in protocol.log)
+    for turn in range(1, 4):
+        peer.update_key(and_yours=True)
+        await peer.send(b"question")
+        assert await protocol.received(8 * turn) == b"question" * turn
+    transport.write(b"answer")
+    assert await peer.receive(len(data) + 6) == data + b"answer"
     transport.abort()
     await protocol.lost
     peer.sock.close()
@@ -626,7 +706,7 @@ async def test_new_keys_of_the_peer_alone_are_openssls_business(loop, proof):
     peer.sock.close()
 
 
-async def with_keys_to_update(loop, proof, role):
+async def with_keys_to_update(loop, proof, role, factory=Recorder):
     """A transport over kernel TLS 1.3, and a TLSPeer that can change its keys."""
     contexts = {
         "server": tls.authority().context_server(version=tls.TLS_1_3, ktls=role == "server"),
@@ -638,16 +718,92 @@ async def with_keys_to_update(loop, proof, role):
     for each in (ours, sock):
         each.setblocking(False)
     if role == "client":
-        connecting = loop.create_connection(Recorder, sock=ours, ssl=contexts[role], server_hostname="localhost")
+        connecting = loop.create_connection(factory, sock=ours, ssl=contexts[role], server_hostname="localhost")
         peer = TLSPeer(loop, sock, contexts["server"], True)
     else:
-        connecting = loop.connect_accepted_socket(Recorder, ours, ssl=contexts[role])
+        connecting = loop.connect_accepted_socket(factory, ours, ssl=contexts[role])
         peer = TLSPeer(loop, sock, contexts["client"], False, "localhost")
     connecting = loop.create_task(connecting)
     await peer.handshake()
     transport, protocol = await connecting
     proof(transport, tls.TLS_1_3)
     return transport, protocol, peer
+
+
+@pytest.mark.limit(60 + BULK_BYTES // MIB)
+@pytest.mark.matrix(sqpoll=True)
+@roles
+async def test_bulk_arrives_whole_while_tickets_and_new_keys_do(loop, proof, role):
+    """In both directions at once. A server may send tickets at any time, and both may change keys where kernels can."""
+    reader = asyncio.StreamReader()
+    transport, protocol, peer = await with_keys_to_update(
+        loop, proof, role, lambda: asyncio.StreamReaderProtocol(reader)
+    )
+    writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+    done = collections.Counter()
+
+    def interrupt_ours(number):
+        sslobj = transport.get_extra_info("ssl_object")
+        if role == "server" and number % 2:
+            done["our tickets"] += send_ticket(sslobj)
+        elif can_rekey():
+            done["our keys"] += update_key(sslobj, and_yours=number % 4 == 0)
+
+    def interrupt_theirs(number):
+        if role == "client":
+            peer.send_ticket()
+            done["tickets"] += 1
+        if can_rekey():
+            peer.update_key(and_yours=number % 2 == 1)
+            done["keys"] += 1
+
+    class PeersWriter:
+        def write(self, data):
+            self.data = data
+
+        async def drain(self):
+            await peer.send(self.data)
+
+    class PeersReader:
+        async def read(self, size):
+            return await peer.call(peer.sslobj.read, size)
+
+    tasks = [
+        pumped(writer, 1, interrupt_ours),
+        swallowed(PeersReader()),
+        pumped(PeersWriter(), 2, interrupt_theirs),
+        swallowed(reader),
+    ]
+    sent, received, sent_back, received_back = await asyncio.gather(*tasks)
+    assert sent == received and sent_back == received_back
+    ours, theirs = ("our tickets", "our keys"), ("tickets", "keys")
+    expected = [ours[0] if role == "server" else theirs[0], *([ours[1], theirs[1]] if can_rekey() else [])]
+    assert sorted(+done) == sorted(expected), done
+    writer.close()
+    assert await peer.receive_to_end() == (b"", "close_notify")
+    peer.sock.close()
+    await writer.wait_closed()
+
+
+async def test_a_session_of_tickets_that_the_kernel_decrypted_is_resumed(loop, proof):
+    context = tls.authority().context_client(version=tls.TLS_1_3, ktls=True)
+    with s_server("-rev", "-tls1_3") as service:
+        transport, protocol = await connect(loop, service, context)
+        proof(transport, tls.TLS_1_3)
+        transport.write(b"hello\n")
+        assert await protocol.received(6) == b"olleh\n"
+        session = transport.get_extra_info("ssl_object").session
+        assert session.has_ticket
+        transport.close()
+        assert await protocol.lost is None
+
+        def again():
+            sock = socket.create_connection(service.address)
+            with context.wrap_socket(sock, server_hostname="localhost", session=session) as resumed:
+                return resumed.session_reused
+
+        context.options &= ~tls.OP_ENABLE_KTLS
+        assert await loop.run_in_executor(None, again)
 
 
 async def test_renegotiation_ends_the_connection_and_says_so(loop, proof):

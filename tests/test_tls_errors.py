@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import re
 import socket
 import ssl
 
@@ -380,6 +381,9 @@ async def test_a_visit_cancelled_in_the_handshake_leaves_nothing(loop, meet):
 # --------------------------------------------------------------------------
 # Records that are spoilt after the handshake
 
+# OpenSSL 3.2 was the first to sum it up, and Pythons older than that have no name for the sum.
+BAD_RECORD = "BAD_RECORD_MAC" + ("|(?i:record.layer.failure)" if ssl.OPENSSL_VERSION_INFO >= (3, 2) else "")
+
 
 def spoilt(record, where):
     record = bytearray(record)
@@ -396,13 +400,12 @@ async def test_a_changed_record_ends_the_connection_with_openssls_reason(loop, s
     await w.send_raw(good + spoilt(bad, where) + after)
     lost = await w.protocol.lost
     assert type(lost) is ssl.SSLError
-    assert lost.library == "SSL" and "BAD_RECORD_MAC" in lost.reason
-    assert lost.reason in str(lost)
+    assert lost.library == "SSL" and re.search(BAD_RECORD, str(lost))
     # What was genuine before it has been delivered, and nothing else.
     assert w.protocol.data == b"good"
     assert w.protocol.log == ["made", "data", "lost"]
     if not ktls.active(w.transport)[1]:  # a kernel that decrypts sends no alerts
-        with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):
+        with pytest.raises(ssl.SSLError, match=BAD_RECORD):
             await w.receive_to_end()
 
 
@@ -423,7 +426,7 @@ async def test_records_in_another_order_or_twice_end_the_connection(loop, secure
         records = [w.tls.sealed(b"%d" % number) for number in range(3)]
         await w.send_raw(b"".join(records[number] for number in order))
         lost = await w.protocol.lost
-        assert isinstance(lost, ssl.SSLError) and "BAD_RECORD_MAC" in lost.reason
+        assert isinstance(lost, ssl.SSLError) and re.search(BAD_RECORD, str(lost))
         assert w.protocol.data == (b"0" if order[0] == 0 else b"")
 
 

@@ -87,7 +87,7 @@ class Authority:
 
     def expired(self):
         """For localhost, and no longer valid."""
-        return self._made("expired", "server", "localhost", days=-1)
+        return self._made("expired", "server", "localhost", days=0)
 
     def self_signed(self):
         """For localhost, by nobody that anybody knows."""

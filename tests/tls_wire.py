@@ -143,10 +143,29 @@ class TLSPeer:
         return bytes(data), "close_notify"
 
     def update_key(self, and_yours=True):
-        """A KeyUpdate record (RFC 8446 section 4.6.3), which Python's ssl module cannot make, goes to the output."""
-        library, pointer = openssl_of(self.sslobj)
-        assert library.SSL_key_update(pointer, 1 if and_yours else 0) == 1
+        """A KeyUpdate record goes to the output."""
+        assert update_key(self.sslobj, and_yours)
         self.sslobj.do_handshake()
+
+    def send_ticket(self):
+        """A server's session ticket goes to the output."""
+        assert send_ticket(self.sslobj)
+        self.sslobj.do_handshake()
+
+
+# What Python's ssl module cannot do. It precedes what is written next; False: something else does already.
+
+
+def update_key(sslobj, and_yours=True):
+    """Have a KeyUpdate sent (RFC 8446 section 4.6.3)."""
+    library, pointer = openssl_of(sslobj)
+    return library.SSL_key_update(pointer, 1 if and_yours else 0) == 1
+
+
+def send_ticket(sslobj):
+    """Have a server send a ticket (RFC 8446 section 4.6.1); since OpenSSL 3.0."""
+    library, pointer = openssl_of(sslobj)
+    return library.SSL_new_session_ticket(pointer) == 1
 
 
 def openssl_of(sslobj):

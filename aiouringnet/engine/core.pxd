@@ -108,6 +108,7 @@ cdef class Stream(Handle):
     cdef flag resyncing             # in engine.resync
     cdef flag readable              # direct reads stopped before the socket was empty
     cdef flag thorough              # a short read may leave something behind: direct reads go on until EAGAIN
+    cdef flag mute                  # kernel TLS receives: poll() says nothing of a KeyUpdate that a read has stopped at
     cdef list held                  # data that arrived after stop_reading(), oldest first
     cdef bytes rest                 # what put_back() returned, until it is held
 

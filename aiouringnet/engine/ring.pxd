@@ -35,7 +35,8 @@ cdef class RingStream(Stream):
     cdef flag read_tag              # the read operation in flight: TAG_RECV, TAG_POLL or 0
     cdef flag cancelling            # it was asked to end
     cdef flag untried               # a multishot RECV that has not delivered yet
-    cdef flag deaf                  # it will not notice the peer's reset: to be begun anew
+    cdef flag deaf                  # it may not notice what comes next: to be begun anew
+    cdef int receives               # its completions so far, where the stream is mute
     cdef flag bulk                  # readiness and direct reads instead of completions
     cdef flag small_reads
     cdef flag send_tag              # the send operation in flight: TAG_SEND, TAG_WRITABLE or 0

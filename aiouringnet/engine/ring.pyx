@@ -110,6 +110,8 @@ cdef enum:
     # Direct reads of less than half the scratch area in a row before a
     # connection goes back to completions.
     SMALL_READS = 32
+    # After so many receives in a row a multishot RECV tries no more, but polls (MULTISHOT_MAX_RETRY in the kernel).
+    MUTE_RECEIVES = 31
     # A send of so much may find the socket full.
     BULK_BYTES = 16384
     # Several chunks up to this size are copied together for a ring send.
@@ -157,10 +159,15 @@ cdef class RingStream(Stream):
             return
         if want == TAG_POLL:
             io_uring_prep_poll_multishot(sqe, self.fd, POLLIN | POLLRDHUP | POLLPRI)
+            if self.mute:
+                self.readable = True
+                engine.mark_resync(self)
         else:
-            # POLL_FIRST: nothing is there yet, or the poll says so at once.
             io_uring_prep_recv_multishot(sqe, self.fd, NULL, 0, 0)
-            sqe.ioprio |= IORING_RECVSEND_POLL_FIRST
+            if not self.mute:
+                # Nothing is there yet, or the poll says so at once.
+                sqe.ioprio |= IORING_RECVSEND_POLL_FIRST
+            self.receives = 0
             sqe.flags |= IOSQE_BUFFER_SELECT
             sqe.buf_group = BUFFER_GROUP
         sqe.user_data = user_data(self, want)
@@ -188,6 +195,12 @@ cdef class RingStream(Stream):
                 if self.untried:
                     self.untried = False
                     self.listen_for_reset()
+                if self.mute:
+                    # It polls now, or a control record is about to end it: not known is which.
+                    self.receives += 1
+                    if self.receives >= MUTE_RECEIVES and <unsigned int>result < engine.buffer_size:
+                        self.deaf = True
+                        engine.mark_resync(self)
                 self.deliver(engine.pool + <size_t>bid * engine.buffer_size, result)
                 if <unsigned int>result == engine.buffer_size and not self.bulk and not engine.sqpoll:
                     self.bulk = True

@@ -163,6 +163,10 @@ cdef enum:
     HANDSHAKE_RECORD = 22
     DATA_RECORD = 23
     RECORD_HEADER = 5
+    # Of a handshake message, RFC 8446 section 4
+    KEY_UPDATE = 24
+    # Among the control records that wait for the kernel: not one of them, but the keys for those that follow.
+    NEW_KEYS = -1
 
     RECORD_BYTES = 16384        # plaintext of a full record, RFC 8446 section 5.1
     MAX_DRAINED = 16            # records that are read to be dropped
@@ -203,7 +207,7 @@ cdef struct Link:
     bint kernel_sends, kernel_receives
     bint asked                  # whether the kernel sends: by an OpenSSL that knows kernel TLS
     bint asked_send, asked_receive
-    int handed_over             # how often keys to send with were
+    int updates                 # KeyUpdates of ours whose keys OpenSSL has yet to hand over
     int send_errno, receive_errno
     int control_type            # of the next record, 0: data
 
@@ -317,6 +321,8 @@ cdef int on_write(void* bio, const char* data, size_t size, size_t* done) noexce
         link.control_type = 0
         if not (spill(link, &header, sizeof(header)) and spill(link, data, size)):
             return 0
+        if header.type == HANDSHAKE_RECORD and size and data[0] == KEY_UPDATE:
+            link.updates += 1
     elif link.spill_used == 0 and link.room_size - link.room_used >= size:
         memcpy(link.room + link.room_used, data, size)
         link.room_used += size
@@ -364,25 +370,31 @@ cdef ssize_t send_control(int fd, int type, const char* data, size_t size) noexc
 
 
 cdef bint flush_to_socket(Link* link) noexcept nogil:
-    """What precedes the records with new keys must be in the socket before the keys are."""
+    """Send what waits; false: the socket did not take it all, or the kernel not the new keys."""
     cdef ssize_t sent
     cdef ControlHeader header
-    if not link.idle or link.room_used:
-        return False
+    cdef char* content
     while link.kernel_sends and link.spill_used:
         memcpy(&header, link.spill, sizeof(header))
-        sent = send_control(link.fd, header.type, link.spill + sizeof(header), header.size)
+        content = link.spill + sizeof(header)
+        if header.type == NEW_KEYS:
+            if c_setsockopt(link.fd, SOL_TLS, TLS_TX, content, header.size) < 0:
+                link.stuck = True
+                return False
+            sent = header.size
+        else:
+            sent = send_control(link.fd, header.type, content, header.size)
         if 0 < sent < <ssize_t>header.size:
             # The rest continues the record that is open in the kernel.
             header.size -= <unsigned int>sent
             link.spill_used -= sent
-            memmove(link.spill + sizeof(header), link.spill + sizeof(header) + sent, link.spill_used - sizeof(header))
+            memmove(content, content + sent, link.spill_used - sizeof(header))
             memcpy(link.spill, &header, sizeof(header))
             return False
         if sent != <ssize_t>header.size:
             return False
         link.spill_used -= sizeof(header) + header.size
-        memmove(link.spill, link.spill + sizeof(header) + header.size, link.spill_used)
+        memmove(link.spill, content + header.size, link.spill_used)
     if link.spill_used == 0:
         return True
     sent = c_send(link.fd, link.spill, link.spill_used, MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -393,13 +405,27 @@ cdef bint flush_to_socket(Link* link) noexcept nogil:
     return link.spill_used == 0
 
 
+cdef bint renew(Link* link, void* keys, socklen_t size) noexcept nogil:
+    """New keys to send with wait until the kernel has all that goes out with the old ones."""
+    cdef ControlHeader header
+    header.type = NEW_KEYS
+    header.size = size
+    link.updates -= 1
+    if size == 0 or not (spill(link, &header, sizeof(header)) and spill(link, keys, size)):
+        link.stuck = True
+    return not link.stuck
+
+
 cdef bint hand_over(Link* link, bint sending, void* keys) noexcept nogil:
     """Give the kernel the keys of one direction; false: OpenSSL goes on."""
     cdef socklen_t size = size_of_keys(keys)
     cdef int problem = 0
+    if sending and link.kernel_sends:
+        return renew(link, keys, size)
     if link.fd < 0 or size == 0:
         problem = EOPNOTSUPP
-    elif sending and not flush_to_socket(link):
+    elif sending and (not link.idle or link.room_used or not flush_to_socket(link)):
+        # What precedes the records with these keys must be in the socket before the keys are.
         problem = EBUSY
     elif not sending and (link.input_size or not (link.reads or link.kernel_receives)):
         problem = EALREADY  # received before an upgrade, or with it: the kernel cannot have that any more
@@ -407,14 +433,13 @@ cdef bint hand_over(Link* link, bint sending, void* keys) noexcept nogil:
         problem = errno
     elif c_setsockopt(link.fd, SOL_TLS, TLS_TX if sending else TLS_RX, keys, size) < 0:
         problem = errno
-    if problem and (link.kernel_sends if sending else link.kernel_receives):
-        link.stuck = True
     if sending:
-        link.handed_over += 1
         link.asked_send = True
         link.send_errno = problem
-        link.kernel_sends = link.kernel_sends or problem == 0
+        link.kernel_sends = problem == 0
     else:
+        if problem and link.kernel_receives:
+            link.stuck = True
         link.asked_receive = True
         link.receive_errno = problem
         link.kernel_receives = link.kernel_receives or problem == 0
@@ -773,24 +798,14 @@ cdef class OpenSSLRecords(Records):
         return openssl.SSL_in_init(self.ssl) or openssl.SSL_get_key_update_type(self.ssl) != SSL_KEY_UPDATE_NONE
 
     cdef Py_ssize_t continue_handshake(self) noexcept:
-        cdef bint new_keys = openssl.SSL_get_key_update_type(self.ssl) != SSL_KEY_UPDATE_NONE
-        cdef int before = self.link.handed_over
         # What precedes data goes out without any, too.
-        cdef Py_ssize_t n = self.write(b"", 0)
-        if new_keys and self.link.kernel_sends and self.link.handed_over == before:
-            self.link.stuck = True  # OpenSSL 3.0 keeps them for itself
-        return n
+        return self.write(b"", 0)
 
     cdef bint has_control(self) noexcept:
         return self.link.kernel_sends and self.link.spill_used
 
     cdef bint send_control(self) noexcept:
-        """Send the control records that wait, in a socket that is idle; false when it does not take them now."""
-        cdef bint idle = self.link.idle
-        self.link.idle = True
-        sent = flush_to_socket(&self.link)
-        self.link.idle = idle
-        return sent
+        return flush_to_socket(&self.link)
 
     cdef void send_alert(self, int description) noexcept:
         cdef char[2] alert
@@ -803,7 +818,8 @@ cdef class OpenSSLRecords(Records):
         send_control(self.link.fd, ALERT_RECORD, alert, sizeof(alert))
 
     cdef bint keys_are_stuck(self) noexcept:
-        return self.link.stuck
+        # OpenSSL 3.0 keeps those of a KeyUpdate for itself.
+        return self.link.stuck or self.link.updates > 0
 
     cdef object take_output(self, const char** data, Py_ssize_t* size):
         cdef object output

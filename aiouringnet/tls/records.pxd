@@ -47,7 +47,8 @@ cdef class Records:
     # Whether OpenSSL has something to say before data, and its turn to do so; as write()
     cdef bint in_handshake(self) noexcept
     cdef Py_ssize_t continue_handshake(self) noexcept
-    # Whether control records wait for the kernel to send them, and sending them when the socket is idle
+    # Whether control records, or new keys, wait for the kernel; giving it them when the socket is idle: false if it
+    # does not take them all now
     cdef bint has_control(self) noexcept
     # Have the kernel tell the peer of a fatal error (RFC 8446 section 6.2), if its socket takes that now
     cdef void send_alert(self, int description) noexcept

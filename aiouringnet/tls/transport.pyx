@@ -93,7 +93,6 @@ cdef enum:
 
 cdef enum:
     # Content types, RFC 8446 section 5.1, and a record's header in bytes
-    HANDSHAKE_RECORD = 22
     DATA_RECORD = 23
     RECORD_HEADER = 5
     MAX_RECORD_BYTES = RECORD_HEADER + RECORD_BYTES + 256
@@ -169,7 +168,6 @@ cdef class TLSTransport(Layer):
     # kernel TLS
     cdef flag offered               # the handshake reads from the socket
     cdef flag finishing             # finish() waits for control records to be sent
-    cdef bytes held_record          # a control record that waits for the socket to drain
     cdef object ktls_why_not        # a sentence, where it was asked for
 
     _start_tls_compatible = True
@@ -386,8 +384,6 @@ cdef class TLSTransport(Layer):
 
     cdef void advance(self) noexcept:
         """Do what the input allows."""
-        if self.records.kernel_sends:
-            self.records.socket_idle(self.socket_is_idle())  # an answer to KeyUpdate brings new keys
         if self.state == HANDSHAKE:
             self.handshake()
         if self.state == OPEN:
@@ -399,10 +395,8 @@ cdef class TLSTransport(Layer):
             self.encrypt()
             if self.state == FLUSHING:
                 self.shut_down()
-        if self.records.kernel_sends:
-            self.records.socket_idle(False)
-            if self.keys_are_lost():
-                return
+        if self.keys_are_lost():
+            return
         # Tickets, alerts, answers to KeyUpdate.
         self.emit()
 
@@ -574,7 +568,16 @@ cdef class TLSTransport(Layer):
 
     cdef void handshake(self) noexcept:
         if self.offered:
-            self.records.socket_idle(self.socket_is_idle())
+            if self.stream.stream.sending:
+                self.engine.poll_sends()
+            if self.state != HANDSHAKE:
+                return
+            if not self.socket_is_idle():
+                # OpenSSL may hand over its keys in the next step, and what precedes them must be out.
+                self.waiting = True
+                self.stream.stream.expect_sent()
+                return
+            self.records.socket_idle(True)
         try:
             self.records.sslobj.do_handshake()
         except AGAIN:
@@ -841,7 +844,7 @@ cdef class TLSTransport(Layer):
             self.stream.stream.ktls = True
         if self.records.kernel_receives:
             # A read stops at each control record: a short one does not mean that the socket is empty.
-            self.stream.stream.thorough = True
+            self.stream.stream.thorough = self.stream.stream.mute = True
         if self.stream.reads_itself:
             self.stream.reads_itself = False
             # What has arrived meanwhile has been announced already.
@@ -904,15 +907,7 @@ cdef class TLSTransport(Layer):
 
     cdef bint continue_handshake(self) noexcept:
         """Authentication after the handshake, new keys: what SSL_write(), which nobody calls, would send first."""
-        cdef Py_ssize_t n
-        if not self.socket_is_idle():
-            # What was written before goes out with the old keys.
-            self.waiting = True
-            self.stream.stream.expect_sent()
-            return False
-        self.records.socket_idle(True)
-        n = self.records.continue_handshake()
-        self.records.socket_idle(False)
+        cdef Py_ssize_t n = self.records.continue_handshake()
         if self.keys_are_lost():
             return False
         self.emit()
@@ -925,7 +920,7 @@ cdef class TLSTransport(Layer):
         """Tickets, alerts and KeyUpdates of ours, when the data before them is in the socket."""
         if not self.records.has_control() or self.stream.lost:
             return
-        if self.socket_is_idle() and self.records.send_control():
+        if self.socket_is_idle() and self.records.send_control() or self.keys_are_lost():
             return
         self.waiting = True
         if self.socket_is_idle():
@@ -942,14 +937,20 @@ cdef class TLSTransport(Layer):
         self.waiting = False
         if self.state == OVER:
             return
-        if self.held_record is not None:
-            record, self.held_record = self.held_record, None
-            self.take_record(record)
+        if self.state == HANDSHAKE:
+            if self.stream.reads_itself:
+                self.stream.stream.readable = True
+                self.engine.mark_resync(self.stream.stream)
+            else:
+                self.advance()
+                self.keep_input()
+            return
         self.send_control()
         if self.waiting or self.state == OVER:
             return
         self.encrypt()
         self.check_empty()
+        self.control_writing()
         if self.state == FLUSHING:
             self.shut_down()
         if self.finishing:
@@ -967,15 +968,7 @@ cdef class TLSTransport(Layer):
         if kind == DATA_RECORD:
             self.deliver_plain(record + RECORD_HEADER, size - RECORD_HEADER)
         elif kind > 0:
-            data = PyBytes_FromStringAndSize(record, size)
-            if kind == HANDSHAKE_RECORD and self.records.kernel_sends and not self.socket_is_idle():
-                # It may be a KeyUpdate that asks for ours: what was written before goes out with the old keys.
-                self.held_record = data
-                self.stream.stream.stop_reading()
-                self.waiting = True
-                self.stream.stream.expect_sent()
-            else:
-                self.take_record(data)
+            self.take_record(record, size)
         return kind > 0 or kind == -EAGAIN or kind == -EINTR
 
     cdef void read_failed(self, int error) noexcept:
@@ -983,13 +976,11 @@ cdef class TLSTransport(Layer):
         if self.records.kernel_receives and self.records.kernel_sends and error in ALERTS:
             self.records.send_alert(ALERTS[error])
 
-    cdef void take_record(self, bytes record) noexcept:
+    cdef void take_record(self, const char* record, Py_ssize_t size) noexcept:
         cdef char scratch[RECORD_BYTES]
         cdef Py_ssize_t n
-        self.records.socket_idle(self.socket_is_idle())
-        self.records.feed(PyBytes_AS_STRING(record), PyBytes_GET_SIZE(record))
+        self.records.feed(record, size)
         n = self.records.read(scratch, sizeof(scratch))
-        self.records.socket_idle(False)
         self.keep_input()
         if self.keys_are_lost():
             return
@@ -999,8 +990,6 @@ cdef class TLSTransport(Layer):
         elif n == FAILED and self.state != OVER:
             error, self.records.error = self.records.error, None
             self.fatal(error, "SSL error in data received")
-        if self.state != OVER and self.stream.is_reading():
-            self.stream.stream.start_reading()
 
     cdef bint keys_are_lost(self) noexcept:
         """Whether new keys, which the kernel did not take, end the connection: what it sends nobody can decrypt."""
