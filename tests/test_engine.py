@@ -19,8 +19,9 @@ from wire import barrier, over, recorder, serve, wire  # noqa: F401
 import aiouringnet
 from aiouringnet import engine as engines
 
-# With child processes, which are dear there, one kind of failure is enough.
-pytestmark = pytest.mark.kernel(engine="uring", errno_name="EAGAIN", unknown=0)
+# With child processes, which are dear there, one kind of failure is enough; and a poller
+# that starts and ends on the only core of a virtual machine is late for who looks at its thread.
+pytestmark = pytest.mark.kernel(engine="uring", sqpoll=False, errno_name="EAGAIN", unknown=0)
 
 MIB = 1 << 20
 
