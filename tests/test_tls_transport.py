@@ -1141,13 +1141,13 @@ def test_an_interrupt_in_a_callback_leaves_the_loop_usable(loop, place, run, cal
 
     async def overflow():
         await helpers.eventually(lambda: place.accepted and place.accepted[0].transport)
-        place.accepted[0].transport.write(bytes(20 * MIB))
+        place.accepted[0].transport.write(bytes(12 * MIB))  # more than the sockets hold
 
     gone = threading.Event()
     visitor = threading.Thread(target=visit)
     visitor.start()
     writing = loop.create_task(overflow()) if "writing" in callback else None
-    too_late = loop.call_later(5, loop.stop)
+    too_late = loop.call_later(10, loop.stop)
     with pytest.raises(exception):
         loop.run_forever()
     too_late.cancel()
