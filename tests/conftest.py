@@ -28,9 +28,6 @@ Options of the test command
     --kernel-runner COMMAND
         runs the tests marked `kernel` once more with kernel TLS, through a command
         that executes its arguments on another kernel; see test_kernels.py.
-    --kernel-python PYTHON
-        that Python runs them there instead of this one: one whose ssl module has
-        another OpenSSL, and that has this one's packages; see newer_openssl.sh.
     --ktls
         every SSLContext of the tests asks for kernel TLS; a kernel without it is
         an error. What the kernel has nothing to do with is left out: TLS records
@@ -95,16 +92,9 @@ def pytest_addoption(parser):
         "--kernel-runner",
         action="append",
         default=[],
-        metavar="COMMAND",
-        help="run the tests marked `kernel` through COMMAND, too, which executes its arguments on another kernel; "
-        "may be given several times",
-    )
-    group.addoption(
-        "--kernel-python",
-        action="append",
-        default=[],
-        metavar="PYTHON",
-        help="have PYTHON run them there: one with another OpenSSL (tests/newer_openssl.sh); may be given several times",
+        metavar="[PYTHON=PATH] COMMAND",
+        help="run the tests marked `kernel` through COMMAND, too, which executes its arguments on another kernel, "
+        "with another Python if one is named; may be given several times",
     )
     group.addoption("--ktls", action="store_true", help="have every TLS test ask for kernel TLS, which must be there")
     parser.addoption("--patience", type=float, default=1, metavar="FACTOR", help="let each test take so much longer")

@@ -2,7 +2,7 @@
 # Makes an environment like PYTHON's whose ssl module and openssl command are OpenSSL 3.5:
 #
 #   bash tests/newer_openssl.sh DIR [PYTHON]           PYTHON: .venv/bin/python
-#   bash tests/run.sh --kernel-runner 'vng -r v6.12 --' --kernel-python DIR/bin/python
+#   bash tests/run.sh --kernel-runner 'PYTHON=DIR/bin/python vng -r v6.12 --'
 #   DIR/bin/python -m pytest tests/test_ktls.py        on a kernel that has TLS
 #
 # For Debian 12 and Ubuntu 24.04, whose OpenSSL 3.0 gives only half of TLS 1.3 to

@@ -7,7 +7,7 @@ this machine's files: a virtual machine's `run`. It may be given several times,
 for one kernel each. Every TLS connection of those tests asks for kernel TLS.
 
     bash tests/newer_openssl.sh /tmp/newer
-    bash tests/run.sh --kernel-runner 'COMMAND' --kernel-python /tmp/newer/bin/python
+    bash tests/run.sh --kernel-runner 'PYTHON=/tmp/newer/bin/python COMMAND'
 
 has that Python run them: OpenSSL 3.5 gives the kernel both directions of TLS 1.3.
 """
@@ -27,10 +27,15 @@ LIMIT_S = 900
 
 
 def pytest_generate_tests(metafunc):
-    runners = metafunc.config.getoption("kernel_runner")
-    found = [pytest.param(shlex.split(runner), id=name(shlex.split(runner))) for runner in runners]
-    metafunc.parametrize("runner", found or [pytest.param(None, id="none")])
-    metafunc.parametrize("python", metafunc.config.getoption("kernel_python") or [sys.executable])
+    named = [python_and_command(shlex.split(runner)) for runner in metafunc.config.getoption("kernel_runner")]
+    found = [pytest.param(python, words, id=name(words)) for python, words in named]
+    metafunc.parametrize("python, runner", found or [pytest.param(None, None, id="none")])
+
+
+def python_and_command(words):
+    if words[:1] and words[0].startswith("PYTHON="):
+        return words[0].removeprefix("PYTHON="), words[1:]
+    return sys.executable, words
 
 
 def name(words):
@@ -76,7 +81,7 @@ def run(command, folder):
 
 
 @pytest.mark.limit(LIMIT_S + 30)
-def test_the_kernels_part_of_the_suite_passes_there(runner, python, pytestconfig, record_property):
+def test_the_kernels_part_of_the_suite_passes_there(python, runner, pytestconfig, record_property):
     if runner is None:
         here = ktls.why_not_kernel() or "they ran directly"
         pytest.skip(f"no other kernel was named (--kernel-runner), and here: {here}")
