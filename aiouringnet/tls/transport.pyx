@@ -1076,7 +1076,10 @@ cdef class TLSTransport(Layer):
 
     @property
     def _is_empty(self):
-        return self.empty_waiter is None and not self.queued and not self.records.has_control() and self.stream._is_empty
+        # What OpenSSL has yet to say before data, an answer to KeyUpdate, precedes a file as well.
+        if self.queued or self.records.has_control() or self.records.in_handshake():
+            return False
+        return self.empty_waiter is None and self.stream._is_empty
 
     def _send_file(self, fd, offset, count):
         return self.stream._send_file(fd, offset, count)
