@@ -60,6 +60,10 @@ cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
     int usleep(unsigned int microseconds)
 
+cdef extern from "fcntl.h" nogil:
+    int fcntl(int fd, int command, int argument)
+    int F_DUPFD_CLOEXEC
+
 cdef extern from "sys/mman.h" nogil:
     void* mmap(void* address, size_t size, int protection, int flags, int fd, long offset)
     int munmap(void* address, size_t size)
@@ -611,17 +615,40 @@ cdef class RingConnection(Connection):
     cdef sockaddr_storage storage
     cdef unsigned int storage_size
     cdef bint awaiting              # the attempt is under way, its end is polled for
+    # With a poller: a descriptor of our own.  The poller looks it up when it gets there, and by then
+    # whoever cancels the attempt has closed the socket's, and may have opened another with its number.
+    cdef int own_fd
+
+    def __cinit__(self):
+        self.own_fd = -1
+
+    def __dealloc__(self):
+        self.close_own_fd()
+
+    cdef void close_own_fd(self) noexcept:
+        if self.own_fd >= 0:
+            c_close(self.own_fd)
+            self.own_fd = -1
 
     cdef void submit(self) noexcept:
         cdef Ring engine = <Ring>self.engine
-        cdef io_uring_sqe* sqe = engine.get_sqe(&engine.ring)
+        cdef io_uring_sqe* sqe
+        cdef int fd = self.sock.fileno()
+        if engine.sqpoll:
+            if self.own_fd < 0:
+                self.own_fd = fcntl(fd, F_DUPFD_CLOEXEC, 0)
+            if self.own_fd < 0:
+                self.finished(errno)
+                return
+            fd = self.own_fd
+        sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
             engine.loop.call_soon(self._submit)
             return
         if self.awaiting:
-            io_uring_prep_poll_add(sqe, self.sock.fileno(), POLLOUT)
+            io_uring_prep_poll_add(sqe, fd, POLLOUT)
         else:
-            io_uring_prep_connect(sqe, self.sock.fileno(), <sockaddr*>&self.storage, self.storage_size)
+            io_uring_prep_connect(sqe, fd, <sockaddr*>&self.storage, self.storage_size)
         sqe.user_data = user_data(self, TAG_CONNECT)
         engine.begin(self)
         if not engine.in_pass and not engine.flush_scheduled:
@@ -636,6 +663,7 @@ cdef class RingConnection(Connection):
         if self.engine.closed:
             return
         if self.future.done():
+            self.close_own_fd()
             return
         if result == -EALREADY:
             # Woken too early, and the kernel does not wait twice: the socket says when.
@@ -643,10 +671,12 @@ cdef class RingConnection(Connection):
             self._submit()
         elif result == -EINTR or result == -ECANCELED:
             self._submit()
-        elif self.awaiting and result >= 0:
-            self.finished(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
         else:
-            self.finished(-result)
+            self.close_own_fd()
+            if self.awaiting and result >= 0:
+                self.finished(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+            else:
+                self.finished(-result)
 
     cdef void stop(self) noexcept:
         cdef Ring engine = <Ring>self.engine
