@@ -1135,15 +1135,18 @@ def test_an_interrupt_in_a_callback_leaves_the_loop_usable(loop, place, run, cal
                     secure_sock.unwrap()
                 elif callback == "pause_writing":
                     gone.wait(10)
-                else:
+                elif full.wait(10):
                     while secure_sock.recv(MIB):  # until the test ends the connection
                         pass
 
     async def overflow():
         await helpers.eventually(lambda: place.accepted and place.accepted[0].transport)
         place.accepted[0].transport.write(bytes(12 * MIB))  # more than the sockets hold
+        if callback == "resume_writing":
+            await helpers.eventually(lambda: "pause" in place.accepted[0].log)
+            full.set()
 
-    gone = threading.Event()
+    gone, full = threading.Event(), threading.Event()
     visitor = threading.Thread(target=visit)
     visitor.start()
     writing = loop.create_task(overflow()) if "writing" in callback else None
