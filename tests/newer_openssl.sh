@@ -11,7 +11,8 @@
 # interpreter under the other C library's loader, with PYTHON's packages; so are
 # the children that it starts. A DIR that is there already is left as it is.
 #
-#   DEBIAN_MIRROR=http://...       instead of the archive that apt here uses for Debian
+#   DEBIAN_MIRROR=http://...       instead of the archive that apt here uses for Debian;
+#                                  to be named where it uses none (Ubuntu)
 set -euo pipefail
 
 SUITE=trixie
@@ -45,14 +46,15 @@ mkdir -p "$new"/apt/{etc/apt,var/lib/apt/lists/partial,var/cache/apt/archives/pa
 # An apt of its own: no list, source or package of the machine's is touched.
 mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Origin: Debian' 'Label: Debian' | head -n 1)}
 apt=$new/apt
-echo "deb [signed-by=$KEYS] ${mirror:-http://deb.debian.org/debian} $SUITE main" >"$apt/etc/apt/sources.list"
+[ -n "$mirror" ] || die "apt here uses no archive of Debian's: name one in DEBIAN_MIRROR"
+echo "deb [signed-by=$KEYS] $mirror $SUITE main" >"$apt/etc/apt/sources.list"
 : >"$apt/status"
 own=(-oDir="$apt" -oDir::State::status="$apt/status" -oAPT::Sandbox::User="$(id -un)" -q)
 for step in update "download ${PACKAGES[*]}"; do
     # shellcheck disable=SC2086
     (cd "$apt/debs" && apt-get "${own[@]}" $step) >"$apt/log" 2>&1 || {
         tail -n 5 "$apt/log" >&2
-        die "Debian's archive, at ${mirror:-its usual place}, did not give its packages of $SUITE; see DEBIAN_MIRROR"
+        die "Debian's archive, at $mirror, did not give its packages of $SUITE; see DEBIAN_MIRROR"
     }
 done
 for package in "$apt"/debs/*.deb; do

@@ -135,6 +135,22 @@ async def test_two_files_at_once_are_not_mixed(loop, place, path):
     assert len(place.peer.data) == MUCH // 4
 
 
+async def test_a_coroutine_that_is_closed_sends_no_more(loop, place, path):
+    """Nobody cancels what is given up: its file is closed, and the descriptor's number may be another's."""
+    os.truncate(path, MUCH)
+    place.peer.transport.pause_reading()
+    with open(path, "rb") as file:
+        sending = loop.sendfile(place.transport, file)
+        sending.send(None)
+        sending.close()
+    place.transport.write(b"the end")
+    place.peer.transport.resume_reading()
+    await helpers.eventually(lambda: place.peer.data.endswith(b"the end"))
+    assert len(place.peer.data) < MUCH
+    await asyncio.sleep(0.05)
+    assert place.peer.data.endswith(b"the end")
+
+
 async def test_a_slow_reader_costs_no_memory(loop, place, path):
     """What waits is in the file, not in the process."""
     os.truncate(path, MUCH)

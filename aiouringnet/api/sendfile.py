@@ -80,10 +80,9 @@ async def _sendfile_in_turn(transport, fd, offset, count, part):
             part = transport._send_file(fd, offset, count)
         if not part.ended:
             await part.wait(transport._loop)
-    except asyncio.CancelledError:
-        transport._stop_file()
-        raise
     finally:
+        # However this ends, a coroutine that is closed included: the file may be closed next.
+        transport._stop_file()
         transport._reset_empty_waiter()
         if reading:
             transport.resume_reading()
