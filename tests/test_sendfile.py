@@ -135,7 +135,7 @@ async def test_two_files_at_once_are_not_mixed(loop, place, path):
     assert len(place.peer.data) == MUCH // 4
 
 
-async def test_a_coroutine_that_is_closed_sends_no_more(loop, place, path):
+async def test_a_coroutine_that_is_closed_sends_no_more(loop, place, path, tmp_path):
     """Nobody cancels what is given up: its file is closed, and the descriptor's number may be another's."""
     os.truncate(path, MUCH)
     place.peer.transport.pause_reading()
@@ -143,12 +143,15 @@ async def test_a_coroutine_that_is_closed_sends_no_more(loop, place, path):
         sending = loop.sendfile(place.transport, file)
         sending.send(None)
         sending.close()
-    place.transport.write(b"the end")
-    place.peer.transport.resume_reading()
-    await helpers.eventually(lambda: place.peer.data.endswith(b"the end"))
-    assert len(place.peer.data) < MUCH
-    await asyncio.sleep(0.05)
-    assert place.peer.data.endswith(b"the end")
+        number = file.fileno()
+    (tmp_path / "another").write_bytes(b"secret" * (1 << 20))
+    with open(tmp_path / "another", "rb") as another:
+        assert another.fileno() == number
+        place.peer.transport.resume_reading()
+        await asyncio.sleep(0.2)
+        place.transport.write(b"the end")
+        await helpers.eventually(lambda: place.peer.data.endswith(b"the end"))
+    assert len(place.peer.data) < MUCH and b"secret" not in place.peer.data
 
 
 async def test_a_slow_reader_costs_no_memory(loop, place, path):
