@@ -20,7 +20,7 @@ from aiouringnet.api.connect import connect_accepted_socket, create_connection, 
 from aiouringnet.api.sendfile import sendfile
 from aiouringnet.api.serve import create_server, create_unix_server
 from aiouringnet.api.start_tls import start_tls
-from aiouringnet.engine import active_engine, configure, options_of
+from aiouringnet.engine import active_engine, configure, options_of, promise_resumed
 from aiouringnet.options import Options
 
 FUNCTIONS = (
@@ -66,6 +66,7 @@ def patch_loop(loop=None, **options):
         configure(loop, _chosen(options_of(loop) if patched else None, options))
     if not patched:
         _patch(loop)
+        promise_resumed(loop)
     return loop
 
 
@@ -142,6 +143,9 @@ def _method(base, function):
 def _run_forever(base):
     @functools.wraps(base.run_forever)
     def run_forever(self):
+        engine = active_engine(self)
+        if engine is not None:
+            engine.resumed()
         try:
             return loops_own(self, "run_forever")()
         finally:

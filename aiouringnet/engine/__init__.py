@@ -34,6 +34,7 @@ logger = logging.getLogger("aiouringnet")
 _engines = weakref.WeakKeyDictionary()
 _options = weakref.WeakKeyDictionary()  # loop -> Options
 _reasons = weakref.WeakKeyDictionary()  # loop -> the error that kept the ring from being made
+_telling = weakref.WeakSet()  # loops that call engine.resumed() whenever they begin to run
 
 
 def configure(loop, options):
@@ -49,6 +50,14 @@ def configure(loop, options):
 def options_of(loop):
     """The options in force for a loop, Options' defaults unless configured."""
     return _options.get(loop) or Options()
+
+
+def promise_resumed(loop):
+    """From now on the loop calls its engine's resumed() whenever it begins to run."""
+    _telling.add(loop)
+    engine = active_engine(loop)
+    if engine is not None:
+        engine.told = True
 
 
 def active_engine(loop):
@@ -73,6 +82,8 @@ def engine_for(loop):
     engine = active_engine(loop)
     if engine is None and not (loop in _engines and _engines[loop] is None):
         engine = _make(loop, options_of(loop))
+        if engine is not None:
+            engine.told = loop in _telling
         _engines[loop] = None if engine is None else weakref.ref(engine)
     return engine
 

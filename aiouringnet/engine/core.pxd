@@ -4,8 +4,13 @@ from cpython.object cimport PyObject
 from posix.types cimport off_t
 
 
+cdef extern from "sys/socket.h" nogil:
+    struct sockaddr_storage:
+        unsigned short ss_family
+
 cdef enum:
     EOF_HELD = -1       # Stream.held_end and deliver_end(): end of file rather than an errno
+    MORE_WAITS = -1     # Listener.accept_ready(): it has stopped before the queue was empty
 
 
 # A bint of one byte, for what programs have ten thousands of.
@@ -20,7 +25,21 @@ cdef struct Chunk:
     size_t size
 
 
+# Where one direct read receives into, and whose that is: decided once, when it is handed out.
+cdef struct Room:
+    char* data
+    Py_ssize_t size
+    int kind                        # ROOM_*
+    Py_buffer view                  # ROOM_VIEW
+    PyObject* spare                 # ROOM_BYTES: the bytes object, owned
+
+cdef enum:
+    ROOM_VIEW                       # a BufferedProtocol's own buffer
+    ROOM_WIDE                       # memory of the engine's, for layers, which keep nothing of it
+    ROOM_BYTES                      # a bytes object that is handed over, or kept for the next read
+
 cdef unsigned int current_generation() noexcept
+cdef unsigned long current_thread() noexcept
 
 cdef class Engine
 
@@ -34,6 +53,8 @@ cdef class Handle:
     cdef void rearm(self) noexcept
     # A request to end an operation of this handle did not find it
     cdef void cancel_again(self) noexcept
+    # The engine ends: ask for the end of all operations
+    cdef void cancel_operations(self) noexcept
 
 
 # Where a stream delivers what it reads.  A transport subclasses it.
@@ -43,10 +64,10 @@ cdef class Sink:
 
     # size > 0 bytes at data, valid during the call only
     cdef void on_data(self, const char* data, Py_ssize_t size) noexcept
-    # A buffer to receive into: its size > 0, or -1 when there is none (the sink has dealt with that)
-    cdef Py_ssize_t acquire_buffer(self, char** data) noexcept
-    # The first `size` bytes of that buffer were filled (0: nothing was)
-    cdef void release_buffer(self, Py_ssize_t size) noexcept
+    # Something to receive into; false when there is none (the sink has dealt with that)
+    cdef bint acquire_room(self, Room* room) noexcept
+    # The first `size` bytes of it were filled (0: nothing was)
+    cdef void release_room(self, Room* room, Py_ssize_t size) noexcept
     # For a sink that reads itself: read until the socket is empty; 0, EOF_HELD or an errno
     cdef int on_readable(self) noexcept
     # The kernel's TLS met a record that is not data (EIO): true when it has been dealt with
@@ -80,6 +101,7 @@ cdef class Layer:
 
 # A part of a file that is being sent.
 cdef class FileRange:
+    cdef Engine engine
     cdef int fd
     cdef off_t offset               # of the next byte
     cdef long long remaining        # bytes, -1: up to the end of the file
@@ -107,6 +129,9 @@ cdef class Stream(Handle):
     cdef flag closed                # close() was called: nothing is delivered
     cdef flag resyncing             # in engine.resync
     cdef flag readable              # direct reads stopped before the socket was empty
+    cdef flag spent                 # its read_budget of this pass: in engine.later
+    cdef unsigned int taken_in      # the pass in which `taken` bytes were delivered
+    cdef unsigned int taken
     cdef flag thorough              # a short read may leave something behind: direct reads go on until EAGAIN
     cdef flag mute                  # kernel TLS receives: poll() says nothing of a KeyUpdate that a read has stopped at
     cdef list held                  # data that arrived after stop_reading(), oldest first
@@ -126,6 +151,7 @@ cdef class Stream(Handle):
     cdef void start_reading(self) noexcept
     cdef void stop_reading(self) noexcept
     cdef void put_back(self, const char* data, Py_ssize_t size) noexcept
+    cdef void hold_rest(self) noexcept
     cdef int write(self, object owner, const char* data, size_t size) except -1
     cdef void kick(self) noexcept
     cdef void shutdown_write(self) noexcept
@@ -144,6 +170,9 @@ cdef class Stream(Handle):
     cdef void consume(self, size_t size) noexcept
     cdef void shrink(self) noexcept
     cdef void discard_output(self) noexcept
+    cdef int try_send(self) noexcept
+    cdef void offer(self) noexcept
+    cdef void offer_last(self) noexcept
     cdef void begin_send(self, bint more_follows) noexcept
     cdef void end_send(self) noexcept
     cdef void flatten(self) except *
@@ -161,10 +190,10 @@ cdef class Stream(Handle):
 cdef class Listener(Handle):
     cdef readonly object sock
     cdef object on_accept
-    cdef int family, kind, proto
+    cdef int fd, family, kind, proto
     cdef readonly bint closed
 
-    cdef void accepted(self, int fd) noexcept
+    cdef void accepted(self, int fd, sockaddr_storage* address, unsigned int size) noexcept
     cdef int accept_ready(self) noexcept
     cdef void accept_failed(self, int error) noexcept
     cdef void resume(self) noexcept
@@ -187,26 +216,40 @@ cdef class Engine:
     cdef unsigned long thread_id    # the loop's thread
     cdef unsigned int generation    # of forks: differs in a child
     cdef readonly bint closed
-    cdef bint in_pass
+    cdef int depth                  # passes under way: more than one where a callback runs the loop
+    cdef bint nests                 # that has happened
+    # Contexts (of context variables) that are current in a callback of the innermost pass, borrowed: the one in
+    # which it was called, and the transport's that it has entered.  In any other, a loop runs within the callback.
+    cdef PyObject* pass_context
+    cdef PyObject* entered
     cdef bint flush_scheduled
+    cdef list departed              # what a pass has let go of, which its callers may still be using
+    cdef long long deadline_ns      # of the pass under way (CLOCK_MONOTONIC), 0: not set yet
+    cdef int unchecked              # work since the clock was looked at
+    cdef bint over                  # the pass has used up its time: what is left is for the next one
+    cdef unsigned int fed           # streams that have got data in this pass
+    cdef bint company               # the last pass with data had it for several: gathering pays
+    cdef long long fed_ns           # when that pass ended
+    cdef int gathering              # GATHER_*
     cdef bint expecting             # data was delivered in this pass: writes may follow in the same iteration
     cdef int expectation            # how often that came true lately, 0..EXPECTATION_MAX
     cdef list dirty, dirty_spare    # streams with something to send
     cdef list layers, layers_spare  # layers with something to pass on to their streams
     cdef list resync                # streams whose reading state changed
+    cdef list later                 # streams that have used up their read_budget of this pass
     cdef set live                   # handles with operations in flight: their owner
     cdef set cancelled              # those of them that were asked to end
     cdef object interrupt           # SystemExit or KeyboardInterrupt to raise when the pass ends
     cdef size_t read_budget
     cdef size_t worker_bytes        # kernel TLS sends of so much are left to a worker thread; 0: none are
-    # What the one direct read under way receives into: a protocol's own
-    # buffer, or a bytes object that is handed over, or kept for the next read.
-    cdef Py_buffer view
-    cdef PyObject* spare
-    cdef char* wide                 # the same for layers, which keep nothing of it
+    # What direct reads receive into, while none has it
+    cdef PyObject* spare            # ROOM_BYTES
+    cdef char* wide                 # ROOM_WIDE
+    cdef object waker               # a weak reference to what the loop calls then
     cdef int wake_fd                # watched by the loop
     cdef int loop_epoll_fd          # where it is watched edge-triggered, -1: level-triggered, must be read
     cdef bint wake_tuned
+    cdef public bint told           # the loop calls resumed() whenever it begins to run
     cdef Py_ssize_t n_urgent
     cdef unsigned long long n_wakes, n_passes, n_flushes, n_direct_sends, n_direct_reads, n_bytes_in, n_bytes_out, n_streams
 
@@ -216,12 +259,30 @@ cdef class Engine:
     cdef void mark_dirty(self, Stream stream) noexcept
     cdef void mark_layer(self, Layer layer) noexcept
     cdef void mark_resync(self, Stream stream) noexcept
+    cdef void need_flush(self) noexcept
+    cdef void need_pass(self) noexcept
     cdef void schedule(self) noexcept
+    cdef bint is_nested(self) noexcept
+    cdef void keep(self, object thing) noexcept
+    cdef bint forked(self) noexcept
+    cdef bint out_of_time(self, size_t size) noexcept
+    cdef bint account(self, Stream stream, size_t size) noexcept
+    cdef bint sends_now(self) noexcept
+    # From noexcept code into Python
+    cdef void soon(self, object callback, object context=*, object argument=*) noexcept
+    cdef void report(self, dict context) noexcept
+    cdef void log_debug(self, str text, tuple arguments, object exc=*) noexcept
+    cdef void later_on(self, double delay_s, object callback, object argument=*) noexcept
+    cdef void settle(self, object future, object exc) noexcept
     cdef void interrupted(self, object exception) noexcept
     cdef void gather_layers(self) noexcept
     cdef void flush_direct(self) noexcept
+    cdef list take_dirty(self)
+    cdef void give_back(self, list batch) noexcept
+    cdef void leave(self) noexcept
     cdef void resync_all(self) noexcept
     cdef void watch(self, int fd) except *
+    cdef bint watch_instead(self, int fd) noexcept
     cdef void tune_wake(self) noexcept
     cdef int run_pass(self) except -1
 

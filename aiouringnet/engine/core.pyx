@@ -16,6 +16,17 @@ Invariants:
   completion.  It is an ordinary set, so the garbage collector sees through
   it; Engine.__del__ ends all operations before anything in a garbage cycle
   is cleared.
+* Whatever a callback lets go of while a pass runs (a sink whose stream was
+  closed, a layer that another protocol replaces) is kept in
+  `engine.departed` until the outermost pass has ended: no object is freed
+  inside its own method, whoever called that through a borrowed reference.
+  Outside passes the caller of a transport's method holds the transport.
+* Callbacks do anything: close this or any other stream, fork, raise
+  SystemExit, run the loop.  After each, what was read before is read again;
+  in a forked child nothing shared with the parent is touched.
+* Python is called from noexcept code by soon() and report() alone, or within
+  a try that hands SystemExit and KeyboardInterrupt to interrupted(): what
+  was begun is finished, and the pass raises them when it ends.
 * At most one send is in flight per stream, since sends are not ordered.
 * Output chunks point into immutable bytes objects that the queue owns.
 * Nothing is delivered to a sink after Stream.close(), nor between
@@ -24,7 +35,6 @@ Invariants:
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.errno cimport (
     EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EHOSTUNREACH, EINTR, EINVAL, EIO, EMFILE, ENETUNREACH, ENFILE, ENOBUFS,
@@ -34,12 +44,45 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 from posix.types cimport off_t
 
+import logging
 import socket
 from asyncio import SendfileNotAvailableError, _get_running_loop
 from asyncio.trsock import TransportSocket
-from os import strerror
+from os import fsdecode, strerror
+from weakref import ref
 from socket import AF_UNIX
 
+
+cdef extern from *:
+    """
+    #include <time.h>
+
+    /* The calling thread's number.  It is never used again, unlike the C library's once a thread has ended. */
+    static unsigned long airn_threads;
+    static __thread unsigned long airn_this_thread;
+    static inline unsigned long airn_thread_id(void)
+    {
+        if (airn_this_thread == 0)
+            airn_this_thread = __atomic_add_fetch(&airn_threads, 1, __ATOMIC_RELAXED);
+        return airn_this_thread;
+    }
+
+    static inline long long airn_now_ns(void)
+    {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec * 1000000000LL + now.tv_nsec;
+    }
+
+    /* The current context of context variables; borrowed, NULL for none yet. */
+    static inline PyObject *airn_context(void)
+    {
+        return PyThreadState_Get()->context;
+    }
+    """
+    unsigned long airn_thread_id() noexcept nogil
+    long long airn_now_ns() noexcept nogil
+    PyObject* airn_context() noexcept
 
 cdef extern from "pthread.h" nogil:
     int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil)
@@ -68,14 +111,42 @@ cdef extern from "sys/socket.h" nogil:
     ssize_t c_recv "recv"(int fd, void* data, size_t size, int flags)
     int c_shutdown "shutdown"(int fd, int how)
     int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, unsigned int size)
-    int accept4(int fd, void* address, void* size, int flags)
-    int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR, SOCK_CLOEXEC
+    int accept4(int fd, void* address, unsigned int* size, int flags)
+    int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK
+    int AF_INET_ "AF_INET", AF_INET6_ "AF_INET6", AF_UNIX_ "AF_UNIX"
 
 cdef extern from "sys/sendfile.h" nogil:
     ssize_t c_sendfile "sendfile"(int out_fd, int in_fd, off_t* offset, size_t size)
 
 cdef extern from "netinet/in.h" nogil:
     int IPPROTO_TCP
+    enum: INET6_ADDRSTRLEN
+    struct in_addr:
+        pass
+    struct in6_addr:
+        pass
+    struct sockaddr_in:
+        in_addr sin_addr
+        unsigned short sin_port
+    struct sockaddr_in6:
+        in6_addr sin6_addr
+        unsigned short sin6_port
+        unsigned int sin6_flowinfo, sin6_scope_id
+
+cdef extern from "arpa/inet.h" nogil:
+    const char* inet_ntop(int family, const void* address, char* text, unsigned int size)
+    unsigned short ntohs(unsigned short)
+    unsigned int ntohl(unsigned int)
+
+cdef extern from *:
+    """
+    #include <stddef.h>
+    #include <sys/un.h>
+    """
+    struct sockaddr_un:
+        char* sun_path
+    size_t SUN_PATH_OFFSET "offsetof(struct sockaddr_un, sun_path)"
+    size_t strnlen(const char* text, size_t limit) nogil
 
 cdef extern from "netinet/tcp.h" nogil:
     int TCP_NODELAY
@@ -109,6 +180,23 @@ cdef enum:
     KEPT_QUEUE = 64     # chunks; a longer queue is freed when it has drained
     EXPECTATION_MAX = 8
     ACCEPTS = 64        # connections accepted from one ready socket before others get their turn
+    WORK_OF_ACCEPT = 65536  # for out_of_time(): making a transport takes as long as several messages
+    # How long a pass may take before the loop's other callbacks get their turn, in nanoseconds, and after how much
+    # work (see out_of_time()) the clock is looked at: reading it takes 25 ns, serving one message some thousand.
+    PASS_NS = 1000000
+    CLOCK_EVERY = 8
+    BYTES_OF_WORK = 14  # bytes received that count as much as a completion, as a power of two
+    TRIES = 3           # of a call into Python that an interrupt has hit
+    # For so long after several connections have got data their answers are gathered, in nanoseconds.
+    COMPANY_NS = 5000000
+
+cdef enum:
+    GATHER_AUTO
+    GATHER_ALWAYS
+    GATHER_NEVER
+
+cdef object logger = logging.getLogger("asyncio")
+cdef dict GATHERING = {"auto": GATHER_AUTO, "always": GATHER_ALWAYS, "never": GATHER_NEVER}
 
 
 # Counts forks in this process' ancestry.  pthread_atfork sees every fork(),
@@ -125,6 +213,30 @@ cdef unsigned int current_generation() noexcept:
     return fork_generation
 
 
+cdef unsigned long current_thread() noexcept:
+    return airn_thread_id()
+
+
+cdef object name_of(sockaddr_storage* address, unsigned int size):
+    """A socket address in Python's form, None for one that is not known."""
+    cdef char text[INET6_ADDRSTRLEN]
+    cdef sockaddr_in* inet = <sockaddr_in*>address
+    cdef sockaddr_in6* inet6 = <sockaddr_in6*>address
+    cdef const char* path = (<sockaddr_un*>address).sun_path
+    if address.ss_family == AF_INET_ and size >= sizeof(sockaddr_in):
+        if inet_ntop(AF_INET_, &inet.sin_addr, text, sizeof(text)) != NULL:
+            return text.decode(), ntohs(inet.sin_port)
+    elif address.ss_family == AF_INET6_ and size >= sizeof(sockaddr_in6):
+        if inet_ntop(AF_INET6_, &inet6.sin6_addr, text, sizeof(text)) != NULL:
+            return text.decode(), ntohs(inet6.sin6_port), ntohl(inet6.sin6_flowinfo), inet6.sin6_scope_id
+    elif address.ss_family == AF_UNIX_:
+        size -= min(size, <unsigned int>SUN_PATH_OFFSET)
+        if size and path[0] == 0:
+            return path[:size]  # abstract, unix(7)
+        return fsdecode(path[:strnlen(path, size)])
+    return None
+
+
 cdef class Handle:
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
         pass
@@ -135,15 +247,18 @@ cdef class Handle:
     cdef void cancel_again(self) noexcept:
         pass
 
+    cdef void cancel_operations(self) noexcept:
+        pass
+
 
 cdef class Sink:
     cdef void on_data(self, const char* data, Py_ssize_t size) noexcept:
         pass
 
-    cdef Py_ssize_t acquire_buffer(self, char** data) noexcept:
-        return -1
+    cdef bint acquire_room(self, Room* room) noexcept:
+        return False
 
-    cdef void release_buffer(self, Py_ssize_t size) noexcept:
+    cdef void release_room(self, Room* room, Py_ssize_t size) noexcept:
         pass
 
     cdef int on_readable(self) noexcept:
@@ -186,7 +301,8 @@ cdef class Layer:
 
 
 cdef class FileRange:
-    def __init__(self, int fd, off_t offset, long long remaining):
+    def __init__(self, Engine engine, int fd, off_t offset, long long remaining):
+        self.engine = engine
         self.fd = fd
         self.offset = offset
         self.remaining = remaining
@@ -206,8 +322,8 @@ cdef class FileRange:
         self.place()
         self.ended = True
         self.error = exc
-        if self.future is not None and not self.future.done():
-            self.future.set_result(None)
+        if self.future is not None:
+            self.engine.settle(self.future, None)
 
 
 # sendfile() errors that are the connection's, not the file's (send(2)).
@@ -237,26 +353,40 @@ cdef class Stream(Handle):
             self.engine.mark_resync(self)
 
     cdef void deliver(self, const char* data, Py_ssize_t size) noexcept:
-        cdef Sink sink = self.sink
-        self.engine.n_bytes_in += size
+        cdef Engine engine = self.engine
+        engine.n_bytes_in += size
+        if engine.account(self, size):
+            # What the kernel has posted must be taken in order: not by this pass.
+            engine.over = True
         if self.reading and self.held is None:
-            sink.on_data(data, size)
+            self.sink.on_data(data, size)
             if self.rest is not None:
-                self.held = [self.rest]
-                self.rest = None
+                self.hold_rest()
         elif not self.closed:
-            if self.held is None:
-                self.held = []
-            self.held.append(PyBytes_FromStringAndSize(data, size))
+            try:
+                if self.held is None:
+                    self.held = []
+                self.held.append(PyBytes_FromStringAndSize(data, size))
+            except MemoryError:
+                self.sink.on_error(ENOMEM, False)
 
     cdef void put_back(self, const char* data, Py_ssize_t size) noexcept:
         """The sink stopped reading in the middle of what on_data() gave it: it gets the rest first, later."""
         if not self.closed:
-            self.rest = PyBytes_FromStringAndSize(data, size)
+            try:
+                self.rest = PyBytes_FromStringAndSize(data, size)
+            except MemoryError:
+                self.sink.on_error(ENOMEM, False)
+
+    cdef void hold_rest(self) noexcept:
+        rest, self.rest = self.rest, None
+        if self.held is None:
+            self.held = [rest]
+        else:
+            self.held.insert(0, rest)
 
     cdef void deliver_end(self, int error) noexcept:
         """End of file (EOF_HELD) or the errno that ended reading."""
-        cdef Sink sink
         if self.closed:
             return
         # A control record of kernel TLS is not the end, but waits like one for what came before it.
@@ -269,40 +399,32 @@ cdef class Stream(Handle):
             self.held_end = error
             return
         self.reading = False
-        sink = self.sink
         if error == EOF_HELD:
-            sink.on_eof()
+            self.sink.on_eof()
         else:
-            sink.on_error(error, False)
+            self.sink.on_error(error, False)
 
     cdef void release_held(self) noexcept:
         """Deliver what came while reading was stopped, as far as the sink wants it."""
-        cdef Sink sink = self.sink
-        cdef list held = self.held
-        cdef Py_ssize_t i, n
+        cdef list held
+        cdef int end
         cdef bytes piece
-        if held is not None:
-            n = len(held)
-            i = 0
-            while i < n and self.reading:
-                piece = <bytes>held[i]
-                i += 1
-                sink.on_data(PyBytes_AS_STRING(piece), len(piece))
-                if self.rest is not None:
-                    i -= 1
-                    held[i] = self.rest
-                    self.rest = None
-            if self.closed:
+        while self.held is not None and self.reading:
+            if self.engine.account(self, 0):
+                self.engine.mark_resync(self)
+                return
+            held = self.held
+            piece = <bytes>held.pop(0)
+            self.engine.account(self, len(piece))
+            if not held:
                 self.held = None
-                return
-            del held[:i]
-            if held:
-                return
-            self.held = None
-        if self.held_end and self.reading:
-            i = self.held_end
+            self.sink.on_data(PyBytes_AS_STRING(piece), len(piece))
+            if self.rest is not None:
+                self.hold_rest()
+        if self.held is None and self.held_end and self.reading:
+            end = self.held_end
             self.held_end = 0
-            self.deliver_end(<int>i)
+            self.deliver_end(end)
 
     cdef Py_ssize_t read_direct(self) noexcept:
         """Receive until the socket is empty or the budget is spent.
@@ -313,10 +435,9 @@ cdef class Stream(Handle):
         recv() stops at passed descriptors.  Returns the bytes received.
         `readable` stays set when there may be more: the engine comes back.
         """
-        # A reference of its own: callbacks may close the stream, which lets go of the sink.
-        cdef Sink sink = self.sink
         cdef Engine engine = self.engine
-        cdef char* buffer = NULL
+        cdef Sink sink = self.sink
+        cdef Room room
         cdef Py_ssize_t size, n, total = 0
         cdef char byte
         cdef int error
@@ -326,29 +447,33 @@ cdef class Stream(Handle):
             if error:
                 self.deliver_end(error)
             return 0
-        while self.reading:
-            if total >= <Py_ssize_t>engine.read_budget:
+        while self.reading and not engine.forked():
+            if engine.account(self, 0):
+                # Others get their turn.
                 self.readable = True
+                if not self.spent:
+                    self.spent = True
+                    engine.later.append(self)
                 break
             engine.n_direct_reads += 1
             n = c_recv(self.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK) if sink.buffered else 1
             if n > 0:
-                size = sink.acquire_buffer(&buffer)
-                if size < 0:
+                if not sink.acquire_room(&room):
                     break
-                size = min(size, <Py_ssize_t>engine.read_budget - total)
-                n = c_recv(self.fd, buffer, size, MSG_DONTWAIT)
+                size = min(room.size, <Py_ssize_t>engine.read_budget - <Py_ssize_t>self.taken)
+                n = c_recv(self.fd, room.data, size, MSG_DONTWAIT)
                 error = errno
                 if n > 0:
                     total += n
                     engine.n_bytes_in += n
+                    engine.account(self, n)
                     # Stays set when the sink stops reading now.
                     self.readable = n == size or self.thorough
-                    sink.release_buffer(n)
+                    sink.release_room(&room, n)
                     if n == size or self.thorough or n >= STREAMING_BYTES:
                         continue
                     break
-                sink.release_buffer(0)
+                sink.release_room(&room, 0)
             else:
                 error = errno
             if n < 0 and error == EINTR:
@@ -377,9 +502,14 @@ cdef class Stream(Handle):
             self.engine.poll_sends()
         if self.sending:
             self.expect_sent()
-        elif self.queued >= DIRECT_SEND_BYTES and self.engine.sends_direct():
+        elif self.dirty:
+            if self.queued >= DIRECT_SEND_BYTES and self.engine.sends_direct():
+                self.send_direct()
+        elif self.file is None and (
+            self.queued >= DIRECT_SEND_BYTES and self.engine.sends_direct() or self.engine.sends_now()
+        ):
             self.send_direct()
-        elif not self.dirty:
+        else:
             self.engine.mark_dirty(self)
 
     cdef void push(self, object owner, const char* data, size_t size) except *:
@@ -462,15 +592,37 @@ cdef class Stream(Handle):
 
         What is left waits for the socket to drain; an error goes to the sink.
         """
-        cdef iovec vector[MAX_IOVECS]
-        cdef msghdr message
-        cdef Py_ssize_t i, n, sent
-        cdef size_t asked
+        cdef int error
         if self.file is not None and self.count == 0:
             return self.advance_file()
         if self.ktls and self.engine.worker_bytes and self.queued >= self.engine.worker_bytes:
             self.submit_send()
             return False
+        error = self.try_send()
+        if error == EAGAIN:
+            self.await_writable()
+        elif error:
+            self.sink.on_error(error, True)
+        return error == 0
+
+    cdef void offer(self) noexcept:
+        """Somebody looks at what is queued, or may use the socket: it goes now, as far as the socket takes it."""
+        if self.sending:
+            self.engine.poll_sends()
+        if self.count and not self.sending and not self.closed:
+            self.send_direct()
+
+    cdef void offer_last(self) noexcept:
+        """The queue is about to be dropped: what the socket takes at once was taken by asyncio when it was written."""
+        if self.count and not self.sending and not self.closed and not self.engine.forked():
+            self.try_send()
+
+    cdef int try_send(self) noexcept:
+        """Send the queue as far as the socket takes it; 0, EAGAIN when something is left, or the errno."""
+        cdef iovec vector[MAX_IOVECS]
+        cdef msghdr message
+        cdef Py_ssize_t i, n, sent
+        cdef size_t asked
         while self.count:
             self.engine.n_direct_sends += 1
             if self.count == 1:
@@ -490,16 +642,10 @@ cdef class Stream(Handle):
             if sent >= 0:
                 self.consume(sent)
                 if <size_t>sent < asked:
-                    break
-            elif errno == EAGAIN:
-                break
+                    return EAGAIN
             elif errno != EINTR:
-                self.sink.on_error(errno, True)
-                return False
-        if self.count:
-            self.await_writable()
-            return False
-        return True
+                return errno
+        return 0
 
     cdef void send_file(self, FileRange file) noexcept:
         """Send a part of a file; the queue is empty and nothing is written meanwhile."""
@@ -607,6 +753,7 @@ cdef class Stream(Handle):
     cdef void maybe_detached(self) noexcept:
         cdef Sink sink = self.sink
         if self.closed and self.in_flight == 0 and sink is not None:
+            self.engine.keep(sink)
             self.sink = None
             self.engine.n_streams -= 1
             sink.on_detached()
@@ -637,6 +784,7 @@ cdef class Listener(Handle):
     def __init__(self, Engine engine, sock, on_accept):
         self.engine = engine
         self.sock = sock
+        self.fd = sock.fileno()
         self.on_accept = on_accept
         self.family = sock.family
         self.kind = sock.type
@@ -647,64 +795,75 @@ cdef class Listener(Handle):
         if self.closed:
             return
         self.closed = True
-        if not self.engine.closed and self.engine.generation == fork_generation:
-            self.stop()
+        self._stop()
 
-    cdef void accepted(self, int fd) noexcept:
-        """Hand over a new connection's descriptor."""
-        try:
-            conn = socket.socket(self.family, self.kind, self.proto, fileno=fd)
-        except BaseException:
-            c_close(fd)
-            raise
-        if self.closed or self.engine.closed:
-            conn.close()
+    def _stop(self):
+        if self.engine.closed or self.engine.forked():
             return
+        if self.engine.thread_id == airn_thread_id():
+            self.stop()
+        else:
+            self.engine.loop.call_soon_threadsafe(self._stop)
+
+    cdef void accepted(self, int fd, sockaddr_storage* address, unsigned int size) noexcept:
+        """Hand over a new connection's descriptor, which does not block."""
+        conn = None
         try:
-            conn.setblocking(False)
-            try:
-                peername = conn.getpeername()
-            except OSError:
-                peername = None  # gone again: reading will say so
-            self.on_accept(conn, peername)
+            conn = socket.socket(self.family, self.kind | SOCK_NONBLOCK, self.proto, fileno=fd)
+            self.on_accept(conn, name_of(address, size))
         except (SystemExit, KeyboardInterrupt) as exc:
+            if conn is None:
+                c_close(fd)
             self.engine.interrupted(exc)
         except BaseException as exc:
-            conn.close()
-            self.engine.loop.call_exception_handler({
+            if conn is None:
+                c_close(fd)
+            else:
+                conn.close()
+            self.engine.report({
                 "message": "Error on transport creation for incoming connection",
                 "exception": exc,
             })
 
     cdef int accept_ready(self) noexcept:
-        """Accept what waits at the non-blocking socket; 0, or the errno that ended it."""
+        """Accept what waits at the non-blocking socket; 0, MORE_WAITS, or the errno that ended it.
+
+        Only now, when the loop runs, and only until the listener is closed:
+        what is not taken stays for another process that shares the socket.
+        """
         cdef int i, fd
-        cdef int listening_fd = self.sock.fileno()
+        cdef sockaddr_storage address
+        cdef unsigned int size
+        if self.sock.fileno() != self.fd:
+            return EBADF  # its owner has closed it: the number may be another's
         for i in range(ACCEPTS):
-            if self.closed:
-                break
-            fd = accept4(listening_fd, NULL, NULL, SOCK_CLOEXEC)
+            if self.closed or self.engine.closed or self.engine.forked():
+                return 0
+            size = sizeof(address)
+            fd = accept4(self.fd, <void*>&address, &size, SOCK_CLOEXEC | SOCK_NONBLOCK)
             if fd >= 0:
-                self.accepted(fd)
+                self.accepted(fd, &address, min(size, <unsigned int>sizeof(address)))
+                if self.engine.out_of_time(WORK_OF_ACCEPT):
+                    break
             elif errno == EAGAIN:
-                break
+                return 0
             elif errno != EINTR:
                 return errno
-        return 0
+        return MORE_WAITS
 
     cdef void accept_failed(self, int error) noexcept:
         if self.closed:
             return
         if error in OUT_OF_RESOURCES:
-            self.engine.loop.call_exception_handler({
+            self.engine.report({
                 "message": "socket.accept() out of system resource",
                 "exception": OSError(error, strerror(error)),
                 "socket": TransportSocket(self.sock),
             })
-            self.engine.loop.call_later(ACCEPT_RETRY_DELAY, self._resume)
+            self.engine.later_on(ACCEPT_RETRY_DELAY, self._resume)
         elif error in NOT_ACCEPTING:
             self.closed = True
-            self.engine.loop.call_exception_handler({
+            self.engine.report({
                 "message": "socket.accept() failed: no more connections are accepted",
                 "exception": OSError(error, strerror(error)),
                 "socket": TransportSocket(self.sock),
@@ -714,7 +873,7 @@ cdef class Listener(Handle):
             self.resume()
 
     def _resume(self):
-        if not self.closed and not self.engine.closed:
+        if not self.closed and not self.engine.closed and not self.engine.forked():
             self.resume()
 
     cdef void resume(self) noexcept:
@@ -737,19 +896,16 @@ cdef class Connection(Handle):
         self.future.add_done_callback(self._on_done)
 
     def _on_done(self, future):
-        if future.cancelled() and self.in_flight and not self.engine.closed:
+        if future.cancelled() and self.in_flight and not self.engine.closed and not self.engine.forked():
             self.stop()
 
     cdef void finished(self, int error) noexcept:
-        future = self.future
-        if future.done():
-            return
         if error == 0:
-            future.set_result(None)
+            self.engine.settle(self.future, None)
         elif error in CONNECT_CALL_FAILED and self.sock.family != AF_UNIX:
-            future.set_exception(OSError(error, f"Connect call failed {self.address}"))
+            self.engine.settle(self.future, OSError(error, f"Connect call failed {self.address}"))
         else:
-            future.set_exception(OSError(error, strerror(error)))
+            self.engine.settle(self.future, OSError(error, strerror(error)))
 
     cdef void stop(self) noexcept:
         pass
@@ -768,7 +924,7 @@ cdef class Waker:
         self.engine = engine
 
     def __call__(self):
-        if self.engine.generation != fork_generation:
+        if self.engine.forked():
             return  # a child that runs its parent's loop: the wake is the parent's
         self.engine.n_wakes += 1
         self.engine.check()
@@ -791,8 +947,12 @@ cdef class Engine:
     def __init__(self, loop, options):
         self.loop = loop
         self.options = options
-        self.thread_id = PyThread_get_thread_ident()
+        self.thread_id = airn_thread_id()
         self.generation = fork_generation
+        self.gathering = GATHERING[getattr(options, "gather", "auto")]
+        self.pass_context = self.entered = <PyObject*>self  # which is no context
+        self.departed = []
+        self.later = []
         self.dirty = []
         self.dirty_spare = []
         self.layers = []
@@ -815,7 +975,7 @@ cdef class Engine:
         if (
             self.generation == fork_generation
             and not self.closed
-            and self.thread_id == PyThread_get_thread_ident()
+            and self.thread_id == airn_thread_id()
         ):
             return 0
         if self.generation != fork_generation:
@@ -854,39 +1014,179 @@ cdef class Engine:
     cdef void mark_dirty(self, Stream stream) noexcept:
         stream.dirty = True
         self.dirty.append(stream)
-        if not self.in_pass and not self.flush_scheduled:
-            self.expectation = min(self.expectation + 1, EXPECTATION_MAX)
-            self.schedule()
+        self.need_flush()
 
     cdef void mark_layer(self, Layer layer) noexcept:
         layer.gathering = True
         self.layers.append(layer)
-        if not self.in_pass and not self.flush_scheduled:
-            self.expectation = min(self.expectation + 1, EXPECTATION_MAX)
-            self.schedule()
+        self.need_flush()
 
     cdef void mark_resync(self, Stream stream) noexcept:
         if stream.resyncing:
             return
         stream.resyncing = True
         self.resync.append(stream)
-        if not self.in_pass and not self.flush_scheduled:
+        self.need_pass()
+
+    cdef void need_flush(self) noexcept:
+        """Something was queued: a pass is to send it."""
+        if self.flush_scheduled or self.depth and not self.is_nested():
+            return
+        self.expectation = min(self.expectation + 1, EXPECTATION_MAX)
+        self.schedule()
+        if not self.depth and _get_running_loop() is None:
+            # Nobody knows when the loop will run again, if ever.
+            self.flush()
+
+    cdef void need_pass(self) noexcept:
+        if not self.flush_scheduled and (not self.depth or self.is_nested()):
             self.schedule()
+
+    cdef bint is_nested(self) noexcept:
+        """Whether a callback of the pass under way runs the loop, whose callbacks those of now are (nest_asyncio)."""
+        cdef PyObject* context = airn_context()
+        return context != self.pass_context and context != self.entered
 
     cdef void schedule(self) noexcept:
         """A pass in the loop's next iteration.  Until then nothing else need wake us."""
-        if self.closed:
+        if self.closed or self.forked():
             return
         self.flush_scheduled = True
         self.quiet()
-        self.loop.call_soon(self._flush)
+        self.soon(self._flush)
+
+    cdef bint sends_now(self) noexcept:
+        """Whether a write is to leave at once.
+
+        Gathering pays where several connections have just got something to
+        answer.  With one, and whenever it is not known who else will write,
+        the answer is on its way while Python goes on.
+        """
+        if self.gathering == GATHER_ALWAYS or not self.sends_direct():
+            return False
+        if self.gathering == GATHER_NEVER:
+            return True
+        if self.depth and not self.is_nested():
+            return False  # the pass sends at its end
+        return not self.company or not self.flush_scheduled and airn_now_ns() - self.fed_ns > COMPANY_NS
+
+    # --- calls from noexcept code into Python -------------------------------
+
+    cdef void soon(self, object callback, object context=None, object argument=None) noexcept:
+        """loop.call_soon(callback, argument); the argument is left out where it is None.
+
+        A KeyboardInterrupt in the middle leaves open whether it is scheduled:
+        it is scheduled again, so `callback` may be called twice.
+        """
+        cdef int tries
+        for tries in range(TRIES):
+            try:
+                if context is None and argument is None:
+                    self.loop.call_soon(callback)
+                elif argument is None:
+                    self.loop.call_soon(callback, context=context)
+                else:
+                    self.loop.call_soon(callback, argument, context=context)
+                return
+            except (SystemExit, KeyboardInterrupt) as exc:
+                self.interrupt = exc
+            except BaseException:
+                if self.loop.is_closed():
+                    return
+        # It is not to be had: a later pass is scheduled anew.
+        self.flush_scheduled = False
+
+    cdef void later_on(self, double delay_s, object callback, object argument=None) noexcept:
+        """loop.call_later(), as soon() is call_soon()."""
+        cdef int tries
+        for tries in range(TRIES):
+            try:
+                if argument is None:
+                    self.loop.call_later(delay_s, callback)
+                else:
+                    self.loop.call_later(delay_s, callback, argument)
+                return
+            except (SystemExit, KeyboardInterrupt) as exc:
+                self.interrupt = exc
+            except BaseException:
+                if self.loop.is_closed():
+                    return
+
+    cdef void report(self, dict context) noexcept:
+        """loop.call_exception_handler(context)."""
+        try:
+            self.loop.call_exception_handler(context)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.interrupted(exc)
+        except BaseException as exc:
+            logger.error("the exception handler of %r failed: %r", self.loop, exc)
+
+    cdef void log_debug(self, str text, tuple arguments, object exc=None) noexcept:
+        """To asyncio's log, in debug mode."""
+        try:
+            if self.loop.get_debug():
+                logger.debug(text, *arguments, exc_info=exc)
+        except (SystemExit, KeyboardInterrupt) as interrupt:
+            self.interrupted(interrupt)
+        except BaseException as error:
+            self.report({"message": "logging failed", "exception": error})
+
+    cdef void settle(self, object future, object exc) noexcept:
+        """future.set_result(None) or .set_exception(exc), unless it is done."""
+        try:
+            if future.done():
+                return
+            if exc is None:
+                future.set_result(None)
+            else:
+                future.set_exception(exc)
+        except (SystemExit, KeyboardInterrupt) as interrupt:
+            self.interrupted(interrupt)
+        except BaseException as error:
+            self.report({"message": "a future could not be settled", "exception": error, "future": future})
 
     cdef void interrupted(self, object exception) noexcept:
         """SystemExit or KeyboardInterrupt in a callback: the pass ends whole, then it is raised."""
         if self.interrupt is None:
             self.interrupt = exception
-        if not self.in_pass and not self.flush_scheduled:
-            self.schedule()
+        self.need_pass()
+
+    cdef void keep(self, object thing) noexcept:
+        """A callback has let go of something whose method may be running."""
+        if self.depth:
+            self.departed.append(thing)
+
+    cdef bint forked(self) noexcept:
+        """Whether this is a child that was forked from the engine's process: nothing of it may be touched."""
+        return self.generation != fork_generation
+
+    # --- a pass ---------------------------------------------------------------
+
+    cdef bint account(self, Stream stream, size_t size) noexcept:
+        """`size` bytes are delivered to a stream; true when it has got its share of this pass."""
+        if stream.taken_in != <unsigned int>self.n_passes:
+            stream.taken_in = <unsigned int>self.n_passes
+            stream.taken = 0
+            stream.spent = False
+        if size:
+            if stream.taken == 0:
+                self.fed += 1
+            stream.taken += <unsigned int>size
+        return stream.taken >= self.read_budget
+
+    cdef bint out_of_time(self, size_t size) noexcept:
+        """Whether the pass has to end.  Asked after each completion; `size`: bytes received."""
+        cdef long long now
+        self.unchecked += 1 + <int>(size >> BYTES_OF_WORK)
+        if self.unchecked < CLOCK_EVERY or self.closed:
+            return self.over
+        self.unchecked = 0
+        now = airn_now_ns()
+        if self.deadline_ns == 0:
+            self.deadline_ns = now + PASS_NS
+        elif now >= self.deadline_ns:
+            self.over = True
+        return self.over
 
     def _flush(self):
         self.flush_scheduled = False
@@ -904,12 +1204,37 @@ cdef class Engine:
         self.run_pass()
 
     cdef int run_pass(self) except -1:
-        if self.closed or self.in_pass:
+        cdef PyObject* pass_context = self.pass_context
+        cdef PyObject* entered = self.entered
+        if self.closed:
             return 0
-        self.in_pass = True
+        if self.depth:
+            self.nests = True
+        self.depth += 1
+        self.pass_context = self.entered = airn_context()
         self.n_passes += 1
+        self.deadline_ns = 0
+        self.unchecked = 0
+        self.fed = 0
+        self.over = False
+        if self.later:
+            # Their share of this pass.
+            self.resync += [stream for stream in self.later if not (<Stream>stream).resyncing]
+            for stream in self.later:
+                (<Stream>stream).resyncing = True
+                (<Stream>stream).spent = False
+            self.later.clear()
+        if self.nests and not self.flush_scheduled:
+            # A callback may run the loop, which then must find us.
+            self.schedule()
         self.work()
-        self.in_pass = False
+        if self.fed:
+            self.company = self.fed > 1
+            if self.company:
+                self.fed_ns = airn_now_ns()
+        self.pass_context = pass_context
+        self.entered = entered
+        self.leave()
         if self.interrupt is not None:
             exception = self.interrupt
             self.interrupt = None
@@ -918,13 +1243,32 @@ cdef class Engine:
             raise exception
         return 0
 
+    cdef void leave(self) noexcept:
+        """The pass, or what is like one, has ended: what it let go of may go."""
+        self.depth -= 1
+        if self.depth == 0 and self.departed:
+            departed, self.departed = self.departed, []
+            departed.clear()
+
+    def resumed(self):
+        """The loop begins to run: look at everything.
+
+        Python's epoll.poll() drops the events that it has fetched when a
+        signal handler raises, and an edge is not told twice.  So a selector
+        loop's watch is edge-triggered only where `told` promises this call.
+        """
+        if not self.closed and not self.forked() and not self.depth and not self.flush_scheduled:
+            self.schedule()
+
     def flush(self):
         """Send what is queued now, as far as the sockets take it.
 
         For a loop that stops running while output is gathered.
         """
-        if not self.closed and self.generation == fork_generation and not self.in_pass:
+        if not self.closed and not self.forked() and not self.depth:
+            self.depth = 1
             self.flush_direct()
+            self.leave()
 
     cdef void gather_layers(self) noexcept:
         """Let layers pass on what was written to them: to streams, which become dirty, or to other layers."""
@@ -932,12 +1276,14 @@ cdef class Engine:
         cdef Layer layer
         while self.layers:
             batch = self.layers
-            self.layers = self.layers_spare
-            self.layers_spare = batch
+            # None while a callback may come back here.
+            self.layers = [] if self.layers_spare is None else self.layers_spare
+            self.layers_spare = None
             for layer in batch:
                 layer.gathering = False
                 layer.gather()
             batch.clear()
+            self.layers_spare = batch
 
     cdef void flush_direct(self) noexcept:
         """Send every dirty stream's queue with a call of its own."""
@@ -945,36 +1291,79 @@ cdef class Engine:
         cdef Stream stream
         if self.layers:
             self.gather_layers()
-        batch = self.dirty
-        self.dirty = self.dirty_spare
-        self.dirty_spare = batch
+        batch = self.take_dirty()
         for stream in batch:
             stream.dirty = False
-            if not stream.sending and not stream.closed and (
+            if not stream.sending and not stream.closed and not self.forked() and (
                 (stream.count == 0 and stream.file is None) or stream.send_direct()
             ):
                 stream.sink.on_sent()
+        self.give_back(batch)
+
+    cdef list take_dirty(self):
+        cdef list batch = self.dirty
+        self.dirty = [] if self.dirty_spare is None else self.dirty_spare
+        self.dirty_spare = None
+        return batch
+
+    cdef void give_back(self, list batch) noexcept:
         batch.clear()
+        self.dirty_spare = batch
 
     cdef void resync_all(self) noexcept:
         cdef list batch
         cdef Stream stream
+        cdef Py_ssize_t i
         if not self.resync:
             return
         batch = self.resync
         self.resync = []
-        for stream in batch:
+        for i in range(len(batch)):
+            if self.over:
+                self.resync = batch[i:] + self.resync
+                return
+            stream = <Stream>batch[i]
             stream.resyncing = False
             if (stream.held is not None or stream.held_end) and stream.reading:
                 stream.release_held()
+            if self.forked():
+                return
             stream.sync_reading()
+            self.out_of_time(stream.taken if stream.taken_in == <unsigned int>self.n_passes else 0)
 
     # --- being woken -------------------------------------------------------
 
     cdef void watch(self, int fd) except *:
         """Let the loop watch the descriptor that says there is work."""
+        waker = Waker(self)
         self.wake_fd = fd
-        self.loop.add_reader(fd, Waker(self))
+        self.waker = ref(waker)
+        self.loop.add_reader(fd, waker)
+
+    cdef bint watch_instead(self, int fd) noexcept:
+        """Let the loop watch this descriptor instead of the one before; false where it cannot be had."""
+        waker = self.waker()
+        cdef int before = self.wake_fd
+        if waker is None:
+            return False  # the loop is being closed
+        try:
+            self.loop.add_reader(fd, waker)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.interrupted(exc)
+            return False
+        except BaseException as exc:
+            self.report({"message": "the event loop refused a descriptor", "exception": exc})
+            return False
+        self.wake_fd = fd
+        self.loop_epoll_fd = -1
+        self.wake_tuned = False
+        try:
+            self.loop.remove_reader(before)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.interrupted(exc)
+        except BaseException as exc:
+            self.report({"message": "the event loop refused a descriptor", "exception": exc})
+        return True
 
     cdef void tune_wake(self) noexcept:
         """Turn the loop's watch on our descriptor into an edge-triggered one.
@@ -990,8 +1379,10 @@ cdef class Engine:
             get_backend_id = getattr(self.loop, "_get_backend_id", None)  # uvloop
             if get_backend_id is not None:
                 fd = get_backend_id()
-            else:
+            elif self.told:
                 fd = self.loop._selector.fileno()  # selectors.EpollSelector
+            else:
+                return  # see resumed()
         except Exception:
             return
         memset(&event, 0, sizeof(event))
@@ -1028,10 +1419,9 @@ cdef class Engine:
         if self.closed:
             return
         self.closed = True
-        if self.generation == fork_generation and not self.in_pass:
-            self.in_pass = True
+        self.depth += 1
+        if not self.forked() and self.depth == 1:
             self.flush_direct()
-            self.in_pass = False
         for handle in list(self.live):
             if isinstance(handle, Stream):
                 # What still arrives is for nobody: callbacks could not use the loop.
@@ -1040,6 +1430,8 @@ cdef class Engine:
         self.dirty.clear()
         self.layers.clear()
         self.resync.clear()
+        self.later.clear()
+        self.leave()
 
     def stats(self):
         """Counters since the engine was made, as a dict of ints."""
@@ -1088,7 +1480,7 @@ cdef class Engine:
         pass
 
     cdef int move_thread(self) except -1:
-        self.thread_id = PyThread_get_thread_ident()
+        self.thread_id = airn_thread_id()
         return 0
 
     cdef bint sends_direct(self) noexcept:

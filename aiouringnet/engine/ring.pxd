@@ -58,10 +58,12 @@ cdef class RingStream(Stream):
 
 cdef class Gate(Handle):
     cdef int epoll_fd
-    cdef Py_ssize_t waiting
+    cdef dict waiting               # descriptor -> RingStream
     cdef bint armed
 
     cdef void close(self) noexcept
+    cdef bint enroll(self, RingStream stream) noexcept
+    cdef void renew(self) noexcept
     cdef bint add(self, RingStream stream) noexcept
     cdef void remove(self, RingStream stream) noexcept
     cdef void arm(self) noexcept
@@ -75,9 +77,11 @@ cdef class Ring(Engine):
     cdef readonly bint sqpoll
     cdef bint deferred              # DEFER_TASKRUN: completions are posted only while we are in the kernel
     cdef object flag_names
-    cdef io_uring_cqe* batch        # completions copied out of the ring
+    cdef bint refused               # the kernel refuses the ring itself, since it was made
+    # Completions copied out of the rings, and which of them are yet to be handed out
+    cdef io_uring_cqe* batch
     cdef io_uring_cqe* send_batch
-    cdef bint reaping_sends
+    cdef unsigned int batch_next, batch_end, send_next, send_end
     cdef int event_fd
     cdef Gate gate                  # made when somebody has to wait there
     cdef int direct_limit           # up to so many streams are sent to directly at a flush
@@ -112,4 +116,3 @@ cdef class Ring(Engine):
     cdef void cancel_failed(self, int result) noexcept
     cdef void broken(self, int error) noexcept
     cdef bint drain(self) noexcept
-    cdef void cancel_everything(self, io_uring* ring) noexcept

@@ -33,13 +33,14 @@ user_data is the address of a Handle, which engine.live owns while anything is
 in flight, plus a tag in the low bits.  Zero means nobody cares.
 """
 
-from cpython.pythread cimport PyThread_get_thread_ident
-from libc.errno cimport EAGAIN, EALREADY, EBUSY, EEXIST, EINTR, EINVAL, ENOBUFS, ENOENT, ENOMEM, errno
+from libc.errno cimport EAGAIN, EALREADY, EBUSY, EEXIST, EINTR, EINVAL, ENOBUFS, ENOENT, ENOMEM, EPERM, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from aiouringnet.engine.core cimport Chunk, Connection, Engine, Handle, Listener, Sink, Stream, EOF_HELD, current_generation
+from aiouringnet.engine.core cimport (
+    Chunk, Connection, Engine, Handle, Listener, Sink, Stream, EOF_HELD, MORE_WAITS, current_thread,
+)
 from aiouringnet.engine.liburing cimport *
 
 import os
@@ -78,7 +79,7 @@ cdef extern from "sys/socket.h" nogil:
 
 cdef extern from "sys/epoll.h" nogil:
     ctypedef union epoll_data_t:
-        void* ptr
+        int fd
     struct epoll_event:
         unsigned int events
         epoll_data_t data
@@ -124,6 +125,10 @@ cdef enum:
     MAX_SEND_BYTES = 0x40000000
 
 
+cdef enum:
+    DRAIN_MS = 1000     # how long the end of a ring waits for the end of its operations
+    ASK_AGAIN_MS = 100  # until those left are cancelled once more: the kernel may have been about to try them again
+
 GATE_RETRY_S = 0.05
 
 
@@ -152,7 +157,7 @@ cdef class RingStream(Stream):
                 self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
                 if not self.cancelling:
                     engine.mark_resync(self)
-            elif self.readable and want == TAG_POLL:
+            elif self.readable and want == TAG_POLL and not self.spent:
                 self.read_bulk()
             return
         if want == 0:
@@ -206,6 +211,8 @@ cdef class RingStream(Stream):
                         self.deaf = True
                         engine.mark_resync(self)
                 self.deliver(engine.pool + <size_t>bid * engine.buffer_size, result)
+                if engine.forked():
+                    return
                 if <unsigned int>result == engine.buffer_size and not self.bulk and not engine.sqpoll:
                     self.bulk = True
                     self.small_reads = 0
@@ -232,7 +239,7 @@ cdef class RingStream(Stream):
         if result >= 0:
             if result & (POLLRDHUP | POLLHUP | POLLERR | POLLPRI):
                 self.thorough = True
-            if self.reading and self.held is None:
+            if self.reading and self.held is None and not self.spent:
                 self.read_bulk()
             else:
                 self.readable = True
@@ -241,7 +248,7 @@ cdef class RingStream(Stream):
 
     cdef void read_bulk(self) noexcept:
         cdef Py_ssize_t total = self.read_direct()
-        if self.readable:
+        if self.readable and not self.spent:
             self.engine.mark_resync(self)
         if total >= <Py_ssize_t>(<Ring>self.engine).buffer_size:
             self.small_reads = 0
@@ -315,8 +322,7 @@ cdef class RingStream(Stream):
         self.send_tag = TAG_WRITABLE
         self.begin_send(False)
         engine.begin(self)
-        if not engine.in_pass and not engine.flush_scheduled:
-            engine.schedule()
+        engine.need_pass()
 
     cdef void on_writable(self, int result) noexcept:
         cdef Ring engine = <Ring>self.engine
@@ -345,9 +351,10 @@ cdef class RingStream(Stream):
             engine.begin(self)
         else:
             engine.n_retries += 1
-            engine.loop.call_later(GATE_RETRY_S, engine.gate.retry, self)
+            engine.later_on(GATE_RETRY_S, engine.gate.retry, self)
 
     cdef void leave_gate(self) noexcept:
+        self.engine.keep(self)
         (<Ring>self.engine).gate.remove(self)
         self.gated = False
         self.send_tag = TAG_WRITABLE
@@ -400,8 +407,7 @@ cdef class RingStream(Stream):
         self.begin_send(self.count > n or self.queued >= BULK_BYTES)
         engine.n_sends += 1
         engine.begin(self)
-        if not engine.in_pass and not engine.flush_scheduled:
-            engine.schedule()
+        engine.need_pass()
 
     cdef void on_send(self, int result) noexcept:
         cdef Ring engine = <Ring>self.engine
@@ -456,6 +462,15 @@ cdef class RingStream(Stream):
         self.cancelling = self.send_cancelling = False
         self.engine.mark_resync(self)
 
+    cdef void cancel_operations(self) noexcept:
+        cdef Ring engine = <Ring>self.engine
+        if self.read_tag:
+            engine.cancel(self, self.read_tag, &engine.ring)
+        if self.gated:
+            self.leave_gate()
+        elif self.send_tag:
+            engine.cancel(self, self.send_tag, engine.sends)
+
 
 cdef class Gate(Handle):
     """Streams that wait for a full socket to drain whose peer has half-closed.
@@ -467,6 +482,7 @@ cdef class Gate(Handle):
 
     def __init__(self, Ring engine):
         self.engine = engine
+        self.waiting = {}
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
 
     def __dealloc__(self):
@@ -478,31 +494,41 @@ cdef class Gate(Handle):
             self.epoll_fd = -1
 
     cdef bint add(self, RingStream stream) noexcept:
+        if not self.enroll(stream):
+            return False
+        self.waiting[stream.fd] = stream
+        self.arm()
+        return True
+
+    cdef bint enroll(self, RingStream stream) noexcept:
         cdef epoll_event event
         memset(&event, 0, sizeof(event))
         event.events = EPOLLOUT
-        event.data.ptr = <void*>stream
-        if epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, stream.fd, &event) < 0:
-            return False
-        self.waiting += 1
-        self.arm()
-        return True
+        event.data.fd = stream.fd
+        return epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, stream.fd, &event) == 0
+
+    cdef void renew(self) noexcept:
+        """Without the entries of sockets that were closed elsewhere while a duplicate keeps them open (epoll(7))."""
+        self.close()
+        self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        for stream in self.waiting.values():
+            self.enroll(<RingStream>stream)
 
     def retry(self, RingStream stream):
         """Out of descriptors or memory a moment ago."""
         if self.epoll_fd < 0:
             self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
-        if not stream.closed and not stream.sending and not self.engine.closed:
+        if not stream.closed and not stream.sending and not self.engine.closed and not self.engine.forked():
             stream.wait_at_gate()
 
     cdef void remove(self, RingStream stream) noexcept:
         cdef epoll_event event
-        epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, stream.fd, &event)
-        self.waiting -= 1
-        if self.waiting == 0 and self.armed and not self.engine.closed:
+        if self.waiting.get(stream.fd) is stream:
+            del self.waiting[stream.fd]
+            epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, stream.fd, &event)
+        if not self.waiting and self.armed and not self.engine.closed:
             (<Ring>self.engine).cancel(self, TAG_POLL, &(<Ring>self.engine).ring)
-            if not self.engine.in_pass and not self.engine.flush_scheduled:
-                self.engine.schedule()
+            self.engine.need_pass()
 
     cdef void arm(self) noexcept:
         cdef Ring engine = <Ring>self.engine
@@ -511,17 +537,17 @@ cdef class Gate(Handle):
             return
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            engine.loop.call_soon(self._arm)
+            if not engine.refused:
+                engine.soon(self._arm)
             return
         io_uring_prep_poll_add(sqe, self.epoll_fd, POLLIN)
         sqe.user_data = user_data(self, TAG_POLL)
         self.armed = True
         engine.begin(self)
-        if not engine.in_pass and not engine.flush_scheduled:
-            engine.schedule()
+        engine.need_pass()
 
     def _arm(self):
-        if self.waiting and not self.engine.closed:
+        if self.waiting and not self.engine.closed and not self.engine.forked():
             self.arm()
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
@@ -529,19 +555,31 @@ cdef class Gate(Handle):
         self.armed = False
         self.engine.end(self)
         # One at a time: what a stream's end sets off may take others away.
-        while self.waiting and not self.engine.closed and epoll_wait(self.epoll_fd, &event, 1, 0) > 0:
-            (<RingStream>event.data.ptr).leave_gate()
+        while (
+            self.waiting and not self.engine.closed and not self.engine.forked()
+            and epoll_wait(self.epoll_fd, &event, 1, 0) > 0
+        ):
+            stream = self.waiting.get(event.data.fd)
+            if stream is None:
+                self.renew()
+            else:
+                (<RingStream>stream).leave_gate()
         if self.waiting and not self.engine.closed:
             self.arm()
 
     cdef void cancel_again(self) noexcept:
         if self.armed and not self.waiting:
+            self.cancel_operations()
+
+    cdef void cancel_operations(self) noexcept:
+        if self.armed:
             (<Ring>self.engine).cancel(self, TAG_POLL, &(<Ring>self.engine).ring)
 
 
 cdef class RingListener(Listener):
+    # Readiness and accept4(), not a multishot accept: that would wait exclusively, first in the queue of a socket
+    # that several processes share, and take connections for a loop that does not run.
     cdef bint armed
-    cdef bint polled                # readiness and accept4() instead of a multishot accept
 
     cdef void resume(self) noexcept:
         cdef Ring engine = <Ring>self.engine
@@ -550,32 +588,27 @@ cdef class RingListener(Listener):
             return
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            engine.loop.call_soon(self._resume)
+            if not engine.refused:
+                engine.soon(self._resume)
             return
-        if self.polled:
-            io_uring_prep_poll_add(sqe, self.sock.fileno(), POLLIN)
-        else:
-            io_uring_prep_multishot_accept(sqe, self.sock.fileno(), NULL, NULL, SOCK_CLOEXEC)
+        io_uring_prep_poll_add(sqe, self.fd, POLLIN)
         sqe.user_data = user_data(self, TAG_ACCEPT)
         self.armed = True
         engine.begin(self)
-        if not engine.in_pass and not engine.flush_scheduled:
-            engine.schedule()
+        engine.need_pass()
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
-        if not flags & IORING_CQE_F_MORE:
-            self.armed = False
-            self.engine.end(self)
-        if result >= 0 and self.polled:
-            result = -self.accept_ready()
-        elif result >= 0:
-            self.accepted(result)
-        if self.armed or self.closed or self.engine.closed:
+        cdef int error = -result
+        self.armed = False
+        self.engine.end(self)
+        if result >= 0:
+            error = self.accept_ready()
+        if self.armed or self.closed or self.engine.closed or self.engine.forked():
             return
-        if result >= 0 or result == -ECANCELED:
+        if error == 0 or error == MORE_WAITS or error == ECANCELED:
             self.resume()
         else:
-            self.accept_failed(-result)
+            self.accept_failed(error)
 
     cdef void stop(self) noexcept:
         """Cancel now, so that the port is free as soon as the caller closes the socket."""
@@ -591,24 +624,21 @@ cdef class RingListener(Listener):
                 if airn_has_ended(&engine.ring, user_data(self, TAG_ACCEPT)):
                     break
                 usleep(50)
-        if not engine.in_pass and not engine.flush_scheduled:
-            engine.schedule()
+        engine.need_pass()
 
     cdef void cancel_again(self) noexcept:
-        if self.armed and self.closed:
+        if self.closed:
+            self.cancel_operations()
+
+    cdef void cancel_operations(self) noexcept:
+        if self.armed:
             (<Ring>self.engine).cancel(self, TAG_ACCEPT, &(<Ring>self.engine).ring)
 
     cdef void rearm(self) noexcept:
         self.in_flight = 0
         self.armed = False
-        if self.closed:
-            return
-        # The old ring's accept waits exclusively until the kernel has taken
-        # that ring down: it would swallow the wake that belongs to a new one.
-        # A poll is woken beside it.
-        self.polled = True
-        self.sock.setblocking(False)
-        self.resume()
+        if not self.closed:
+            self.resume()
 
 
 cdef class RingConnection(Connection):
@@ -643,7 +673,10 @@ cdef class RingConnection(Connection):
             fd = self.own_fd
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            engine.loop.call_soon(self._submit)
+            if engine.refused:
+                self.finished(EPERM)
+            else:
+                engine.soon(self._submit)
             return
         if self.awaiting:
             io_uring_prep_poll_add(sqe, fd, POLLOUT)
@@ -651,11 +684,10 @@ cdef class RingConnection(Connection):
             io_uring_prep_connect(sqe, fd, <sockaddr*>&self.storage, self.storage_size)
         sqe.user_data = user_data(self, TAG_CONNECT)
         engine.begin(self)
-        if not engine.in_pass and not engine.flush_scheduled:
-            engine.schedule()
+        engine.need_pass()
 
     def _submit(self):
-        if not self.future.done() and not self.engine.closed:
+        if not self.future.done() and not self.engine.closed and not self.engine.forked():
             self.submit()
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
@@ -681,12 +713,14 @@ cdef class RingConnection(Connection):
     cdef void stop(self) noexcept:
         cdef Ring engine = <Ring>self.engine
         engine.cancel(self, TAG_CONNECT, &engine.ring)
-        if not engine.in_pass and not engine.flush_scheduled:
-            engine.schedule()
+        engine.need_pass()
 
     cdef void cancel_again(self) noexcept:
         if self.future.done():
-            (<Ring>self.engine).cancel(self, TAG_CONNECT, &(<Ring>self.engine).ring)
+            self.cancel_operations()
+
+    cdef void cancel_operations(self) noexcept:
+        (<Ring>self.engine).cancel(self, TAG_CONNECT, &(<Ring>self.engine).ring)
 
     cdef void rearm(self) noexcept:
         self.in_flight = 0
@@ -863,6 +897,8 @@ cdef class Ring(Engine):
 
     cdef inline void return_buffer(self, unsigned int bid) noexcept:
         """Give a buffer back; the kernel sees it when the batch is done."""
+        if self.forked():
+            return
         io_uring_buf_ring_add(
             self.buf_ring, self.pool + <size_t>bid * self.buffer_size, self.buffer_size,
             <unsigned short>bid, self.buffer_mask, self.returned,
@@ -873,7 +909,10 @@ cdef class Ring(Engine):
 
     cdef io_uring_sqe* get_sqe(self, io_uring* ring) noexcept:
         """A free submission entry; NULL only when the kernel takes no submissions now."""
-        cdef io_uring_sqe* sqe = io_uring_get_sqe(ring)
+        cdef io_uring_sqe* sqe
+        if self.forked() or self.refused:
+            return NULL
+        sqe = io_uring_get_sqe(ring)
         if sqe == NULL:
             self.n_sq_full += 1
             if ring == &self.ring:
@@ -886,6 +925,8 @@ cdef class Ring(Engine):
     cdef bint enter(self) noexcept:
         """Submit, run deferred work and post its completions.  False: try again later."""
         cdef int code
+        if self.forked() or self.refused:
+            return False
         while True:
             self.n_enters += 1
             if self.sqpoll:
@@ -925,13 +966,14 @@ cdef class Ring(Engine):
 
         EALREADY: a worker thread runs it and was told to stop.
         """
-        if result == -ENOENT:
+        if result == -ENOENT and not self.closed:
             for handle in list(self.cancelled):
                 (<Handle>handle).cancel_again()
 
     cdef void broken(self, int error) noexcept:
         """The kernel refuses the ring itself: say so once, end all connections."""
-        self.loop.call_exception_handler({
+        self.refused = True
+        self.report({
             "message": "the io_uring of this event loop has failed; its connections are closed",
             "exception": OSError(error, os.strerror(error)),
         })
@@ -946,12 +988,14 @@ cdef class Ring(Engine):
 
     cdef inline bint pending(self) noexcept:
         """Whether an enter or a look at the completion queue would find something."""
-        return airn_cq_ready(&self.ring) or (
+        return self.batch_next < self.batch_end or airn_cq_ready(&self.ring) or (
             airn_sq_flags(&self.ring) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)
         ) or (self.send_ring_up and airn_cq_ready(&self.send_ring))
 
     cdef inline void mask(self, bint masked) noexcept:
         """Keep completions from signalling the eventfd while we look at them anyway."""
+        if self.forked():
+            return
         io_uring_cq_eventfd_toggle(&self.ring, not masked)
         if self.send_ring_up:
             io_uring_cq_eventfd_toggle(&self.send_ring, not masked and self.n_urgent > 0)
@@ -969,18 +1013,22 @@ cdef class Ring(Engine):
         cdef int n
         cdef bint ok = True
         self.mask(True)
-        while rounds < MAX_ROUNDS:
+        while rounds < MAX_ROUNDS and not self.over:
             rounds += 1
             if self.resync:
                 self.resync_all()
             if self.dirty or self.layers:
                 self.flush_output()
+            if self.forked():
+                return
             if airn_unsubmitted(&self.ring) or (
                 airn_sq_flags(&self.ring) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)
             ):
                 ok = self.enter()
             n = self.reap()
             delivered += n
+            if self.forked():
+                return
             if self.send_ring_up:
                 # Refused now and then: the pass that ok = False brings tries again.
                 if io_uring_submit(&self.send_ring) < 0:
@@ -992,17 +1040,19 @@ cdef class Ring(Engine):
                 break
         else:
             # Others get their turn; what was written goes out before.
-            if self.resync:
-                self.resync_all()
             if self.dirty or self.layers:
                 self.flush_output()
+            if self.forked():
+                return
             if airn_unsubmitted(&self.ring):
                 ok = self.enter()
             if self.send_ring_up and io_uring_submit(&self.send_ring) < 0:
                 ok = False
         if self.flush_scheduled:
             return
-        if not ok or self.dirty or self.layers or self.resync or self.pending():
+        if self.refused:
+            return
+        if not ok or self.dirty or self.layers or self.resync or self.later or self.pending():
             self.schedule()
             return
         if delivered and self.expectation > 0:
@@ -1019,57 +1069,80 @@ cdef class Ring(Engine):
         self.mask(True)
 
     cdef int reap(self) noexcept:
-        """Take completions and hand them to their handles; returns how many."""
-        cdef unsigned int n = airn_take_cqes(&self.ring, self.batch, BATCH)
-        cdef unsigned int i
+        """Take completions and hand them to their handles, until the pass has to end; returns how many.
+
+        Those left over are the next to be handed out, here or by the pass of
+        a loop that a callback runs.
+        """
+        cdef int n = 0
         cdef uint64_t data
         cdef Handle handle
-        if airn_sq_flags(&self.ring) & IORING_SQ_CQ_OVERFLOW:
-            self.n_overflows += 1
-        self.n_cqes += n
-        for i in range(n):
-            data = self.batch[i].user_data
+        cdef io_uring_cqe* cqe
+        if self.batch_next == self.batch_end:
+            if self.forked():
+                return 0
+            self.batch_next = 0
+            self.batch_end = airn_take_cqes(&self.ring, self.batch, BATCH)
+            self.n_cqes += self.batch_end
+            if airn_sq_flags(&self.ring) & IORING_SQ_CQ_OVERFLOW:
+                self.n_overflows += 1
+        while self.batch_next < self.batch_end:
+            cqe = &self.batch[self.batch_next]
+            self.batch_next += 1
+            n += 1
+            data = cqe.user_data
             if data <= TAG_MASK:
                 if data == CANCEL_FAILED:
-                    self.cancel_failed(self.batch[i].res)
+                    self.cancel_failed(cqe.res)
                 continue
             handle = <Handle><void*><uintptr_t>(data & ~<uint64_t>TAG_MASK)
-            handle.complete(<int>(data & TAG_MASK), self.batch[i].res, self.batch[i].flags)
-        if self.returned:
+            handle.complete(<int>(data & TAG_MASK), cqe.res, cqe.flags)
+            if self.out_of_time(0) or self.forked():
+                break
+        if self.returned and not self.forked():
             io_uring_buf_ring_advance(self.buf_ring, self.returned)
             self.returned = 0
         return n
 
     cdef int reap_sends(self) noexcept:
-        cdef unsigned int n, i
+        cdef int n = 0
         cdef uint64_t data
         cdef Handle handle
-        if self.reaping_sends:
+        cdef io_uring_cqe* cqe
+        if self.forked():
             return 0
-        self.reaping_sends = True
-        n = airn_take_cqes(&self.send_ring, self.send_batch, BATCH)
-        self.n_cqes += n
-        for i in range(n):
-            data = self.send_batch[i].user_data
+        if self.send_next == self.send_end:
+            self.send_next = 0
+            self.send_end = airn_take_cqes(&self.send_ring, self.send_batch, BATCH)
+            self.n_cqes += self.send_end
+        while self.send_next < self.send_end and not self.forked():
+            cqe = &self.send_batch[self.send_next]
+            self.send_next += 1
+            n += 1
+            data = cqe.user_data
             if data <= TAG_MASK:
                 if data == CANCEL_FAILED:
-                    self.cancel_failed(self.send_batch[i].res)
+                    self.cancel_failed(cqe.res)
                 continue
             handle = <Handle><void*><uintptr_t>(data & ~<uint64_t>TAG_MASK)
-            handle.complete(<int>(data & TAG_MASK), self.send_batch[i].res, self.send_batch[i].flags)
-        self.reaping_sends = False
+            handle.complete(<int>(data & TAG_MASK), cqe.res, cqe.flags)
         return n
 
     cdef void poll_sends(self) noexcept:
-        if self.send_ring_up:
-            self.reap_sends()
+        if not self.send_ring_up:
+            return
+        self.depth += 1
+        self.reap_sends()
+        self.leave()
+        if self.dirty or self.layers or self.resync:
+            self.need_pass()
 
     cdef void on_urgent(self) noexcept:
-        if self.send_ring_up and not self.in_pass:
+        if self.send_ring_up and (not self.depth or self.is_nested()) and not self.forked():
             io_uring_cq_eventfd_toggle(&self.send_ring, True)
             airn_full_fence()
-            if airn_cq_ready(&self.send_ring) and not self.flush_scheduled:
-                self.schedule()
+            if airn_cq_ready(&self.send_ring):
+                self.need_pass()
 
     cdef void flush_output(self) noexcept:
         """Send what was written: directly for few streams, through the ring for many."""
@@ -1080,18 +1153,16 @@ cdef class Ring(Engine):
         if len(self.dirty) <= self.direct_limit:
             self.flush_direct()
             return
-        batch = self.dirty
-        self.dirty = self.dirty_spare
-        self.dirty_spare = batch
+        batch = self.take_dirty()
         for stream in batch:
             stream.dirty = False
-            if stream.sending or stream.closed:
+            if stream.sending or stream.closed or self.forked():
                 continue
             if stream.count:
                 stream.submit_send()
             elif stream.file is None or stream.send_direct():
                 stream.sink.on_sent()
-        batch.clear()
+        self.give_back(batch)
 
     # --- streams, listeners, connections -------------------------------------
 
@@ -1126,45 +1197,35 @@ cdef class Ring(Engine):
     cdef bint drain(self) noexcept:
         """Cancel everything and take the final completions.  False: something is still in flight.
 
+        Each operation by its user_data: IORING_ASYNC_CANCEL_ANY looks through
+        all requests anew for each one that it ends.  By submissions, which a
+        poller carries out: IORING_REGISTER_SYNC_CANCEL does not reach what
+        has gone from it to a worker thread.
+
         It takes one round; with a poller, or a busy worker thread, some
         milliseconds.  A second is the limit.
         """
         cdef int attempts
-        for handle in list(self.live):
-            if isinstance(handle, RingStream) and (<RingStream>handle).gated:
-                (<RingStream>handle).leave_gate()
-        for attempts in range(1000):
-            if attempts:
-                self.cancel_everything(&self.ring)
-                if self.send_ring_up:
-                    self.cancel_everything(&self.send_ring)
+        for attempts in range(DRAIN_MS):
+            if attempts % ASK_AGAIN_MS == 0:
+                for handle in list(self.live):
+                    (<Handle>handle).cancel_operations()
             self.enter()
             if self.send_ring_up:
                 io_uring_submit(&self.send_ring)
                 self.reap_sends()
-            while self.reap():
+            while self.reap() or self.pending() and self.enter():
                 pass
             if not self.live:
                 return True
-            if attempts:
+            with nogil:
                 usleep(1000)
         return False
-
-    cdef void cancel_everything(self, io_uring* ring) noexcept:
-        """Cancel all of a ring's requests.
-
-        By a submission, which the poller carries out: IORING_REGISTER_SYNC_CANCEL
-        does not reach what has gone from it to a worker thread.
-        """
-        cdef io_uring_sqe* sqe = self.get_sqe(ring)
-        if sqe != NULL:
-            io_uring_prep_cancel64(sqe, 0, IORING_ASYNC_CANCEL_ANY)  # Linux 5.19
-            sqe.user_data = 0
 
     cdef void shut(self) noexcept:
         if not self.ring_up:
             return
-        if self.generation != current_generation():
+        if self.forked():
             # In a forked child the rings' memory is not mapped, only the
             # descriptors are there.
             c_close(self.ring.ring_fd)
@@ -1173,7 +1234,9 @@ cdef class Ring(Engine):
             c_close(self.event_fd)
             self.ring_up = self.send_ring_up = False
             return
-        if self.thread_id == PyThread_get_thread_ident() or not self.deferred:
+        if self.refused:
+            clean = not self.live
+        elif self.thread_id == current_thread() or not self.deferred:
             clean = self.drain()
         else:
             # SINGLE_ISSUER: only its own thread may enter.  What has been
@@ -1238,7 +1301,7 @@ cdef class Ring(Engine):
         """
         cdef list handles
         cdef Handle handle
-        self.thread_id = PyThread_get_thread_ident()
+        self.thread_id = current_thread()
         if not self.deferred:
             return 0
         while self.reap():

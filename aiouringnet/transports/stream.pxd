@@ -1,6 +1,8 @@
 # Read stream.pyx first.
 
-from aiouringnet.engine.core cimport Engine, Layer, Sink, Stream, flag
+from cpython.object cimport PyObject
+
+from aiouringnet.engine.core cimport Engine, Layer, Room, Sink, Stream, flag
 
 
 cdef class StreamTransport(Sink):
@@ -16,6 +18,7 @@ cdef class StreamTransport(Sink):
     cdef object peername, sockname, transport_socket
     cdef object table               # the loop's descriptor -> transport, or None
     cdef object __weakref__
+    cdef dict __dict__              # attributes of the application's own, as on asyncio's transports
 
     # state
     cdef flag closing, paused, eof
@@ -34,19 +37,23 @@ cdef class StreamTransport(Sink):
     # For a layer: write(), without its checks
     cdef void put(self, object owner, const char* data, size_t size) noexcept
 
+    cdef bint enter(self, PyObject** before) except -1
+    cdef int leave(self, PyObject* before) except -1
     cdef void receive(self, object data) noexcept
     cdef void feed(self, const char* data, Py_ssize_t size) noexcept
-    cdef Py_ssize_t acquire(self, char** data, Py_ssize_t hint) noexcept
+    cdef bint lend(self, Room* room, Py_ssize_t hint) noexcept
+    cdef void updated(self, Py_ssize_t size) noexcept
+    cdef void call_flow_control(self, str name, bint in_own_context) noexcept
     cdef object get_sockname(self)
     cdef void on_high_water(self) noexcept
     cdef void pause_writing(self) noexcept
     cdef void resume_writing(self) noexcept
-    cdef void flow_control_failed(self, object exc, str message) noexcept
     cdef void on_write_after_loss(self) noexcept
     cdef int check_usable(self) except -1
     cdef void failed(self, object exc, str message) noexcept
     cdef void fatal(self, object exc, str message) noexcept
     cdef void lose(self, object exc) noexcept
+    cdef void leave_table(self) noexcept
     cdef void close_socket(self) noexcept
     cdef void release_server(self) noexcept
 

@@ -30,10 +30,12 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
-from libc.stdlib cimport malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from aiouringnet.engine.core cimport Engine, FileRange, Layer, Sink, Stream
+from aiouringnet.engine.core cimport (
+    Engine, FileRange, Layer, ROOM_BYTES, ROOM_VIEW, ROOM_WIDE, Room, Sink, Stream,
+)
 
 
 cdef extern from "Python.h":
@@ -44,6 +46,7 @@ cdef extern from "Python.h":
     object PyContext_CopyCurrent()
     int PyContext_Enter(object) except -1
     int PyContext_Exit(object) except -1
+    void PyErr_Clear()
 
 
 cdef object logger = asyncio.log.logger
@@ -205,7 +208,7 @@ cdef class StreamTransport(Sink):
         self.engine.check()
         if self.lost:
             raise ConnectionError("the connection is closed")
-        file = FileRange(fd, offset, -1 if count is None else count)
+        file = FileRange(self.engine, fd, offset, -1 if count is None else count)
         self.stream.send_file(file)
         return file
 
@@ -219,6 +222,10 @@ cdef class StreamTransport(Sink):
     def get_extra_info(self, name, default=None):
         """Transport details: "socket", "sockname", "peername", or "uring" for the engine's."""
         if name == "socket":
+            # Whoever writes to it does so behind what was written here.
+            if self.stream.count and not self.engine.closed:
+                self.engine.check()
+                self.stream.offer()
             if self.transport_socket is None and self.sock is not None:
                 self.transport_socket = TransportSocket(self.sock)
             value = self.transport_socket
@@ -243,6 +250,9 @@ cdef class StreamTransport(Sink):
 
     def set_protocol(self, protocol):
         """Hand what arrives from now on to `protocol`, an asyncio.Protocol or BufferedProtocol."""
+        self.check_usable()
+        if self.layer is not None:
+            self.engine.keep(self.layer)
         self.protocol = protocol
         self.buffered = isinstance(protocol, BufferedProtocol)
         self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
@@ -300,17 +310,19 @@ cdef class StreamTransport(Sink):
 
     def set_write_buffer_limits(self, high=None, low=None):
         """Bytes of queued output above which pause_writing() is called, and below which resume_writing()."""
+        self.check_usable()
         self.high, self.low = limits(high, low, DEFAULT_HIGH_WATER)
         if self.stream.queued > self.high:
-            self.pause_writing()
+            self.on_high_water()
 
     def get_write_buffer_limits(self):
         return (self.low, self.high)
 
     def get_write_buffer_size(self):
-        """Bytes queued or in flight."""
-        if self.stream.sending and not self.engine.closed:
-            self.engine.poll_sends()
+        """Bytes that the socket has not taken: queued or in flight."""
+        self.check_usable()
+        if self.stream.queued and not self.engine.closed:
+            self.stream.offer()
         return self.stream.queued
 
     def can_write_eof(self):
@@ -398,31 +410,54 @@ cdef class StreamTransport(Sink):
 
     # --- Sink: input ---------------------------------------------------------
 
+    cdef bint enter(self, PyObject** before) except -1:
+        """Into the connection's context; false where it is entered already, by a callback that runs the loop."""
+        if self.in_context:
+            return False
+        PyContext_Enter(self.context)
+        self.in_context = True
+        before[0] = self.engine.entered
+        self.engine.entered = <PyObject*>self.context
+        return True
+
+    cdef int leave(self, PyObject* before) except -1:
+        self.in_context = False
+        self.engine.entered = before
+        PyContext_Exit(self.context)
+        return 0
+
     cdef void on_data(self, const char* data, Py_ssize_t size) noexcept:
-        if self.layer is not None:
-            self.layer.received(data, size)
-            return
-        if self.buffered:
+        cdef Layer layer = self.layer
+        if layer is not None:
+            layer.received(data, size)
+        elif self.buffered:
             self.feed(data, size)
-            return
-        self.receive(PyBytes_FromStringAndSize(data, size))
+        else:
+            try:
+                piece = PyBytes_FromStringAndSize(data, size)
+            except MemoryError as exc:
+                # What comes next must not be taken for what was lost.
+                self.fatal(exc, "Fatal read error on socket transport")
+                return
+            self.receive(piece)
 
     cdef void receive(self, object data) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
         try:
-            PyContext_Enter(self.context)
-            self.in_context = True
+            entered = self.enter(&before)
             try:
                 self.protocol.data_received(data)
             finally:
-                self.in_context = False
-                PyContext_Exit(self.context)
+                if entered:
+                    self.leave(before)
         except BaseException as exc:
             self.failed(exc, "Fatal error: protocol.data_received() call failed.")
 
     cdef void feed(self, const char* data, Py_ssize_t size) noexcept:
         """Copy into the BufferedProtocol's buffers, as many as it takes."""
-        cdef char* buffer = NULL
-        cdef Py_ssize_t room
+        cdef Room room
+        cdef Py_ssize_t n
         while size > 0:
             if not self.stream.reading:
                 # Paused or closed between two buffers.
@@ -432,110 +467,147 @@ cdef class StreamTransport(Sink):
                 # Another protocol was set meanwhile.
                 self.on_data(data, size)
                 return
-            room = self.acquire(&buffer, size)
-            if room < 0:
-                return
-            room = min(room, size)
-            memcpy(buffer, data, room)
-            self.release_buffer(room)
-            data += room
-            size -= room
+            protocol = self.protocol
+            if not self.lend(&room, size):
+                if self.closing:
+                    return
+                if self.protocol is protocol:
+                    # An interrupt: it is asked again.
+                    self.stream.put_back(data, size)
+                    self.engine.mark_resync(self.stream)
+                    return
+                continue
+            n = min(room.size, size)
+            memcpy(room.data, data, n)
+            PyBuffer_Release(&room.view)
+            self.updated(n)
+            data += n
+            size -= n
 
-    cdef Py_ssize_t acquire_buffer(self, char** data) noexcept:
-        cdef PyObject* spare
-        if self.buffered:
-            return self.acquire(data, -1)
+    cdef bint acquire_room(self, Room* room) noexcept:
+        while self.buffered:
+            protocol = self.protocol
+            if self.lend(room, -1):
+                return True
+            if self.closing or self.protocol is protocol:
+                return False
+            # Another protocol was set in get_buffer().
         if self.layer is not None:
-            if self.engine.wide == NULL:
-                self.engine.wide = <char*>malloc(LAYER_READ_BYTES)
-                if self.engine.wide == NULL:
-                    self.failed(MemoryError(), "Fatal read error on socket transport")
-                    return -1
-            data[0] = self.engine.wide
-            return LAYER_READ_BYTES
-        spare = self.engine.spare
-        if spare == NULL:
-            spare = new_bytes(NULL, READ_BYTES)
-            if spare == NULL:
-                self.failed(MemoryError(), "Fatal read error on socket transport")
-                return -1
-            self.engine.spare = spare
-        data[0] = PyBytes_AS_STRING(<object>spare)
-        return READ_BYTES
+            room.kind = ROOM_WIDE
+            room.size = LAYER_READ_BYTES
+            room.data = self.engine.wide
+            self.engine.wide = NULL
+            if room.data == NULL:
+                room.data = <char*>malloc(LAYER_READ_BYTES)
+        else:
+            room.kind = ROOM_BYTES
+            room.size = READ_BYTES
+            room.spare = self.engine.spare
+            self.engine.spare = NULL
+            if room.spare == NULL:
+                room.spare = new_bytes(NULL, READ_BYTES)
+            room.data = NULL if room.spare == NULL else PyBytes_AS_STRING(<object>room.spare)
+        if room.data == NULL:
+            PyErr_Clear()
+            self.fatal(MemoryError(), "Fatal read error on socket transport")
+            return False
+        return True
 
-    cdef Py_ssize_t acquire(self, char** data, Py_ssize_t hint) noexcept:
+    cdef bint lend(self, Room* room, Py_ssize_t hint) noexcept:
+        """The protocol's own buffer; false when there is none: the transport closes, or has another protocol now."""
+        cdef PyObject* before = NULL
+        cdef bint entered
+        protocol = self.protocol
+        room.kind = ROOM_VIEW
         try:
-            PyContext_Enter(self.context)
-            self.in_context = True
+            entered = self.enter(&before)
             try:
-                buffer = self.protocol.get_buffer(hint)
-                PyObject_GetBuffer(buffer, &self.engine.view, PyBUF_WRITABLE)
+                buffer = protocol.get_buffer(hint)
+                PyObject_GetBuffer(buffer, &room.view, PyBUF_WRITABLE)
             finally:
-                self.in_context = False
-                PyContext_Exit(self.context)
-            if self.engine.view.len == 0:
-                PyBuffer_Release(&self.engine.view)
+                if entered:
+                    self.leave(before)
+            if room.view.len == 0:
+                PyBuffer_Release(&room.view)
                 raise RuntimeError("get_buffer() returned an empty buffer")
         except BaseException as exc:
             self.failed(exc, "Fatal error: protocol.get_buffer() call failed.")
-            return -1
-        if self.closing:
+            return False
+        if self.closing or self.protocol is not protocol:
             # In get_buffer().  One that merely paused gets what it asked room for, as in asyncio.
-            PyBuffer_Release(&self.engine.view)
-            return -1
-        data[0] = <char*>self.engine.view.buf
-        return self.engine.view.len
+            PyBuffer_Release(&room.view)
+            return False
+        room.data = <char*>room.view.buf
+        room.size = room.view.len
+        return True
 
-    cdef void release_buffer(self, Py_ssize_t size) noexcept:
-        cdef PyObject* spare
-        if self.layer is not None:
+    cdef void release_room(self, Room* room, Py_ssize_t size) noexcept:
+        cdef Layer layer
+        if room.kind == ROOM_VIEW:
+            PyBuffer_Release(&room.view)
             if size:
-                self.layer.received(self.engine.wide, size)
-            return
-        if not self.buffered:
-            spare = self.engine.spare
-            if 0 < size < HANDOVER_BYTES:
-                self.on_data(PyBytes_AS_STRING(<object>spare), size)
-            elif size:
-                self.engine.spare = NULL
-                if _PyBytes_Resize(&spare, size) < 0:
-                    self.failed(MemoryError(), "Fatal read error on socket transport")
-                    return
-                data = <object>spare
-                Py_DECREF(data)
+                self.updated(size)
+        elif room.kind == ROOM_WIDE:
+            layer = self.layer
+            if size:
+                layer.received(room.data, size)
+            if self.engine.wide == NULL:
+                self.engine.wide = room.data
+            else:
+                free(room.data)  # a pass within the callback took another
+        elif size < HANDOVER_BYTES:
+            data = None
+            if size:
+                try:
+                    data = PyBytes_FromStringAndSize(room.data, size)
+                except MemoryError as exc:
+                    self.fatal(exc, "Fatal read error on socket transport")
+            if self.engine.spare == NULL:
+                self.engine.spare = room.spare
+            else:
+                Py_DECREF(<object>room.spare)
+            if data is not None:
                 self.receive(data)
-            return
-        PyBuffer_Release(&self.engine.view)
-        if size == 0:
-            return
+        elif _PyBytes_Resize(&room.spare, size) < 0:
+            PyErr_Clear()
+            self.fatal(MemoryError(), "Fatal read error on socket transport")
+        else:
+            data = <object>room.spare
+            Py_DECREF(data)
+            self.receive(data)
+
+    cdef void updated(self, Py_ssize_t size) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
         try:
-            PyContext_Enter(self.context)
-            self.in_context = True
+            entered = self.enter(&before)
             try:
                 self.protocol.buffer_updated(size)
             finally:
-                self.in_context = False
-                PyContext_Exit(self.context)
+                if entered:
+                    self.leave(before)
         except BaseException as exc:
             self.failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
 
     cdef int on_readable(self) noexcept:
-        return 0 if self.layer is None else self.layer.readable()
+        cdef Layer layer = self.layer
+        return 0 if layer is None else layer.readable()
 
     cdef bint on_control_record(self) noexcept:
-        return self.layer is not None and self.layer.control_record()
+        cdef Layer layer = self.layer
+        return layer is not None and layer.control_record()
 
     cdef void on_eof(self) noexcept:
-        if self.loop.get_debug():
-            logger.debug("%r received EOF", self)
+        cdef PyObject* before = NULL
+        cdef bint entered
+        self.engine.log_debug("%r received EOF", (self,))
         try:
-            PyContext_Enter(self.context)
-            self.in_context = True
+            entered = self.enter(&before)
             try:
                 keep_open = self.protocol.eof_received()
             finally:
-                self.in_context = False
-                PyContext_Exit(self.context)
+                if entered:
+                    self.leave(before)
             if not keep_open:
                 self.close()
         except BaseException as exc:
@@ -544,6 +616,7 @@ cdef class StreamTransport(Sink):
     # --- Sink: output --------------------------------------------------------
 
     cdef void on_sent(self) noexcept:
+        cdef Layer layer
         if self.lost:
             return
         if self.protocol_paused and self.stream.queued <= self.low:
@@ -551,12 +624,13 @@ cdef class StreamTransport(Sink):
             if self.lost:
                 return
         if self.stream.queued == 0:
-            if self.layer is not None and self.layer.waiting:
-                self.layer.drained()
+            layer = self.layer
+            if layer is not None and layer.waiting:
+                layer.drained()
                 if self.lost:
                     return
-            if self.empty_waiter is not None and not self.empty_waiter.done():
-                self.empty_waiter.set_result(None)
+            if self.empty_waiter is not None:
+                self.engine.settle(self.empty_waiter, None)
             if self.closing:
                 self.lose(None)
             elif self.eof:
@@ -569,8 +643,7 @@ cdef class StreamTransport(Sink):
 
     cdef void on_high_water(self) noexcept:
         # Queued is not yet "the peer is slow": offer it to the socket first.
-        if not self.stream.sending and self.engine.sends_direct():
-            self.stream.send_direct()
+        self.stream.offer()
         if self.stream.queued > self.high:
             self.pause_writing()
 
@@ -579,36 +652,31 @@ cdef class StreamTransport(Sink):
             return
         self.protocol_paused = True
         self.stream.expect_sent()
-        try:
-            self.protocol.pause_writing()
-        except (SystemExit, KeyboardInterrupt) as exc:
-            self.engine.interrupted(exc)
-        except BaseException as exc:
-            self.flow_control_failed(exc, "protocol.pause_writing() failed")
+        self.call_flow_control("pause_writing", False)
 
     cdef void resume_writing(self) noexcept:
-        cdef bint enter = not self.in_context
         self.protocol_paused = False
+        self.call_flow_control("resume_writing", True)
+
+    cdef void call_flow_control(self, str name, bint in_own_context) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
         try:
-            if enter:
-                PyContext_Enter(self.context)
+            entered = in_own_context and self.enter(&before)
             try:
-                self.protocol.resume_writing()
+                getattr(self.protocol, name)()
             finally:
-                if enter:
-                    PyContext_Exit(self.context)
+                if entered:
+                    self.leave(before)
         except (SystemExit, KeyboardInterrupt) as exc:
             self.engine.interrupted(exc)
         except BaseException as exc:
-            self.flow_control_failed(exc, "protocol.resume_writing() failed")
-
-    cdef void flow_control_failed(self, object exc, str message) noexcept:
-        self.loop.call_exception_handler({
-            "message": message,
-            "exception": exc,
-            "transport": self,
-            "protocol": self.protocol,
-        })
+            self.engine.report({
+                "message": f"protocol.{name}() failed",
+                "exception": exc,
+                "transport": self,
+                "protocol": self.protocol,
+            })
 
     cdef void on_write_after_loss(self) noexcept:
         if self.lost >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
@@ -624,8 +692,9 @@ cdef class StreamTransport(Sink):
         return 0
 
     cdef void on_error(self, int error, bint writing) noexcept:
-        if self.layer is not None and not writing:
-            self.layer.read_failed(error)
+        cdef Layer layer = self.layer
+        if layer is not None and not writing:
+            layer.read_failed(error)
         self.fatal(
             OSError(error, strerror(error)),
             "Fatal write error on socket transport" if writing else "Fatal read error on socket transport",
@@ -640,10 +709,9 @@ cdef class StreamTransport(Sink):
 
     cdef void fatal(self, object exc, str message) noexcept:
         if isinstance(exc, OSError):
-            if self.loop.get_debug():
-                logger.debug("%r: %s", self, message, exc_info=exc)
+            self.engine.log_debug("%r: %s", (self, message), exc)
         else:
-            self.loop.call_exception_handler({
+            self.engine.report({
                 "message": message,
                 "exception": exc,
                 "transport": self,
@@ -665,17 +733,28 @@ cdef class StreamTransport(Sink):
         """The connection is over: nothing more is read or sent, connection_lost(exc) follows."""
         self.closing = True
         self.lost = 1
-        if self.table is not None and self.table.get(self.fileno) is self:
-            del self.table[self.fileno]
+        self.leave_table()
+        self.stream.offer_last()
         if self.engine.closed:
             # Nothing can be scheduled any more: as in asyncio, no connection_lost.
             self.finished = True
             self.stream.close()
             return
         self.stream.close()
-        self.loop.call_soon(self._connection_lost, exc, context=self.context)
+        self.engine.soon(self._connection_lost, self.context, exc)
 
-    def _connection_lost(self, exc):
+    cdef void leave_table(self) noexcept:
+        try:
+            if self.table is not None and self.table.get(self.fileno) is self:
+                del self.table[self.fileno]
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.engine.interrupted(exc)
+        except KeyError:
+            pass
+
+    def _connection_lost(self, exc=None):
+        if self.finished:
+            return
         try:
             self.protocol.connection_lost(exc)
         finally:
