@@ -755,6 +755,10 @@ cdef class Connection(Handle):
         pass
 
 
+class NotWatched(Exception):
+    """The loop does not watch descriptors for us: nothing could wake the engine."""
+
+
 cdef class Waker:
     """What the loop calls when the engine's descriptor is readable.
 
@@ -974,7 +978,11 @@ cdef class Engine:
     cdef void watch(self, int fd) except *:
         """Let the loop watch the descriptor that says there is work."""
         self.wake_fd = fd
-        self.loop.add_reader(fd, Waker(self))
+        try:
+            self.loop.add_reader(fd, Waker(self))
+        except Exception as exc:
+            self.close()
+            raise NotWatched(f"the event loop's add_reader() refuses: {exc!r}") from exc
 
     cdef void tune_wake(self) noexcept:
         """Turn the loop's watch on our descriptor into an edge-triggered one.
