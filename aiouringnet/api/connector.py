@@ -174,9 +174,13 @@ class Connector:
             accept = functools.partial(self._accept_tls, protocol_factory, server, sslcontext, timeouts)
         else:
             accept = functools.partial(self._accept, protocol_factory, server)
-        # Connections see the context variables of whoever let the server serve, as in asyncio.
+        # Each connection sees the context variables of whoever let the server serve, and sets its own, as in asyncio.
         context = contextvars.copy_context()
-        self._listeners[sock] = self.engine.listen(sock, functools.partial(context.run, accept))
+
+        def accept_in_context(conn, peername):
+            context.copy().run(accept, conn, peername)
+
+        self._listeners[sock] = self.engine.listen(sock, accept_in_context)
 
     def _accept(self, protocol_factory, server, conn, peername):
         # Where this raises, the engine says so and closes the socket.
