@@ -11,14 +11,15 @@ What a newer Python's functions take, the older ones get here.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import functools
-import os
 import socket
 import sys
 import types
 
 from aiouringnet.api.call import StreamTransport, TLSTransport, parameters_of
+from aiouringnet.engine.core import inode_of, unlink
 from aiouringnet.tls import record_layer
 
 _Base = asyncio.SelectorEventLoop
@@ -248,13 +249,14 @@ class Connector:
     def _remember_file(self, sock):
         path = sock.getsockname()
         if path and path[0] not in (0, "\0"):
-            self._unix_server_sockets[sock] = os.stat(path).st_ino
+            with contextlib.suppress(FileNotFoundError):
+                self._unix_server_sockets[sock] = inode_of(path)
 
 
 def _unlink_if_ours(path, inode):
     try:
-        if os.stat(path).st_ino == inode:
-            os.unlink(path)
+        if inode_of(path) == inode:
+            unlink(path)
     except FileNotFoundError:
         pass
     except OSError as exc:

@@ -37,7 +37,7 @@ from posix.types cimport off_t
 import socket
 from asyncio import SendfileNotAvailableError, _get_running_loop
 from asyncio.trsock import TransportSocket
-from os import strerror
+from os import fsencode, strerror
 from socket import AF_UNIX
 
 
@@ -48,6 +48,13 @@ cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
     off_t c_lseek "lseek"(int fd, off_t offset, int whence)
     int SEEK_END, SEEK_SET
+
+    int c_unlink "unlink"(const char* path)
+
+cdef extern from "sys/stat.h" nogil:
+    struct c_stat_result "stat":
+        unsigned long long st_ino
+    int c_stat "stat"(const char* path, c_stat_result* result)
 
 cdef extern from "sys/uio.h" nogil:
     struct iovec:
@@ -1115,3 +1122,31 @@ cdef class Engine:
     def listen(self, sock, on_accept):
         """Call on_accept(conn, peername) for each connection that the listening socket `sock` accepts."""
         raise RuntimeError("not an engine")
+
+
+# --------------------------------------------------------------------------
+# The file of a listening Unix socket.  asyncio, too, looks at it and removes
+# it within the loop; these let other threads run meanwhile.
+
+def inode_of(path):
+    """The inode's number of a file; raises OSError."""
+    cdef c_stat_result found
+    cdef bytes encoded = fsencode(path)
+    cdef const char* name = encoded
+    cdef int code
+    with nogil:
+        code = c_stat(name, &found)
+    if code < 0:
+        raise OSError(errno, strerror(errno), path)
+    return found.st_ino
+
+
+def unlink(path):
+    """Remove a file; raises OSError."""
+    cdef bytes encoded = fsencode(path)
+    cdef const char* name = encoded
+    cdef int code
+    with nogil:
+        code = c_unlink(name)
+    if code < 0:
+        raise OSError(errno, strerror(errno), path)
