@@ -53,6 +53,7 @@ _Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 _SocketAddress = tuple[Any, ...]
 _ClientConnected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
 _Engine = Literal["auto", "uring", "epoll", "loop"]
+_Gather = Literal["auto", "always", "never"]
 _TLSEngine = Literal["auto", "openssl", "ssl"]
 
 class _EventLoopPolicy(Protocol):
@@ -66,6 +67,7 @@ class _Options(TypedDict, total=False):
     buffer_size: int
     buffer_count: int
     read_budget: int
+    gather: _Gather
     sqpoll: bool
     sqpoll_idle_ms: int
     sqpoll_cpu: int | None
@@ -111,6 +113,7 @@ class Options:
     buffer_size: int = ...
     buffer_count: int = ...
     read_budget: int = ...
+    gather: _Gather = ...
     sqpoll: bool = ...
     sqpoll_idle_ms: int = ...
     sqpoll_cpu: int | None = ...

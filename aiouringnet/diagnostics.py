@@ -43,8 +43,13 @@ def status(loop=None):
     running = None if loop is None else engines.active_engine(loop)
     options = Options() if loop is None else engines.options_of(loop)
     found = engines.probe()
-    kind = _expected_engine(options, found) if running is None else running.kind
-    refused = loop is not None and running is None and engines.failure_of(loop) is not None
+    if running is not None:
+        kind = running.kind
+    elif loop is not None and engines.keeps_its_own(loop):
+        kind = "loop"
+    else:
+        kind = _expected_engine(options, found)
+    refused = loop is not None and running is None and engines.refusal_of(loop) is not None
     works = kind == "uring" and not refused
     return {
         "version": __version__,
@@ -96,8 +101,8 @@ def _remedy(loop, options, found):
             return f"Unset {ENGINE_VARIABLE}, or set it to auto."
         return "Leave out the option engine, or pass engine='auto'."
     # The refusal that this loop met weighs more than what is possible now.
-    refusal = None if loop is None else engines.failure_of(loop)
-    return remedy_for(getattr(refusal, "errno", None) or found["errno"])
+    refusal = None if loop is None else engines.refusal_of(loop)
+    return remedy_for(found["errno"] if refusal is None else refusal.errno)
 
 
 def remedy_for(error):
@@ -191,11 +196,17 @@ def _ssl():
 
 
 def _read(path):
+    # status() is for running loops, too: of the kernel's own files, which have all they hold at once.
     try:
-        with open(path) as file:
-            return file.read().strip()
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return None
+    try:
+        return os.read(fd, 4096).decode().strip()
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
 
 
 def _sysctl(name):

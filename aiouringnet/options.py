@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 ENGINES = ("auto", "uring", "epoll", "loop")
 ENGINE_VARIABLE = "AIOURINGNET_ENGINE"
+GATHER = ("auto", "always", "never")
 TLS_ENGINES = ("auto", "openssl", "ssl")
 TLS_VARIABLE = "AIOURINGNET_TLS"
 
@@ -34,6 +35,9 @@ class Options:
     buffer_size: bytes of one provided receive buffer.
     buffer_count: provided receive buffers, shared by all connections of a loop.
     read_budget: bytes that one connection may read directly in one pass.
+    gather: when a write() outside a pass is sent: "auto" (at once, unless several
+        connections have just shown that gathering pays), "always" (when the
+        loop's iteration ends, with what others wrote), or "never" (at once).
     sqpoll: let a kernel thread submit (IORING_SETUP_SQPOLL).
     sqpoll_idle_ms: milliseconds without work after which that thread sleeps.
     sqpoll_cpu: the core it is bound to, None for any.
@@ -50,6 +54,7 @@ class Options:
     buffer_size: int = 4096
     buffer_count: int = 256
     read_budget: int = 262144
+    gather: str = "auto"
     sqpoll: bool = False
     sqpoll_idle_ms: int = 50
     sqpoll_cpu: int | None = None
@@ -58,6 +63,7 @@ class Options:
 
     def __post_init__(self):
         _check_choice("engine", self.engine, ENGINES)
+        _check_choice("gather", self.gather, GATHER)
         _check_choice("tls", self.tls, TLS_ENGINES)
         # 32768: the kernel's limit for both, io_uring_setup(2) and io_uring_register(2).
         _check_range("queue_depth", self.queue_depth, 8, 32768)

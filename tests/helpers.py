@@ -195,6 +195,28 @@ async def eventually(predicate, timeout_s=5, why=None):
         await asyncio.sleep(0.002)
 
 
+async def garbage_of(attempt, times=5):
+    """How many objects are left for the collector by attempts that fail: reference cycles through exceptions."""
+
+    async def fail():
+        try:
+            await attempt()
+        except Exception:
+            return True
+
+    assert await fail()  # what is cached is now
+    await asyncio.sleep(0.01)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(times):
+            assert await fail()
+            await asyncio.sleep(0.005)
+        return gc.collect()
+    finally:
+        gc.enable()
+
+
 # --------------------------------------------------------------------------
 # Protocols that record
 

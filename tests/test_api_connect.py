@@ -11,6 +11,7 @@ from unittest import mock
 
 import helpers
 import pytest
+import tls
 from addresses import UNIX_KINDS, unix_paths
 
 import aiouringnet
@@ -130,6 +131,66 @@ async def test_a_refused_connection_says_where(loop):
     with pytest.raises(ConnectionRefusedError) as caught:
         await loop.create_connection(helpers.Recorder, host, port)
     assert str(caught.value) == f"[Errno 111] Connect call failed ('127.0.0.1', {port})"
+
+
+def raising():
+    raise LookupError("no protocol today")
+
+
+# Each of these ends with an error.  `hangs_up` is a server that closes what it accepts, `mute` one that says nothing.
+FAILURES = {
+    "refused": lambda loop, **_: loop.create_connection(helpers.Recorder, *refused()[0]),
+    "several": lambda loop, **_: loop.create_connection(helpers.Recorder, "service.test", 1),
+    "happy eyeballs": lambda loop, **_: loop.create_connection(
+        helpers.Recorder, "service.test", 1, happy_eyeballs_delay=0.25
+    ),
+    "all errors": lambda loop, **_: aiouringnet.create_connection(
+        loop, helpers.Recorder, "service.test", 1, all_errors=True
+    ),
+    "local address": lambda loop, **_: loop.create_connection(
+        helpers.Recorder, *refused()[0], local_addr=("192.0.2.1", 0)
+    ),
+    "stream": lambda loop, **_: asyncio.open_connection(*refused()[0]),
+    "unix": lambda loop, **_: loop.create_unix_connection(helpers.Recorder, "/nowhere/nobody"),
+    "unix stream": lambda loop, **_: asyncio.open_unix_connection("/nowhere/nobody"),
+    "factory": lambda loop, mute, **_: loop.create_connection(raising, *mute),
+    "handshake": lambda loop, hangs_up, **_: loop.create_connection(
+        helpers.Recorder, *hangs_up, ssl=tls.authority().context_client(), server_hostname="localhost"
+    ),
+    "timeout": lambda loop, mute, **_: asyncio.wait_for(
+        loop.create_connection(
+            helpers.Recorder, *mute, ssl=tls.authority().context_client(), server_hostname="localhost"
+        ),
+        0.005,
+    ),
+}
+
+
+async def garbage_of(loop, way):
+    class HangsUp(asyncio.Protocol):
+        def connection_made(self, transport):
+            transport.close()
+
+    resolves_to(loop, *map(info, refused(2)))
+    with listening(backlog=50) as (_, mute):
+        async with await loop.create_server(HangsUp, "127.0.0.1", 0) as server:
+            hangs_up = server.sockets[0].getsockname()
+            return await helpers.garbage_of(lambda: FAILURES[way](loop, mute=mute, hangs_up=hangs_up))
+
+
+@pytest.mark.matrix(debug=False)
+@pytest.mark.parametrize("way", FAILURES)
+def test_a_connection_that_fails_leaves_no_reference_cycle(make_loop, way):
+    """A cycle keeps the exception with its traceback, and all that is in its frames, until the collector runs."""
+    if way == "all errors" and sys.version_info < (3, 11):
+        pytest.skip("all_errors needs ExceptionGroup")
+    unavoidable = 0
+    if way == "happy eyeballs":
+        # asyncio's own race between addresses leaves some until Python 3.13.5.
+        with contextlib.closing(asyncio.SelectorEventLoop()) as stock:
+            unavoidable = helpers.run_on(stock, garbage_of(stock, way))
+    loop = make_loop()
+    assert helpers.run_on(loop, garbage_of(loop, way)) <= unavoidable
 
 
 async def test_the_next_address_is_tried(loop):

@@ -421,6 +421,44 @@ async def test_connections_see_the_context_of_who_started_the_server(loop, endpo
     await server.wait_closed()
 
 
+@pytest.mark.matrix(debug=False)
+@pytest.mark.parametrize("kind", ["tcp", "unix", "tls"])
+async def test_what_one_connection_sets_in_its_context_no_other_sees(loop, kind):
+    variable = contextvars.ContextVar("variable", default="nothing")
+
+    class Protocol(asyncio.Protocol):
+        def __init__(self):
+            self.seen = [variable.get()]
+            variable.set("of the factory")
+            self.lost = loop.create_future()
+
+        def connection_made(self, transport):
+            self.transport = transport
+            self.seen.append(variable.get())
+
+        def data_received(self, data):
+            self.seen.append(variable.get())
+            variable.set("of data_received")
+            self.transport.close()
+
+        def connection_lost(self, exc):
+            self.seen.append(variable.get())
+            self.lost.set_result(None)
+
+    variable.set("of the server")
+    with helpers.Endpoint("unix" if kind == "unix" else "tcp", secure=kind == "tls") as endpoint:
+        async with await endpoint.serve(loop, Protocol):
+            for number in range(3):
+                transport, protocol = await endpoint.connect(loop, helpers.Recorder)
+                transport.write(b"hello")
+                await protocol.lost
+                await endpoint.accepted[number].lost
+    for protocol in endpoint.accepted:
+        # In the factory; then in the callbacks of that connection.
+        assert protocol.seen == ["of the server", "of the factory", "of the factory", "of data_received"]
+    assert variable.get() == "of the server"
+
+
 async def test_a_burst_of_connections_is_served(loop, endpoint):
     server = await endpoint.serve(loop, helpers.Echo, backlog=200)
     peers = [endpoint.peer() for _ in range(150)]

@@ -70,6 +70,24 @@ async def test_a_client_that_does_not_trust_the_server_says_so(loop, endpoint, c
     errors.take()
 
 
+async def test_an_upgrade_that_fails_leaves_no_reference_cycle(loop, endpoint, contexts):
+    """A cycle keeps the exception with its traceback, and all that is in its frames, until the collector runs."""
+
+    class HangsUp(asyncio.Protocol):
+        def connection_made(self, transport):
+            self.transport = transport
+
+        def data_received(self, data):
+            self.transport.abort()
+
+    async def attempt():
+        transport, protocol = await endpoint.connect(loop, asyncio.Protocol)
+        await loop.start_tls(transport, protocol, contexts[1], server_hostname="localhost")
+
+    async with await endpoint.serve(loop, HangsUp):
+        assert await helpers.garbage_of(attempt) == 0
+
+
 @needs_writer_start_tls
 async def test_streams_are_upgraded(loop, endpoint, contexts):
     server_context, client_context = contexts

@@ -61,6 +61,15 @@ def test_the_pollers_core_exists():
         Options(sqpoll_cpu=0)
 
 
+def test_gathering_is_one_of_three():
+    assert Options().gather == "auto"
+    for value in ("auto", "always", "never"):
+        assert Options(gather=value).gather == value
+    for value in ("sometimes", True, None):
+        with pytest.raises(ValueError, match=f"^gather must be one of 'auto', 'always', 'never', not {value!r}$"):
+            Options(gather=value)
+
+
 @pytest.mark.parametrize("engine", ["auto", "uring", "epoll", "loop"])
 def test_the_engine_comes_from_the_environment_unless_it_is_given(monkeypatch, engine):
     monkeypatch.setenv("AIOURINGNET_ENGINE", engine)

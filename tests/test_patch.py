@@ -190,6 +190,10 @@ def subclass(make_loop, **namespace):
     return loop
 
 
+def forbid(cls, **kwargs):
+    raise TypeError("no subclasses, please")
+
+
 def test_loops_of_subclasses_are_patched_too(make_loop, endpoint):
     loop = subclass(make_loop, greeting="hello")
     special = type(loop)
@@ -200,9 +204,6 @@ def test_loops_of_subclasses_are_patched_too(make_loop, endpoint):
 
 
 def test_a_class_that_forbids_subclasses_is_patched_by_instance(make_loop, endpoint):
-    def forbid(cls, **kwargs):
-        raise TypeError("no subclasses, please")
-
     loop = subclass(make_loop, __init_subclass__=classmethod(forbid))
     cls = type(loop)
     aiouringnet.patch_loop(loop)
@@ -241,6 +242,53 @@ async def exchange(loop, endpoint):
 
 # --------------------------------------------------------------------------
 # To the loop's own
+
+
+def refuses(self, *args):
+    raise NotImplementedError
+
+
+def refuses_in_its_own_words(self, *args):
+    raise RuntimeError("watch your descriptors yourself")
+
+
+NOT_WATCHING = {
+    "as asyncio's proactor": {"add_reader": refuses},
+    "in its own words": {"add_reader": refuses_in_its_own_words},
+    "has none": {"add_reader": property()},
+    "patched by instance": {"add_reader": refuses, "__init_subclass__": classmethod(forbid)},
+}
+
+
+@pytest.mark.matrix(debug=False)
+@pytest.mark.parametrize("kind", NOT_WATCHING)
+def test_a_loop_that_watches_no_descriptors_keeps_its_own_transports(case, make_loop, endpoint, kind):
+    loop = subclass(make_loop, **NOT_WATCHING[kind])
+    aiouringnet.patch_loop(loop, engine="auto" if case.engine == "uring" else "epoll")
+
+    async def talk():
+        async with await endpoint.serve(loop, helpers.Echo):
+            transport, protocol = await endpoint.connect(loop, helpers.Recorder)
+            transport.write(b"hello")
+            assert await protocol.received(5) == b"hello"
+            assert transport.get_extra_info("uring") is None
+            transport.close()
+            await protocol.lost
+            await endpoint.accepted[0].lost
+
+    helpers.run_on(loop, talk())
+    assert engines.active_engine(loop) is None
+    found = aiouringnet.status(loop)
+    assert (found["engine"], found["running"]) == ("loop", False)
+    assert found["why_not_uring"].startswith("the event loop's add_reader() refuses: ")
+
+
+@pytest.mark.matrix(engine="uring", debug=False)
+def test_who_insists_on_the_ring_is_told_that_the_loop_watches_no_descriptors(make_loop, endpoint):
+    loop = subclass(make_loop, add_reader=refuses)
+    aiouringnet.patch_loop(loop, engine="uring")
+    with pytest.raises(RuntimeError, match="engine='uring' was asked for, but the event loop's add_reader.. refuses"):
+        helpers.run_on(loop, endpoint.serve(loop, helpers.Echo))
 
 
 @one_engine

@@ -182,6 +182,24 @@ async def test_a_connection_that_ends_in_the_middle_ends_it(loop, place, path, h
     await place.protocol.lost
 
 
+async def test_a_connection_that_ends_in_the_middle_leaves_no_reference_cycle(loop, path):
+    class Deaf(asyncio.Protocol):
+        def connection_made(self, transport):
+            transport.pause_reading()
+            loop.call_later(0.005, transport.abort)
+
+    os.truncate(path, MUCH)
+    with helpers.Endpoint("tcp") as endpoint:
+
+        async def attempt():
+            transport, _ = await endpoint.connect(loop, asyncio.Protocol)
+            with path.open("rb") as file:
+                await loop.sendfile(transport, file)
+
+        async with await endpoint.serve(loop, Deaf):
+            assert await helpers.garbage_of(attempt) == 0
+
+
 async def test_it_can_be_cancelled(loop, place, path):
     os.truncate(path, MUCH)
     place.peer.transport.pause_reading()

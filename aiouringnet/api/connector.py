@@ -11,14 +11,15 @@ What a newer Python's functions take, the older ones get here.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import functools
-import os
 import socket
 import sys
 import types
 
 from aiouringnet.api.call import StreamTransport, TLSTransport, parameters_of
+from aiouringnet.engine.core import inode_of, unlink
 from aiouringnet.tls import record_layer
 
 _Base = asyncio.SelectorEventLoop
@@ -45,7 +46,7 @@ class Connector:
         self._debug = loop.get_debug()
         self._listeners = {}  # listening socket -> Listener
         self._unix_server_sockets = {}  # listening socket -> inode of its file, which goes with it
-        self._attempts = []  # for each address tried, the list of its errors
+        self._attempts = None  # for each address tried, the list of its errors; None: nobody asks for them
         self._unowned = None  # a socket made here that no transport owns yet
         self._tls_options = {}  # what asyncio's functions would not pass on
 
@@ -76,13 +77,20 @@ class Connector:
             return await _Base.create_connection(self, *args, all_errors=True, **kwargs)
         if sys.version_info < (3, 11):
             raise ValueError("all_errors needs ExceptionGroup, which Python has since 3.11")
+        self._attempts = []
         try:
             return await _Base.create_connection(self, *args, **kwargs)
         except OSError:
             errors = [error for attempt in self._attempts for error in attempt]
             if not errors:
                 raise
-            raise ExceptionGroup("create_connection failed", errors) from None  # noqa: F821
+            try:
+                raise ExceptionGroup("create_connection failed", errors) from None  # noqa: F821
+            finally:
+                errors = None
+        finally:
+            # Errors have this frame and object in their tracebacks.
+            self._attempts = None
 
     async def create_unix_connection(self, *args, **kwargs):
         self._keep_tls_options(kwargs)
@@ -128,16 +136,46 @@ class Connector:
         self._unowned = sock
 
     async def _connect_sock(self, exceptions, *args):
-        self._attempts = exceptions
-        return await _Base._connect_sock(self, exceptions, *args)
-
-    async def _create_connection_transport(self, *args, **kwargs):
+        if self._attempts is not None:
+            self._attempts = exceptions
         try:
-            return await _Base._create_connection_transport(self, *args, **kwargs)
+            return await _Base._connect_sock(self, exceptions, *args)
         finally:
+            exceptions = None
+
+    async def _create_connection_transport(
+        self, sock, protocol_factory, ssl, server_hostname, server_side=False, **timeouts
+    ):
+        """asyncio's leaves the socket open when the factory raises, and a reference cycle when the handshake fails."""
+        try:
+            sock.setblocking(False)
+            protocol = protocol_factory()
+            waiter = self.loop.create_future()
+            if ssl:
+                transport = self._make_ssl_transport(
+                    sock,
+                    protocol,
+                    None if ssl is True else ssl,
+                    waiter,
+                    server_side=server_side,
+                    server_hostname=server_hostname,
+                    **timeouts,
+                )
+            else:
+                transport = self._make_socket_transport(sock, protocol, waiter)
+        except BaseException:
             if self._unowned is not None:
-                # The protocol's factory raised.
                 self._unowned.close()
+            raise
+        try:
+            await waiter
+        except BaseException:
+            transport.close()
+            raise
+        finally:
+            # Its exception has this frame in the traceback.
+            waiter = None
+        return transport, protocol
 
     def _make_socket_transport(self, sock, protocol, waiter=None, *, extra=None, server=None):
         transport = StreamTransport(self.engine, sock, protocol, waiter, extra, server)
@@ -174,9 +212,13 @@ class Connector:
             accept = functools.partial(self._accept_tls, protocol_factory, server, sslcontext, timeouts)
         else:
             accept = functools.partial(self._accept, protocol_factory, server)
-        # Connections see the context variables of whoever let the server serve, as in asyncio.
+        # Each connection sees the context variables of whoever let the server serve, and sets its own, as in asyncio.
         context = contextvars.copy_context()
-        self._listeners[sock] = self.engine.listen(sock, functools.partial(context.run, accept))
+
+        def accept_in_context(conn, peername):
+            context.copy().run(accept, conn, peername)
+
+        self._listeners[sock] = self.engine.listen(sock, accept_in_context)
 
     def _accept(self, protocol_factory, server, conn, peername):
         # Where this raises, the engine says so and closes the socket.
@@ -207,13 +249,14 @@ class Connector:
     def _remember_file(self, sock):
         path = sock.getsockname()
         if path and path[0] not in (0, "\0"):
-            self._unix_server_sockets[sock] = os.stat(path).st_ino
+            with contextlib.suppress(FileNotFoundError):
+                self._unix_server_sockets[sock] = inode_of(path)
 
 
 def _unlink_if_ours(path, inode):
     try:
-        if os.stat(path).st_ino == inode:
-            os.unlink(path)
+        if inode_of(path) == inode:
+            unlink(path)
     except FileNotFoundError:
         pass
     except OSError as exc:

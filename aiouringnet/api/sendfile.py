@@ -64,9 +64,13 @@ async def _sendfile(transport, file, offset, count):
     part = transport._send_file(fd, offset, count) if transport._is_empty else None
     if part is None or not part.ended:
         part = await _sendfile_in_turn(transport, fd, offset, count, part)
-    if part.error is not None:
-        raise part.error
-    return part.sent
+    try:
+        if part.error is not None:
+            raise part.error
+        return part.sent
+    finally:
+        # Its error has this frame in the traceback.
+        part = None
 
 
 async def _sendfile_in_turn(transport, fd, offset, count, part):
@@ -86,6 +90,7 @@ async def _sendfile_in_turn(transport, fd, offset, count, part):
         transport._reset_empty_waiter()
         if reading:
             transport.resume_reading()
+        empty = None  # its exception has this frame in the traceback
     return part
 
 

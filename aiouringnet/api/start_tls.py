@@ -50,4 +50,7 @@ async def _upgrade(loop, transport, protocol, sslcontext, **options):
         transport.close()
         begin.cancel()
         raise
+    finally:
+        # Its exception has this frame in the traceback.
+        waiter = None
     return tls

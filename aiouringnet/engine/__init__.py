@@ -4,6 +4,8 @@ Imports without the compiled extensions: then, and off Linux, every loop's
 engine is None and callers use the loop's own implementation.
 """
 
+import collections
+import errno
 import functools
 import logging
 import os
@@ -15,6 +17,7 @@ from aiouringnet.options import Options
 import_error = None
 try:
     import aiouringnet.transports.stream
+    from aiouringnet.engine.core import NotWatched
     from aiouringnet.engine.epoll import Epoll
 except ImportError as exc:
     ring = Epoll = None
@@ -33,8 +36,11 @@ logger = logging.getLogger("aiouringnet")
 # the engine through its reader entry; the engine refers to the loop.
 _engines = weakref.WeakKeyDictionary()
 _options = weakref.WeakKeyDictionary()  # loop -> Options
-_reasons = weakref.WeakKeyDictionary()  # loop -> the error that kept the ring from being made
 _telling = weakref.WeakSet()  # loops that call engine.resumed() whenever they begin to run
+_refusals = weakref.WeakKeyDictionary()  # loop -> the Refusal that kept the ring from being made
+
+# What is kept of an exception, whose traceback would keep the loop.
+Refusal = collections.namedtuple("Refusal", "reason errno")
 
 
 def configure(loop, options):
@@ -67,6 +73,11 @@ def active_engine(loop):
     return None if engine is None or engine.closed else engine
 
 
+def keeps_its_own(loop):
+    """Whether it has turned out that the loop's connections are its own implementation's."""
+    return loop in _engines and _engines[loop] is None
+
+
 def _before_fork():
     for loop in list(_engines):
         engine = active_engine(loop)
@@ -80,7 +91,7 @@ os.register_at_fork(before=_before_fork)
 def engine_for(loop):
     """The loop's engine, made on first use; None: use the loop's own implementation."""
     engine = active_engine(loop)
-    if engine is None and not (loop in _engines and _engines[loop] is None):
+    if engine is None and not keeps_its_own(loop):
         engine = _make(loop, options_of(loop))
         if engine is not None:
             engine.told = loop in _telling
@@ -93,19 +104,24 @@ def _make(loop, options):
         return None
     if loop.is_closed():
         raise RuntimeError("Event loop is closed")
-    if options.engine != "epoll":
-        try:
-            _require_features()
-            return ring.Ring(loop, options)
-        except (OSError, MemoryError) as exc:
-            _reasons[loop] = exc
-            if options.engine == "uring":
-                raise RuntimeError(f"engine='uring' was asked for, but io_uring is not usable: {exc}") from exc
-            logger.debug("io_uring is not usable, the epoll engine takes over: %s", exc)
     try:
+        if options.engine != "epoll":
+            try:
+                _require_features()
+                return ring.Ring(loop, options)
+            except (OSError, MemoryError) as exc:
+                number = errno.ENOMEM if isinstance(exc, MemoryError) else exc.errno
+                _refusals[loop] = Refusal(str(exc), number)
+                if options.engine == "uring":
+                    raise RuntimeError(f"engine='uring' was asked for, but io_uring is not usable: {exc}") from exc
+                logger.debug("io_uring is not usable, the epoll engine takes over: %s", exc)
         return Epoll(loop, options)
-    except NotImplementedError:
-        logger.debug("%r has no add_reader(): its own transports are used", loop)
+    except NotWatched as exc:
+        # A proactor's loop, or one of somebody's own that has no such method.
+        _refusals[loop] = Refusal(str(exc), None)
+        if options.engine == "uring":
+            raise RuntimeError(f"engine='uring' was asked for, but {exc}") from exc
+        logger.debug("%r keeps its own transports: %s", loop, exc)
         return None
 
 
@@ -144,14 +160,14 @@ def why_not(loop=None):
         engine = active_engine(loop)
         if engine is not None and engine.kind == "uring":
             return None
-        if loop in _reasons:
-            return str(_reasons[loop])
+        if loop in _refusals:
+            return _refusals[loop].reason
     chosen = (Options() if loop is None else options_of(loop)).engine
     if chosen in ("epoll", "loop"):
         return f"the {chosen!r} engine was asked for (option or AIOURINGNET_ENGINE)"
     return probe()["reason"]
 
 
-def failure_of(loop):
-    """The error that kept a loop from io_uring, None where there was none."""
-    return _reasons.get(loop)
+def refusal_of(loop):
+    """The Refusal that kept a loop from io_uring, None where there was none."""
+    return _refusals.get(loop)

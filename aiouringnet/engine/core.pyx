@@ -48,7 +48,7 @@ import logging
 import socket
 from asyncio import SendfileNotAvailableError, _get_running_loop
 from asyncio.trsock import TransportSocket
-from os import fsdecode, strerror
+from os import fsdecode, fsencode, strerror
 from weakref import ref
 from socket import AF_UNIX
 
@@ -91,6 +91,13 @@ cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
     off_t c_lseek "lseek"(int fd, off_t offset, int whence)
     int SEEK_END, SEEK_SET
+
+    int c_unlink "unlink"(const char* path)
+
+cdef extern from "sys/stat.h" nogil:
+    struct c_stat_result "stat":
+        unsigned long long st_ino
+    int c_stat "stat"(const char* path, c_stat_result* result)
 
 cdef extern from "sys/uio.h" nogil:
     struct iovec:
@@ -911,6 +918,10 @@ cdef class Connection(Handle):
         pass
 
 
+class NotWatched(Exception):
+    """The loop does not watch descriptors for us: nothing could wake the engine."""
+
+
 cdef class Waker:
     """What the loop calls when the engine's descriptor is readable.
 
@@ -1338,7 +1349,11 @@ cdef class Engine:
         waker = Waker(self)
         self.wake_fd = fd
         self.waker = ref(waker)
-        self.loop.add_reader(fd, waker)
+        try:
+            self.loop.add_reader(fd, waker)
+        except Exception as exc:
+            self.close()
+            raise NotWatched(f"the event loop's add_reader() refuses: {exc!r}") from exc
 
     cdef bint watch_instead(self, int fd) noexcept:
         """Let the loop watch this descriptor instead of the one before; false where it cannot be had."""
@@ -1499,3 +1514,31 @@ cdef class Engine:
     def listen(self, sock, on_accept):
         """Call on_accept(conn, peername) for each connection that the listening socket `sock` accepts."""
         raise RuntimeError("not an engine")
+
+
+# --------------------------------------------------------------------------
+# The file of a listening Unix socket.  asyncio, too, looks at it and removes
+# it within the loop; these let other threads run meanwhile.
+
+def inode_of(path):
+    """The inode's number of a file; raises OSError."""
+    cdef c_stat_result found
+    cdef bytes encoded = fsencode(path)
+    cdef const char* name = encoded
+    cdef int code
+    with nogil:
+        code = c_stat(name, &found)
+    if code < 0:
+        raise OSError(errno, strerror(errno), path)
+    return found.st_ino
+
+
+def unlink(path):
+    """Remove a file; raises OSError."""
+    cdef bytes encoded = fsencode(path)
+    cdef const char* name = encoded
+    cdef int code
+    with nogil:
+        code = c_unlink(name)
+    if code < 0:
+        raise OSError(errno, strerror(errno), path)

@@ -53,6 +53,9 @@ cdef extern from "compat.h" nogil:
     struct io_uring_probe:
         pass
 
+    struct __kernel_timespec:
+        long long tv_sec, tv_nsec
+
     unsigned int IORING_SETUP_SQPOLL, IORING_SETUP_SQ_AFF, IORING_SETUP_CQSIZE, IORING_SETUP_CLAMP
     unsigned int IORING_SETUP_ATTACH_WQ, IORING_SETUP_SUBMIT_ALL, IORING_SETUP_COOP_TASKRUN
     unsigned int IORING_SETUP_TASKRUN_FLAG, IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_DEFER_TASKRUN
@@ -73,7 +76,9 @@ cdef extern from "compat.h" nogil:
     int io_uring_unregister_buf_ring(io_uring* ring, int bgid)
     int io_uring_submit(io_uring* ring)
     int io_uring_submit_and_get_events(io_uring* ring)
-    int io_uring_submit_and_wait(io_uring* ring, unsigned int wait)
+    int io_uring_submit_and_wait_timeout(
+        io_uring* ring, io_uring_cqe** cqe, unsigned int wait, __kernel_timespec* limit, void* signals
+    )
     io_uring_probe* io_uring_get_probe_ring(io_uring* ring)
     int io_uring_opcode_supported(const io_uring_probe* probe, int op)
     void io_uring_free_probe(io_uring_probe* probe)

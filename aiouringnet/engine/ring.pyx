@@ -50,7 +50,7 @@ from aiouringnet.engine.address import pack_address
 
 
 cdef extern from "errno.h" nogil:
-    int ECANCELED
+    int ECANCELED, ETIME
 
 cdef extern from "sys/eventfd.h" nogil:
     int eventfd(unsigned int value, int flags)
@@ -75,7 +75,10 @@ cdef extern from "sys/mman.h" nogil:
 cdef extern from "sys/socket.h" nogil:
     struct sockaddr_storage:
         pass
-    int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITALL, SOCK_CLOEXEC
+    ssize_t c_send "send"(int fd, const void* data, size_t size, int flags)
+    int c_shutdown "shutdown"(int fd, int how)
+    int socketpair(int family, int kind, int protocol, int* pair)
+    int AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITALL, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM
 
 cdef extern from "sys/epoll.h" nogil:
     ctypedef union epoll_data_t:
@@ -121,6 +124,8 @@ cdef enum:
     BULK_BYTES = 16384
     # Several chunks up to this size are copied together for a ring send.
     FLATTEN_BYTES = 16384
+    # How long probe() waits for a completion that should be there.
+    PROBE_LIMIT_NS = 100000000
     # One send's length is an unsigned 32-bit number in the submission.
     MAX_SEND_BYTES = 0x40000000
 
@@ -1419,15 +1424,23 @@ def probe():
 
 
 cdef int receive_twice(io_uring* ring) except -1:
-    """Fails unless one multishot RECV into provided buffers delivers twice (Linux 6.0)."""
+    """Fails unless one multishot RECV into provided buffers delivers twice (Linux 6.0).
+
+    A loop may be running: nothing here waits, unless the kernel surprises us,
+    and then not for long.
+    """
     cdef io_uring_buf_reg reg
     cdef io_uring_sqe* sqe
     cdef io_uring_cqe cqe
-    cdef int i
+    cdef int[2] pair
+    cdef int i, code
+    cdef bint over = True       # nothing is in flight: the memory may go
     cdef char* memory = <char*>map_anonymous(8192)
     cdef io_uring_buf_ring* buf_ring = <io_uring_buf_ring*>memory
-    cdef int code
-    left, right = socket.socketpair()
+    if socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, pair) < 0:
+        code = errno
+        munmap(memory, 8192)
+        raise OSError(code, os.strerror(code))
     try:
         memset(&reg, 0, sizeof(reg))
         reg.ring_addr = <uint64_t><uintptr_t>buf_ring
@@ -1441,22 +1454,41 @@ cdef int receive_twice(io_uring* ring) except -1:
             io_uring_buf_ring_add(buf_ring, memory + 4096 + 64 * i, 64, i, io_uring_buf_ring_mask(4), i)
         io_uring_buf_ring_advance(buf_ring, 4)
         sqe = io_uring_get_sqe(ring)
-        io_uring_prep_recv_multishot(sqe, left.fileno(), NULL, 0, 0)
+        io_uring_prep_recv_multishot(sqe, pair[0], NULL, 0, 0)
         sqe.flags |= IOSQE_BUFFER_SELECT
         sqe.buf_group = BUFFER_GROUP
-        for _ in range(2):
-            right.send(b"x")
-            code = io_uring_submit_and_wait(ring, 1)
+        over = False
+        for i in range(2):
+            if c_send(pair[1], b"x", 1, MSG_NOSIGNAL) != 1:
+                raise OSError(errno, os.strerror(errno))
+            code = next_completion(ring, &cqe)
             if code < 0:
                 raise OSError(-code, f"io_uring_enter: {os.strerror(-code)}")
-            if airn_take_cqes(ring, &cqe, 1) != 1 or cqe.res != 1 or not cqe.flags & IORING_CQE_F_MORE:
+            over = not cqe.flags & IORING_CQE_F_MORE
+            if over or cqe.res != 1:
                 raise OSError(EINVAL, "multishot recv into provided buffers is not supported (Linux 6.0 has it)")
         # End it, so that nothing is in flight when the memory goes.
-        right.shutdown(socket.SHUT_WR)
-        io_uring_submit_and_wait(ring, 1)
+        c_shutdown(pair[1], SHUT_WR)
+        over = next_completion(ring, &cqe) == 0 and not cqe.flags & IORING_CQE_F_MORE
     finally:
         io_uring_unregister_buf_ring(ring, BUFFER_GROUP)
-        munmap(memory, 8192)
-        left.close()
-        right.close()
+        if over:
+            munmap(memory, 8192)
+        c_close(pair[0])
+        c_close(pair[1])
     return 0
+
+
+cdef int next_completion(io_uring* ring, io_uring_cqe* cqe) noexcept:
+    """Submit, and take a completion.  0, or what the kernel said: -ETIME when none has come."""
+    cdef __kernel_timespec limit
+    cdef io_uring_cqe* seen = NULL
+    cdef int code
+    limit.tv_sec = 0
+    limit.tv_nsec = PROBE_LIMIT_NS
+    while True:
+        code = io_uring_submit_and_wait_timeout(ring, &seen, 1, &limit, NULL)
+        if airn_take_cqes(ring, cqe, 1):
+            return 0
+        if code != -EINTR:
+            return code if code < 0 else -ETIME
