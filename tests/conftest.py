@@ -32,6 +32,10 @@ Options of the test command
         every SSLContext of the tests asks for kernel TLS; a kernel without it is
         an error. What the kernel has nothing to do with is left out: TLS records
         by the ssl module, and base loops other than asyncio's.
+    --forbid-io-uring
+        lets the suite, as root, forbid io_uring on the whole machine for an instant, by the sysctl
+        kernel.io_uring_disabled. What uses io_uring there meanwhile fails, and if the suite is killed the sysctl
+        stays: for machines that have nothing else to do, like those behind --kernel-runner, where it is given.
     --patience FACTOR
         lets each test take so much longer before it counts as hung, where programs
         are slow: under the sanitizer, in a virtual machine.
@@ -95,6 +99,11 @@ def pytest_addoption(parser):
         metavar="[PYTHON=PATH] COMMAND",
         help="run the tests marked `kernel` through COMMAND, too, which executes its arguments on another kernel, "
         "with another Python if one is named; may be given several times",
+    )
+    group.addoption(
+        "--forbid-io-uring",
+        action="store_true",
+        help="let the sysctl kernel.io_uring_disabled be 2 for an instant, on the whole machine",
     )
     group.addoption("--ktls", action="store_true", help="have every TLS test ask for kernel TLS, which must be there")
     parser.addoption("--patience", type=float, default=1, metavar="FACTOR", help="let each test take so much longer")

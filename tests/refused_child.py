@@ -1,7 +1,10 @@
 """A process that is refused io_uring, serves an echo all the same and reports.
 
-    python refused_child.py BASE seccomp ERRNO   installs a filter that answers io_uring's calls with ERRNO
-    python refused_child.py BASE told            waits for a line on stdin, by which time somebody has forbidden it
+    python refused_child.py BASE seccomp ERRNO DISABLED
+        installs a filter that answers io_uring's calls with ERRNO, and sees DISABLED as the machine's sysctl
+        kernel.io_uring_disabled: all that a process sees of the sysctl without setting it for the whole machine
+    python refused_child.py BASE told
+        waits for a line on stdin, by which time somebody has forbidden it
 
 Prints "ready" when everything is imported, then one line of JSON.
 """
@@ -14,6 +17,7 @@ import helpers
 import seccomp
 
 import aiouringnet
+from aiouringnet import diagnostics
 
 IO_URING_CALLS = (425, 426, 427)  # setup, enter, register: the same on every architecture
 
@@ -29,6 +33,12 @@ def refusing(errno_to_give):
     return instructions
 
 
+def forbid(errno_to_give, disabled):
+    seccomp.install(refusing(errno_to_give))
+    read = diagnostics._read
+    diagnostics._read = lambda path: disabled if path == "/proc/sys/kernel/io_uring_disabled" else read(path)
+
+
 async def echo_some(loop):
     with helpers.Endpoint("tcp") as endpoint:
         async with await endpoint.serve(loop, helpers.Echo):
@@ -42,9 +52,9 @@ async def echo_some(loop):
     return echoed, aiouringnet.status(loop)
 
 
-def main(base, how, number=None):
+def main(base, how, number=None, disabled=None):
     if how == "seccomp":
-        seccomp.install(refusing(int(number)))
+        forbid(int(number), disabled)
     print("ready", flush=True)
     if how == "told":
         sys.stdin.readline()

@@ -179,19 +179,28 @@ install_package() { # requirement...
     fi
 }
 
-set_up() { # build|test requirement...
-    local stage=$1 packages
-    shift
-    cd "$root" || exit 1
-    python=
-    find_python || true
-    mapfile -t packages < <(missing_packages "$stage" | tr ' ' '\n')
+install_missing() { # build|test
+    local packages
+    mapfile -t packages < <(missing_packages "$1" | tr ' ' '\n')
     if ! install_packages "${packages[@]}"; then
         # Without a server some tests are skipped, and say so; without a compiler nothing works.
         mapfile -t packages < <(missing_packages build)
         [ ${#packages[@]} -eq 0 ] || die "it cannot go on without ${packages[*]}"
     fi
-    [ -n "$python" ] || find_python || die "no Python 3.10 or newer with headers and venv was found; set PYTHON to one"
+}
+
+set_up() { # build|test requirement...
+    local stage=$1
+    shift
+    cd "$root" || exit 1
+    python=
+    find_python || true
+    install_missing "$stage"
+    if [ -z "$python" ]; then
+        find_python || die "no Python 3.10 or newer with headers and venv was found; set PYTHON to one"
+        # Only now its version is known, and with it the package of its own tests.
+        install_missing "$stage"
+    fi
     make_venv
     install_package "$@"
 }

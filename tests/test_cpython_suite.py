@@ -52,7 +52,7 @@ pytestmark = [
     pytest.mark.limit(2 * LIMIT_S + 20),
     pytest.mark.skipif(
         not TESTS,
-        reason="this Python comes without CPython's test package (Debian has it in libpython3-testsuite)",
+        reason="this Python comes without CPython's test package (Debian has it in libpython3.X-testsuite)",
     ),
 ]
 

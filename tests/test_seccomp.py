@@ -46,12 +46,21 @@ CULPRITS = {"EPERM": "seccomp", "EACCES": "", "ENOSYS": "seccomp", "ENOMEM": "me
 
 @pytest.mark.parametrize("name", CULPRITS)
 def test_a_seccomp_filter_leads_to_the_other_engine(base, name):
-    status = outcome(start(base, "seccomp", getattr(errno, name)))
+    status = outcome(start(base, "seccomp", getattr(errno, name), 0))
     assert name in status["why_not_uring"] or os.strerror(getattr(errno, name)) in status["why_not_uring"]
     assert CULPRITS[name] in status["remedy"]
 
 
 def test_the_sysctl_leads_to_the_other_engine(base):
+    status = outcome(start(base, "seccomp", errno.EPERM, 2))
+    assert not status["io_uring"]["usable"] and status["io_uring_disabled"] == 2
+    assert "kernel.io_uring_disabled is 2" in status["remedy"]
+
+
+@pytest.mark.kernel
+def test_the_machines_sysctl_leads_to_the_other_engine(base, pytestconfig):
+    if not pytestconfig.getoption("forbid_io_uring"):
+        pytest.skip("it would forbid io_uring to the whole machine: --forbid-io-uring, or --kernel-runner, lets it")
     if not SYSCTL.exists():
         pytest.skip("this kernel has no kernel.io_uring_disabled (6.6 and later have it)")
     with start(base, "told") as child:
@@ -59,16 +68,13 @@ def test_the_sysctl_leads_to_the_other_engine(base):
         assert child.stdout.readline() == "ready\n"
         with forbidden():
             status = outcome(child)
-    assert "kernel.io_uring_disabled" in status["remedy"]
+    assert "kernel.io_uring_disabled is 2" in status["remedy"]
 
 
 @contextlib.contextmanager
 def forbidden():
     before = SYSCTL.read_text()
-    try:
-        SYSCTL.write_text("2")
-    except OSError as error:
-        pytest.skip(f"kernel.io_uring_disabled cannot be changed here: {error}")
+    SYSCTL.write_text("2")
     try:
         yield
     finally:

@@ -17,7 +17,8 @@ async def sendfile(loop, transport, file, offset=0, count=None, *, fallback=True
     """Send a file over `transport`; like loop.sendfile(), on any loop.  Returns the bytes sent.
 
     file: a regular file opened in binary mode; its position is afterwards
-    behind the last byte sent.  offset, count: in bytes; None: up to the end.
+    behind the last byte sent, so at `offset` if nothing was.  offset, count:
+    in bytes; None: up to the end.
 
     The kernel sends it (sendfile(2)) over TCP and Unix sockets, and over TLS
     where the kernel encrypts (see ktls_send_enabled).  Over other TLS it is
@@ -97,7 +98,6 @@ async def _sendfile_in_turn(transport, fd, offset, count, part):
 async def _read_and_write(loop, transport, file, offset, count):
     seekable = hasattr(file, "seek") and (not hasattr(file, "seekable") or file.seekable())
     if seekable:
-        before = file.tell()
         file.seek(offset)
     fd = _regular_file(file) if seekable else None
     total = 0
@@ -118,7 +118,7 @@ async def _read_and_write(loop, transport, file, offset, count):
         return total
     finally:
         if seekable:
-            file.seek(offset + total if total else before)
+            file.seek(offset + total)
         await protocol.restore()
         if transport._protocol_paused:
             # asyncio's class forgets it; the protocol would hear of resume_writing() alone.

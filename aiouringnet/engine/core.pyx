@@ -321,8 +321,11 @@ cdef class FileRange:
         return self.future
 
     cdef void place(self) noexcept:
-        """Set the file's position behind the last byte sent, as asyncio documents, where it is not there already."""
-        if self.sent and self.offset != self.size:
+        """Set the file's position behind the last byte sent, as asyncio documents, where it is not there already.
+
+        Where nothing was sent that is the offset asked for, which asyncio's own keeps to since 3.14.
+        """
+        if self.offset != self.size:
             c_lseek(self.fd, self.offset, SEEK_SET)
 
     cdef void end(self, object exc) noexcept:
