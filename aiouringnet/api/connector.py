@@ -20,6 +20,7 @@ import types
 
 from aiouringnet.api.call import StreamTransport, TLSTransport, parameters_of
 from aiouringnet.engine.core import inode_of, unlink
+from aiouringnet.api.handed_in import tell_when_closed
 from aiouringnet.tls import record_layer
 
 _Base = asyncio.SelectorEventLoop
@@ -48,6 +49,7 @@ class Connector:
         self._unix_server_sockets = {}  # listening socket -> inode of its file, which goes with it
         self._attempts = None  # for each address tried, the list of its errors; None: nobody asks for them
         self._unowned = None  # a socket made here that no transport owns yet
+        self._handed_in = None  # a socket of the application's
         self._tls_options = {}  # what asyncio's functions would not pass on
 
     def __getattr__(self, name):
@@ -71,6 +73,7 @@ class Connector:
 
     async def create_connection(self, *args, all_errors=False, **kwargs):
         self._keep_tls_options(kwargs)
+        self._handed_in = kwargs.get("sock")
         if not all_errors:
             return await _Base.create_connection(self, *args, **kwargs)
         if _KNOWS_ALL_ERRORS:
@@ -94,14 +97,17 @@ class Connector:
 
     async def create_unix_connection(self, *args, **kwargs):
         self._keep_tls_options(kwargs)
+        self._handed_in = kwargs.get("sock")
         return await _Base.create_unix_connection(self, *args, **kwargs)
 
     async def connect_accepted_socket(self, *args, **kwargs):
         self._keep_tls_options(kwargs)
+        self._handed_in = args[1] if len(args) > 1 else kwargs.get("sock")
         return await _Base.connect_accepted_socket(self, *args, **kwargs)
 
     async def create_server(self, *args, **kwargs):
         self._keep_tls_options(kwargs)
+        self._handed_in = kwargs.get("sock")
         if _KNOWS_KEEP_ALIVE or not kwargs.pop("keep_alive", None) or kwargs.get("sock") is not None:
             return _ours(await _Base.create_server(self, *args, **kwargs))
         start_serving = kwargs.pop("start_serving", True)
@@ -114,6 +120,7 @@ class Connector:
 
     async def create_unix_server(self, *args, **kwargs):
         self._keep_tls_options(kwargs)
+        self._handed_in = kwargs.get("sock")
         cleanup = not _KNOWS_CLEANUP_SOCKET and kwargs.pop("cleanup_socket", False)
         server = _ours(await _Base.create_unix_server(self, *args, **kwargs))
         if cleanup:
@@ -179,7 +186,7 @@ class Connector:
 
     def _make_socket_transport(self, sock, protocol, waiter=None, *, extra=None, server=None):
         transport = StreamTransport(self.engine, sock, protocol, waiter, extra, server)
-        self._unowned = None
+        self._owned_by(sock, transport)
         return transport
 
     def _make_ssl_transport(
@@ -190,9 +197,13 @@ class Connector:
         tls = TLSTransport(
             self.engine, record_layer(self.loop), protocol, sslcontext, waiter, **options, **self._tls_options
         )
-        StreamTransport(self.engine, rawsock, tls, None, extra, server)
-        self._unowned = None
+        self._owned_by(rawsock, StreamTransport(self.engine, rawsock, tls, None, extra, server))
         return tls
+
+    def _owned_by(self, sock, transport):
+        self._unowned = None
+        if sock is self._handed_in:
+            tell_when_closed(sock, transport)
 
     def _start_serving(
         self,
@@ -218,7 +229,9 @@ class Connector:
         def accept_in_context(conn, peername):
             context.copy().run(accept, conn, peername)
 
-        self._listeners[sock] = self.engine.listen(sock, accept_in_context)
+        self._listeners[sock] = listener = self.engine.listen(sock, accept_in_context)
+        if sock is self._handed_in:
+            tell_when_closed(sock, listener)
 
     def _accept(self, protocol_factory, server, conn, peername):
         # Where this raises, the engine says so and closes the socket.

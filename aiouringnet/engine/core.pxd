@@ -158,12 +158,15 @@ cdef class Stream(Handle):
     cdef void close(self) noexcept
     # The sink needs on_sent() as soon as it can be had
     cdef void expect_sent(self) noexcept
+    # The descriptor's owner is about to close it
+    cdef void descriptor_closes(self) noexcept
 
     # what the engines implement
     cdef void sync_reading(self) noexcept
     cdef void submit_send(self) noexcept
     cdef void await_writable(self) noexcept
     cdef void cancel_all(self) noexcept
+    cdef void let_go(self) noexcept
 
     # what they share
     cdef void push(self, object owner, const char* data, size_t size) except *
@@ -188,6 +191,7 @@ cdef class Stream(Handle):
 
 # A listening socket.
 cdef class Listener(Handle):
+    cdef object __weakref__
     cdef readonly object sock
     cdef object on_accept
     cdef int fd, family, kind, proto
@@ -254,6 +258,7 @@ cdef class Engine:
     cdef unsigned long long n_wakes, n_passes, n_flushes, n_direct_sends, n_direct_reads, n_bytes_in, n_bytes_out, n_streams
 
     cdef int check(self) except -1
+    cdef bint on_own_thread(self) noexcept
     cdef void begin(self, Handle handle) noexcept
     cdef void end(self, Handle handle) noexcept
     cdef void mark_dirty(self, Stream stream) noexcept

@@ -760,6 +760,20 @@ cdef class Stream(Handle):
         self.cancel_all()
         self.maybe_detached()
 
+    cdef void descriptor_closes(self) noexcept:
+        """Nothing of ours may hold its file from now on, nor use its number, which may be another's.
+
+        As in asyncio, no end is reported; what is still queued is an error (EBADF).
+        """
+        if self.closed or self.fd < 0 or self.engine.closed or self.engine.forked():
+            return
+        self.reading = False
+        self.ended = True
+        self.let_go()
+        self.fd = -1
+        if self.count and not self.sending and not self.dirty:
+            self.engine.mark_dirty(self)
+
     cdef void maybe_detached(self) noexcept:
         cdef Sink sink = self.sink
         if self.closed and self.in_flight == 0 and sink is not None:
@@ -781,6 +795,9 @@ cdef class Stream(Handle):
 
     cdef void cancel_all(self) noexcept:
         pass
+
+    cdef void let_go(self) noexcept:
+        """End the operations that hold the descriptor's file, at once."""
 
 
 # accept() errors that mean "later": the process or the system is out of
@@ -807,10 +824,14 @@ cdef class Listener(Handle):
         self.closed = True
         self._stop()
 
+    def _socket_closes(self):
+        """Its owner does that: the port is free when it has."""
+        self.close()
+
     def _stop(self):
         if self.engine.closed or self.engine.forked():
             return
-        if self.engine.thread_id == airn_thread_id():
+        if self.engine.on_own_thread():
             self.stop()
         else:
             self.engine.loop.call_soon_threadsafe(self._stop)
@@ -1008,6 +1029,9 @@ cdef class Engine:
                 "use loop.call_soon_threadsafe()"
             )
         return 0
+
+    cdef bint on_own_thread(self) noexcept:
+        return self.thread_id == airn_thread_id()
 
     # --- ownership of operations in flight ---------------------------------
 

@@ -97,6 +97,12 @@ cdef class EpollStream(Stream):
         self.begin_send(False)
         (<Epoll>self.engine).sync(self)
 
+    cdef void let_go(self) noexcept:
+        self.end_send()
+        if self.registered:
+            self.registered = 0
+            (<Epoll>self.engine).forget(self, self.fd)
+
     cdef void cancel_all(self) noexcept:
         cdef Epoll engine = <Epoll>self.engine
         self.end_send()

@@ -463,6 +463,10 @@ cdef class RingStream(Stream):
         if asked:
             engine.mark_resync(self)
 
+    cdef void let_go(self) noexcept:
+        self.cancel_all()
+        (<Ring>self.engine).enter()
+
     cdef void cancel_again(self) noexcept:
         self.cancelling = self.send_cancelling = False
         self.engine.mark_resync(self)

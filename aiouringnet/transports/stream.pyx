@@ -771,6 +771,14 @@ cdef class StreamTransport(Sink):
         if self.finished:
             self.close_socket()
 
+    def _socket_closes(self):
+        """The socket was handed in, and its owner closes it."""
+        if not self.engine.on_own_thread() and not self.engine.closed:
+            self.loop.call_soon_threadsafe(self._socket_closes)
+        elif not self.lost:
+            self.leave_table()
+            self.stream.descriptor_closes()
+
     cdef void close_socket(self) noexcept:
         sock = self.sock
         if sock is not None:
