@@ -85,6 +85,19 @@ def loops_own(loop, name):
     return getattr(loop, name)
 
 
+def ensure_no_transport(engine, fileobj):
+    """asyncio's refusal to let a transport's descriptor be used by others, with its words."""
+    fd = fileobj
+    if not isinstance(fd, int):
+        try:
+            fd = int(fd.fileno())
+        except (AttributeError, TypeError, ValueError):
+            return  # for the loop to complain about
+    transport = engine.transports.get(fd)
+    if transport is not None and not transport.is_closing():
+        raise RuntimeError(f"File descriptor {fileobj!r} is used by transport {transport!r}")
+
+
 async def call(loop, name, args, kwargs):
     """Run asyncio's method `name` on our transports, or the loop's own without an engine."""
     engine = engine_for(loop)

@@ -18,7 +18,7 @@ import socket
 import sys
 import types
 
-from aiouringnet.api.call import StreamTransport, TLSTransport, parameters_of
+from aiouringnet.api.call import StreamTransport, TLSTransport, ensure_no_transport, parameters_of
 from aiouringnet.engine.core import inode_of, unlink
 from aiouringnet.tls import record_layer
 
@@ -150,6 +150,7 @@ class Connector:
         try:
             sock.setblocking(False)
             protocol = protocol_factory()
+            ensure_no_transport(self.engine, sock)
             waiter = self.loop.create_future()
             if ssl:
                 transport = self._make_ssl_transport(

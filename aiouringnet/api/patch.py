@@ -15,7 +15,7 @@ import types
 import warnings
 import weakref
 
-from aiouringnet.api.call import PATCHED, loops_own
+from aiouringnet.api.call import PATCHED, ensure_no_transport, loops_own
 from aiouringnet.api.connect import connect_accepted_socket, create_connection, create_unix_connection
 from aiouringnet.api.sendfile import sendfile
 from aiouringnet.api.serve import create_server, create_unix_server
@@ -32,6 +32,8 @@ FUNCTIONS = (
     sendfile,
     start_tls,
 )
+
+WATCHING = ("add_reader", "add_writer", "remove_reader", "remove_writer")
 
 BASE_LOOP_VARIABLE = "AIOURINGNET_BASE_LOOP"
 
@@ -129,7 +131,23 @@ def _patched_class(base):
 
 def _methods(base):
     methods = {function.__name__: _method(base, function) for function in FUNCTIONS if hasattr(base, function.__name__)}
+    if not hasattr(base, "_ensure_fd_no_transport"):
+        # A loop that does not look at asyncio's table of transports: it would not know of ours.
+        methods |= {name: _refusing(base, name) for name in WATCHING if hasattr(base, name)}
     return {"run_forever": _run_forever(base), **methods}
+
+
+def _refusing(base, name):
+    own = getattr(base, name)
+
+    @functools.wraps(own)
+    def method(self, fileobj, *args, **kwargs):
+        engine = active_engine(self)
+        if engine is not None:
+            ensure_no_transport(engine, fileobj)
+        return own(self, fileobj, *args, **kwargs)
+
+    return method
 
 
 def _method(base, function):

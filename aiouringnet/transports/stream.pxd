@@ -16,7 +16,6 @@ cdef class StreamTransport(Sink):
     cdef object server
     cdef object extra               # dict or None
     cdef object peername, sockname, transport_socket
-    cdef object table               # the loop's descriptor -> transport, or None
     cdef object __weakref__
     cdef dict __dict__              # attributes of the application's own, as on asyncio's transports
 

@@ -89,6 +89,8 @@ cdef class StreamTransport(Sink):
 
     def __init__(self, Engine engine, sock, protocol, waiter=None, extra=None, server=None):
         engine.check()
+        if self.engine is not None:
+            raise RuntimeError("a transport is initialised once")
         self.engine = engine
         self.loop = engine.loop
         self.sock = sock
@@ -108,11 +110,8 @@ cdef class StreamTransport(Sink):
             except OSError:
                 pass
         self.stream = engine.open_stream(self.fileno, self)
-        # asyncio's loops refuse add_reader() for a transport's descriptor;
-        # uvloop keeps no such table in sight.
-        self.table = getattr(self.loop, "_transports", None)
-        if self.table is not None:
-            self.table[self.fileno] = self
+        # Loops refuse add_reader() for a transport's descriptor.
+        engine.transports[self.fileno] = self
         self.server = server
         if server is not None:
             if SERVER_TAKES_TRANSPORT:
@@ -156,6 +155,8 @@ cdef class StreamTransport(Sink):
         return "<{}>".format(" ".join(info))
 
     def __del__(self):
+        if self.engine is not None and not self.lost:
+            self.leave_table()
         if self.sock is not None and not self.finished:
             warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
             self.finished = True
@@ -745,8 +746,8 @@ cdef class StreamTransport(Sink):
 
     cdef void leave_table(self) noexcept:
         try:
-            if self.table is not None and self.table.get(self.fileno) is self:
-                del self.table[self.fileno]
+            if self.engine.transports.get(self.fileno) is self:
+                del self.engine.transports[self.fileno]
         except (SystemExit, KeyboardInterrupt) as exc:
             self.engine.interrupted(exc)
         except KeyError:
