@@ -72,6 +72,12 @@ HINTS = frozenset(
 )
 
 
+def expect_loop(loop, function, hint=""):
+    """TypeError where a loop was to be given: one that was forgotten would end in an error about an inner name."""
+    if not isinstance(loop, asyncio.AbstractEventLoop) and (isinstance(loop, type) or not hasattr(loop, "call_soon")):
+        raise TypeError(f"{function}() expects an event loop as its first argument, not {loop!r}{hint}")
+
+
 def loops_own(loop, name):
     """The method that the loop had before it was patched.
 
@@ -100,6 +106,7 @@ def ensure_no_transport(engine, fileobj):
 
 async def call(loop, name, args, kwargs):
     """Run asyncio's method `name` on our transports, or the loop's own without an engine."""
+    expect_loop(loop, name)
     engine = engine_for(loop)
     if engine is None:
         method = loops_own(loop, name)
