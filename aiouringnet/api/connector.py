@@ -21,6 +21,7 @@ import types
 from aiouringnet.api.call import StreamTransport, TLSTransport, ensure_no_transport, parameters_of
 from aiouringnet.engine.core import inode_of, unlink
 from aiouringnet.tls import record_layer
+from aiouringnet.transports.slow import timed
 
 _Base = asyncio.SelectorEventLoop
 logger = asyncio.log.logger
@@ -206,6 +207,8 @@ class Connector:
         ssl_shutdown_timeout=None,
     ):
         sock.setblocking(False)
+        if self._debug:
+            protocol_factory = functools.partial(timed, self.loop, protocol_factory)
         if sslcontext:
             timeouts = {"ssl_handshake_timeout": ssl_handshake_timeout}
             if _KNOWS_SHUTDOWN_TIMEOUT:

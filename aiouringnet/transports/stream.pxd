@@ -23,6 +23,7 @@ cdef class StreamTransport(Sink):
     cdef flag closing, paused, eof
     cdef flag in_context            # a callback of ours is running
     cdef flag detached              # nothing is in flight
+    cdef flag timed                 # asyncio's debug mode: slow callbacks are named
     cdef flag finished              # connection_lost was called
     cdef int lost                   # how often a write was dropped, plus one; 0: not lost
 
