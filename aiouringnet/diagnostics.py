@@ -10,6 +10,7 @@ import sys
 from aiouringnet import engine as engines
 from aiouringnet import tls
 from aiouringnet._version import __version__
+from aiouringnet.api.call import expect_loop
 from aiouringnet.api.patch import is_patched
 from aiouringnet.options import ENGINE_VARIABLE, Options
 
@@ -40,6 +41,8 @@ def status(loop=None):
     """
     if loop is None:
         loop = asyncio._get_running_loop()
+    else:
+        expect_loop(loop, "status")
     running = None if loop is None else engines.active_engine(loop)
     options = Options() if loop is None else engines.options_of(loop)
     found = engines.probe()
@@ -75,6 +78,7 @@ def stats(loop=None):
     """The counters of a loop's engine (the running loop's without one), {} while it has none."""
     if loop is None:
         loop = asyncio.get_running_loop()
+    expect_loop(loop, "stats")
     running = engines.active_engine(loop)
     return {} if running is None else running.stats()
 

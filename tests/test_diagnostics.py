@@ -219,8 +219,18 @@ def test_the_report_is_for_people(engine):
     assert "OpenSSL" in rows["openssl"] and "ktls available" in rows and "open files" in rows
     assert rows["usable"] == ("no" if helpers.why_no_ring() else "yes")
     assert f"engine                   {expected}\n" in done.stdout
+    verdict = done.stdout.splitlines()[0]
+    if engine == "auto" and expected == "uring":
+        assert verdict == "io_uring works here: connections run on it."
+    elif engine == "epoll":
+        assert "and connections are served by the epoll engine: the 'epoll' engine was asked for" in verdict
+        assert verdict.endswith("Unset AIOURINGNET_ENGINE, or set it to auto.")
+    elif engine == "loop":
+        assert "and connections are the loop's own: the 'loop' engine was asked for" in verdict
     if engine != "loop":
-        assert int(rows["bytes in"]) == 12
+        assert int(rows["bytes in"]) == int(rows["bytes out"]) == 18
+        # The loop slept before each of them.
+        assert int(rows["wakes"]) >= 3
 
 
 def test_the_report_explains_a_refusal():
@@ -237,6 +247,7 @@ runpy.run_module("aiouringnet", run_name="__main__")
     done = helpers.run_python(code, AIOURINGNET_ENGINE="auto")
     assert (done.returncode, done.stderr) == (1, "")
     assert "seccomp" in done.stdout and "Operation not permitted" in done.stdout
+    assert done.stdout.startswith("io_uring is not to be had here, and connections are served by the epoll engine: ")
 
 
 @pytest.mark.parametrize("name, value", [("AIOURINGNET_ENGINE", "iocp"), ("AIOURINGNET_BASE_LOOP", "twisted")])

@@ -570,6 +570,40 @@ def test_patched_loops_are_freed(make_loop):
     assert [reference() for reference in references] == [None] * 3
 
 
+TAKING_A_LOOP = [name for name in aiouringnet.__all__ if name not in ("Options", "__version__", "new_event_loop")]
+
+
+@pytest.mark.parametrize("name", [name for name in TAKING_A_LOOP if name not in ("loop_factory", "install_policy")])
+@pytest.mark.parametrize("wrong", [asyncio.Protocol, asyncio.SelectorEventLoop, asyncio.new_event_loop, "127.0.0.1"])
+def test_a_forgotten_loop_is_named(name, wrong):
+    function = getattr(aiouringnet, name)
+
+    async def use():
+        # What comes next is as good as anything: the first argument is looked at first.
+        one = name in ("open_unix_connection", "patch_loop", "stats", "status")
+        found = function(wrong) if one else function(wrong, "127.0.0.1", 80)
+        if inspect.isawaitable(found):
+            await found
+
+    with pytest.raises(TypeError) as caught:
+        asyncio.run(use())
+    assert str(caught.value).startswith(f"{name}() expects an event loop as its first argument, not {wrong!r}")
+    told = ": call it first, or give it to loop_factory()" in str(caught.value)
+    assert told is (name == "patch_loop" and callable(wrong))
+
+
+@one_case
+def test_what_makes_no_loop_is_told_what_would(make_loop):
+    loop = make_loop(patched=False)
+    with pytest.raises(TypeError, match=r"^loop_factory\(\) expects a function that makes an event loop, not <_Unix"):
+        aiouringnet.loop_factory(loop)
+    with pytest.raises(TypeError, match=r"^patch_loop\(\) expects an event loop as its first argument, not \[\]$"):
+        aiouringnet.loop_factory(list)()
+    for wrong in (asyncio.new_event_loop, asyncio.SelectorEventLoop, "uvloop"):
+        with pytest.raises(TypeError, match=r"^install_policy\(\) expects an event loop policy, not "):
+            aiouringnet.install_policy(wrong)
+
+
 def test_the_package_has_no_other_public_names():
     names = {name for name in vars(aiouringnet) if not name.startswith("_")}
     modules = {name for name in names if isinstance(getattr(aiouringnet, name), types.ModuleType)}

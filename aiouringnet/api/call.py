@@ -72,6 +72,12 @@ HINTS = frozenset(
 )
 
 
+def expect_loop(loop, function, hint=""):
+    """TypeError where a loop was to be given: one that was forgotten would end in an error about an inner name."""
+    if not isinstance(loop, asyncio.AbstractEventLoop) and (isinstance(loop, type) or not hasattr(loop, "call_soon")):
+        raise TypeError(f"{function}() expects an event loop as its first argument, not {loop!r}{hint}")
+
+
 def loops_own(loop, name):
     """The method that the loop had before it was patched.
 
@@ -85,8 +91,22 @@ def loops_own(loop, name):
     return getattr(loop, name)
 
 
+def ensure_no_transport(engine, fileobj):
+    """asyncio's refusal to let a transport's descriptor be used by others, with its words."""
+    fd = fileobj
+    if not isinstance(fd, int):
+        try:
+            fd = int(fd.fileno())
+        except (AttributeError, TypeError, ValueError):
+            return  # for the loop to complain about
+    transport = engine.transports.get(fd)
+    if transport is not None and not transport.is_closing():
+        raise RuntimeError(f"File descriptor {fileobj!r} is used by transport {transport!r}")
+
+
 async def call(loop, name, args, kwargs):
     """Run asyncio's method `name` on our transports, or the loop's own without an engine."""
+    expect_loop(loop, name)
     engine = engine_for(loop)
     if engine is None:
         method = loops_own(loop, name)

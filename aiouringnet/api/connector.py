@@ -18,10 +18,11 @@ import socket
 import sys
 import types
 
-from aiouringnet.api.call import StreamTransport, TLSTransport, parameters_of
+from aiouringnet.api.call import StreamTransport, TLSTransport, ensure_no_transport, parameters_of
 from aiouringnet.engine.core import inode_of, unlink
 from aiouringnet.api.handed_in import tell_when_closed
 from aiouringnet.tls import record_layer
+from aiouringnet.transports.slow import timed
 
 _Base = asyncio.SelectorEventLoop
 logger = asyncio.log.logger
@@ -157,6 +158,7 @@ class Connector:
         try:
             sock.setblocking(False)
             protocol = protocol_factory()
+            ensure_no_transport(self.engine, sock)
             waiter = self.loop.create_future()
             if ssl:
                 transport = self._make_ssl_transport(
@@ -216,6 +218,8 @@ class Connector:
         ssl_shutdown_timeout=None,
     ):
         sock.setblocking(False)
+        if self._debug:
+            protocol_factory = functools.partial(timed, self.loop, protocol_factory)
         if sslcontext:
             timeouts = {"ssl_handshake_timeout": ssl_handshake_timeout}
             if _KNOWS_SHUTDOWN_TIMEOUT:

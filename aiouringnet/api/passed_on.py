@@ -6,12 +6,13 @@ finds them here.
 
 import sys
 
-from aiouringnet.api.call import like, loops_own
+from aiouringnet.api.call import expect_loop, like, loops_own
 
 
 def _passed_on(name):
     @like(name)
     async def function(loop, *args, **kwargs):
+        expect_loop(loop, name)
         return await loops_own(loop, name)(*args, **kwargs)
 
     function.__name__ = function.__qualname__ = name

@@ -15,7 +15,7 @@ import types
 import warnings
 import weakref
 
-from aiouringnet.api.call import PATCHED, loops_own
+from aiouringnet.api.call import PATCHED, ensure_no_transport, expect_loop, loops_own
 from aiouringnet.api.connect import connect_accepted_socket, create_connection, create_unix_connection
 from aiouringnet.api.sendfile import sendfile
 from aiouringnet.api.serve import create_server, create_unix_server
@@ -32,6 +32,8 @@ FUNCTIONS = (
     sendfile,
     start_tls,
 )
+
+WATCHING = ("add_reader", "add_writer", "remove_reader", "remove_writer")
 
 BASE_LOOP_VARIABLE = "AIOURINGNET_BASE_LOOP"
 
@@ -57,6 +59,7 @@ def patch_loop(loop=None, **options):
     """
     if loop is None:
         loop = _current_loop()
+    expect_loop(loop, "patch_loop", ": call it first, or give it to loop_factory()" if callable(loop) else "")
     if loop.is_closed():
         raise RuntimeError("Event loop is closed")
     if loop.is_running() and asyncio._get_running_loop() is not loop:
@@ -129,7 +132,23 @@ def _patched_class(base):
 
 def _methods(base):
     methods = {function.__name__: _method(base, function) for function in FUNCTIONS if hasattr(base, function.__name__)}
+    if not hasattr(base, "_ensure_fd_no_transport"):
+        # A loop that does not look at asyncio's table of transports: it would not know of ours.
+        methods |= {name: _refusing(base, name) for name in WATCHING if hasattr(base, name)}
     return {"run_forever": _run_forever(base), **methods}
+
+
+def _refusing(base, name):
+    own = getattr(base, name)
+
+    @functools.wraps(own)
+    def method(self, fileobj, *args, **kwargs):
+        engine = active_engine(self)
+        if engine is not None:
+            ensure_no_transport(engine, fileobj)
+        return own(self, fileobj, *args, **kwargs)
+
+    return method
 
 
 def _method(base, function):
@@ -168,6 +187,8 @@ def loop_factory(base_factory=None, **options):
     (uvloop.new_event_loop for uvloop).  options: as in patch_loop().
     """
     _chosen(None, options)  # a bad option is an error here, not where the loop is made
+    if base_factory is not None and not callable(base_factory):
+        raise TypeError(f"loop_factory() expects a function that makes an event loop, not {base_factory!r}")
 
     def new_event_loop():
         return patch_loop((base_factory or asyncio.new_event_loop)(), **options)
@@ -204,6 +225,8 @@ def install_policy(base_policy=None, **options):
     asyncio.run(main(), loop_factory=aiouringnet.loop_factory()) instead.
     """
     _chosen(None, options)
+    if base_policy is not None and (isinstance(base_policy, type) or not hasattr(base_policy, "new_event_loop")):
+        raise TypeError(f"install_policy() expects an event loop policy, not {base_policy!r}")
     instead = "use asyncio.run(main(), loop_factory=aiouringnet.loop_factory())"
     if sys.version_info >= (3, 16):
         raise RuntimeError(f"this Python has no event loop policies: {instead}")

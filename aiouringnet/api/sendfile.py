@@ -6,7 +6,7 @@ import os
 import stat
 from asyncio import SendfileNotAvailableError
 
-from aiouringnet.api.call import OURS, like, loops_own
+from aiouringnet.api.call import OURS, expect_loop, like, loops_own
 
 # Read and written at a time where the kernel cannot send the file by itself.
 BLOCK_BYTES = 1 << 18
@@ -27,6 +27,7 @@ async def sendfile(loop, transport, file, offset=0, count=None, *, fallback=True
     that is closing, ValueError or TypeError for a bad offset, count or file,
     and OSError when the connection is lost in the middle.
     """
+    expect_loop(loop, "sendfile")
     if not isinstance(transport, OURS):
         return await loops_own(loop, "sendfile")(transport, file, offset, count, fallback=fallback)
     if transport.is_closing():

@@ -1,6 +1,6 @@
 """Upgrading a connection to TLS."""
 
-from aiouringnet.api.call import OURS, TLSTransport, like, loops_own, understood
+from aiouringnet.api.call import OURS, TLSTransport, expect_loop, like, loops_own, understood
 from aiouringnet.tls import record_layer
 
 try:
@@ -19,6 +19,7 @@ async def start_tls(loop, transport, *args, **kwargs):
     transport that cannot be upgraded or a context that is none, ssl.SSLError
     or OSError when the handshake fails.
     """
+    expect_loop(loop, "start_tls")
     if TLSTransport is not None and isinstance(transport, OURS):
         return await _upgrade(loop, transport, *args, **kwargs)
     method = loops_own(loop, "start_tls")

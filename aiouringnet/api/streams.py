@@ -2,6 +2,7 @@
 
 from asyncio import StreamReader, StreamReaderProtocol, StreamWriter
 
+from aiouringnet.api.call import expect_loop
 from aiouringnet.api.connect import create_connection, create_unix_connection
 from aiouringnet.api.serve import create_server, create_unix_server
 
@@ -25,19 +26,23 @@ def _factory(loop, client_connected_cb, limit):
 
 async def open_connection(loop, host=None, port=None, *, limit=DEFAULT_LIMIT, **kwds):
     """Like asyncio.open_connection(): returns (reader, writer).  `limit`: bytes the reader buffers."""
+    expect_loop(loop, "open_connection")
     return await _open(loop, create_connection, limit, host, port, **kwds)
 
 
 async def open_unix_connection(loop, path=None, *, limit=DEFAULT_LIMIT, **kwds):
     """Like asyncio.open_unix_connection(): returns (reader, writer)."""
+    expect_loop(loop, "open_unix_connection")
     return await _open(loop, create_unix_connection, limit, path, **kwds)
 
 
 async def start_server(loop, client_connected_cb, host=None, port=None, *, limit=DEFAULT_LIMIT, **kwds):
     """Like asyncio.start_server(): client_connected_cb(reader, writer) for each connection."""
+    expect_loop(loop, "start_server")
     return await create_server(loop, _factory(loop, client_connected_cb, limit), host, port, **kwds)
 
 
 async def start_unix_server(loop, client_connected_cb, path=None, *, limit=DEFAULT_LIMIT, **kwds):
     """Like asyncio.start_unix_server()."""
+    expect_loop(loop, "start_unix_server")
     return await create_unix_server(loop, _factory(loop, client_connected_cb, limit), path, **kwds)

@@ -217,6 +217,7 @@ cdef class Engine:
     cdef object __weakref__
     cdef readonly object loop
     cdef readonly object options
+    cdef readonly object transports # descriptor -> transport: asyncio's table of its loop, or Descriptors
     cdef unsigned long thread_id    # the loop's thread
     cdef unsigned int generation    # of forks: differs in a child
     cdef readonly bint closed

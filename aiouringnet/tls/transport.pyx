@@ -44,6 +44,7 @@ from aiouringnet.tls.records cimport FAILED, Records, WANTS_MORE
 from aiouringnet.transports.stream cimport StreamTransport, limits, own
 
 from aiouringnet.tls.records import AGAIN
+from aiouringnet.transports.slow import timed
 from aiouringnet.transports.stream import Transport
 
 
@@ -138,6 +139,7 @@ cdef class TLSTransport(Layer):
     cdef int state
     cdef flag closing               # close() was called, or it is over
     cdef flag buffered              # the protocol is a BufferedProtocol
+    cdef flag timed                 # asyncio's debug mode: slow callbacks are named
     cdef flag made, ended           # connection_made() and eof_received() were called
     cdef flag server_side
     cdef flag accepted              # by a server: nobody waits for the handshake
@@ -343,7 +345,10 @@ cdef class TLSTransport(Layer):
         self.wake_waiter(exc or ConnectionAbortedError("the connection was closed during the TLS handshake"))
         if self.made and protocol is not None:
             # At once: a loop that stops now would keep what is scheduled, and all of us with it.
-            self.context.run(protocol.connection_lost, exc)
+            if self.timed:
+                self.context.run(timed, self.loop, protocol.connection_lost, exc)
+            else:
+                self.context.run(protocol.connection_lost, exc)
 
     def pause_writing(self):
         self.lower_paused = True
@@ -467,7 +472,10 @@ cdef class TLSTransport(Layer):
             PyContext_Enter(self.context)
             self.in_context = True
             try:
-                self.protocol.data_received(data)
+                if self.timed:
+                    timed(self.loop, self.protocol.data_received, data)
+                else:
+                    self.protocol.data_received(data)
             finally:
                 self.in_context = False
                 PyContext_Exit(self.context)
@@ -495,7 +503,10 @@ cdef class TLSTransport(Layer):
             PyContext_Enter(self.context)
             self.in_context = True
             try:
-                buffer = self.protocol.get_buffer(hint)
+                if self.timed:
+                    buffer = timed(self.loop, self.protocol.get_buffer, hint)
+                else:
+                    buffer = self.protocol.get_buffer(hint)
                 PyObject_GetBuffer(buffer, view, PyBUF_WRITABLE)
             finally:
                 self.in_context = False
@@ -516,7 +527,10 @@ cdef class TLSTransport(Layer):
             PyContext_Enter(self.context)
             self.in_context = True
             try:
-                self.protocol.buffer_updated(size)
+                if self.timed:
+                    timed(self.loop, self.protocol.buffer_updated, size)
+                else:
+                    self.protocol.buffer_updated(size)
             finally:
                 self.in_context = False
                 PyContext_Exit(self.context)
@@ -537,7 +551,10 @@ cdef class TLSTransport(Layer):
             PyContext_Enter(self.context)
             self.in_context = True
             try:
-                keep_open = self.protocol.eof_received()
+                if self.timed:
+                    keep_open = timed(self.loop, self.protocol.eof_received)
+                else:
+                    keep_open = self.protocol.eof_received()
             finally:
                 self.in_context = False
                 PyContext_Exit(self.context)
@@ -619,7 +636,10 @@ cdef class TLSTransport(Layer):
             PyContext_Enter(self.context)
             self.in_context = True
             try:
-                self.protocol.connection_made(self)
+                if self.timed:
+                    timed(self.loop, self.protocol.connection_made, self)
+                else:
+                    self.protocol.connection_made(self)
             finally:
                 self.in_context = False
                 PyContext_Exit(self.context)
@@ -798,7 +818,10 @@ cdef class TLSTransport(Layer):
                 PyContext_Enter(self.context)
                 self.in_context = True
             try:
-                function()
+                if self.timed:
+                    timed(self.loop, function)
+                else:
+                    function()
             finally:
                 if enter:
                     self.in_context = False
@@ -1217,6 +1240,7 @@ cdef class TLSTransport(Layer):
         self.protocol = protocol
         self.buffered = isinstance(protocol, BufferedProtocol)
         self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
+        self.timed = self.layer is None and self.loop.get_debug()
 
     def get_protocol(self):
         return self.protocol

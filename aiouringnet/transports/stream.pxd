@@ -16,7 +16,6 @@ cdef class StreamTransport(Sink):
     cdef object server
     cdef object extra               # dict or None
     cdef object peername, sockname, transport_socket
-    cdef object table               # the loop's descriptor -> transport, or None
     cdef object __weakref__
     cdef dict __dict__              # attributes of the application's own, as on asyncio's transports
 
@@ -24,6 +23,7 @@ cdef class StreamTransport(Sink):
     cdef flag closing, paused, eof
     cdef flag in_context            # a callback of ours is running
     cdef flag detached              # nothing is in flight
+    cdef flag timed                 # asyncio's debug mode: slow callbacks are named
     cdef flag finished              # connection_lost was called
     cdef int lost                   # how often a write was dropped, plus one; 0: not lost
 

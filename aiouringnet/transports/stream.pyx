@@ -37,6 +37,8 @@ from aiouringnet.engine.core cimport (
     Engine, FileRange, Layer, ROOM_BYTES, ROOM_VIEW, ROOM_WIDE, Room, Sink, Stream,
 )
 
+from aiouringnet.transports.slow import timed
+
 
 cdef extern from "Python.h":
     PyObject* new_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
@@ -89,6 +91,8 @@ cdef class StreamTransport(Sink):
 
     def __init__(self, Engine engine, sock, protocol, waiter=None, extra=None, server=None):
         engine.check()
+        if self.engine is not None:
+            raise RuntimeError("a transport is initialised once")
         self.engine = engine
         self.loop = engine.loop
         self.sock = sock
@@ -108,11 +112,8 @@ cdef class StreamTransport(Sink):
             except OSError:
                 pass
         self.stream = engine.open_stream(self.fileno, self)
-        # asyncio's loops refuse add_reader() for a transport's descriptor;
-        # uvloop keeps no such table in sight.
-        self.table = getattr(self.loop, "_transports", None)
-        if self.table is not None:
-            self.table[self.fileno] = self
+        # Loops refuse add_reader() for a transport's descriptor.
+        engine.transports[self.fileno] = self
         self.server = server
         if server is not None:
             if SERVER_TAKES_TRANSPORT:
@@ -128,7 +129,10 @@ cdef class StreamTransport(Sink):
     def _begin(self, waiter):
         try:
             if not self.finished:
-                self.protocol.connection_made(self)
+                if self.timed:
+                    timed(self.loop, self.protocol.connection_made, self)
+                else:
+                    self.protocol.connection_made(self)
         finally:
             if waiter is None:
                 self._start_reading()
@@ -156,6 +160,8 @@ cdef class StreamTransport(Sink):
         return "<{}>".format(" ".join(info))
 
     def __del__(self):
+        if self.engine is not None and not self.lost:
+            self.leave_table()
         if self.sock is not None and not self.finished:
             warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
             self.finished = True
@@ -256,6 +262,7 @@ cdef class StreamTransport(Sink):
         self.protocol = protocol
         self.buffered = isinstance(protocol, BufferedProtocol)
         self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
+        self.timed = self.layer is None and self.loop.get_debug()
 
     def get_protocol(self):
         return self.protocol
@@ -447,7 +454,10 @@ cdef class StreamTransport(Sink):
         try:
             entered = self.enter(&before)
             try:
-                self.protocol.data_received(data)
+                if self.timed:
+                    timed(self.loop, self.protocol.data_received, data)
+                else:
+                    self.protocol.data_received(data)
             finally:
                 if entered:
                     self.leave(before)
@@ -522,7 +532,7 @@ cdef class StreamTransport(Sink):
         try:
             entered = self.enter(&before)
             try:
-                buffer = protocol.get_buffer(hint)
+                buffer = timed(self.loop, protocol.get_buffer, hint) if self.timed else protocol.get_buffer(hint)
                 PyObject_GetBuffer(buffer, &room.view, PyBUF_WRITABLE)
             finally:
                 if entered:
@@ -582,7 +592,10 @@ cdef class StreamTransport(Sink):
         try:
             entered = self.enter(&before)
             try:
-                self.protocol.buffer_updated(size)
+                if self.timed:
+                    timed(self.loop, self.protocol.buffer_updated, size)
+                else:
+                    self.protocol.buffer_updated(size)
             finally:
                 if entered:
                     self.leave(before)
@@ -604,7 +617,10 @@ cdef class StreamTransport(Sink):
         try:
             entered = self.enter(&before)
             try:
-                keep_open = self.protocol.eof_received()
+                if self.timed:
+                    keep_open = timed(self.loop, self.protocol.eof_received)
+                else:
+                    keep_open = self.protocol.eof_received()
             finally:
                 if entered:
                     self.leave(before)
@@ -664,7 +680,10 @@ cdef class StreamTransport(Sink):
         try:
             entered = in_own_context and self.enter(&before)
             try:
-                getattr(self.protocol, name)()
+                if self.timed:
+                    timed(self.loop, getattr(self.protocol, name))
+                else:
+                    getattr(self.protocol, name)()
             finally:
                 if entered:
                     self.leave(before)
@@ -745,8 +764,8 @@ cdef class StreamTransport(Sink):
 
     cdef void leave_table(self) noexcept:
         try:
-            if self.table is not None and self.table.get(self.fileno) is self:
-                del self.table[self.fileno]
+            if self.engine.transports.get(self.fileno) is self:
+                del self.engine.transports[self.fileno]
         except (SystemExit, KeyboardInterrupt) as exc:
             self.engine.interrupted(exc)
         except KeyError:
@@ -756,7 +775,10 @@ cdef class StreamTransport(Sink):
         if self.finished:
             return
         try:
-            self.protocol.connection_lost(exc)
+            if self.timed:
+                timed(self.loop, self.protocol.connection_lost, exc)
+            else:
+                self.protocol.connection_lost(exc)
         finally:
             self.finished = True
             self.protocol = None
