@@ -1,6 +1,7 @@
 """start_tls, and TLS from the start, on our transports: a patched loop loses nothing."""
 
 import asyncio
+import gc
 import ssl
 import sys
 
@@ -10,6 +11,7 @@ import tls
 from helpers import Upgrading
 
 import aiouringnet
+from aiouringnet.api.call import StreamTransport, TLSTransport
 
 pytestmark = [
     pytest.mark.kernel,
@@ -68,6 +70,37 @@ async def test_a_client_that_does_not_trust_the_server_says_so(loop, endpoint, c
     # asyncio reports the server's half of the failure, depending on the version.
     assert all(isinstance(error, (ssl.SSLError, ConnectionError)) for error in errors.exceptions())
     errors.take()
+
+
+@pytest.mark.parametrize("way", ["upgrade", "from the start"])
+async def test_a_distrusted_certificate_leaves_nothing_behind(loop, endpoint, contexts, way):
+    """No transport, nor what hangs on it, that a reference cycle keeps until the collector runs."""
+    server_context, _ = contexts
+    distrusting = ssl.create_default_context()
+
+    async def fail():
+        if way == "upgrade":
+            transport, protocol = await endpoint.connect(loop, asyncio.Protocol)
+            await loop.start_tls(transport, protocol, distrusting, server_hostname="localhost")
+        else:
+            await endpoint.connect(loop, asyncio.Protocol, ssl=distrusting, server_hostname="localhost")
+
+    def transports():
+        kinds = (StreamTransport, TLSTransport)
+        return {id(thing): thing for thing in gc.get_objects() if type(thing) in kinds}
+
+    async with await endpoint.serve(loop, asyncio.Protocol, ssl=server_context):
+        gc.collect()
+        gc.disable()
+        before = transports()
+        try:
+            try:
+                await fail()
+            except ssl.SSLCertVerificationError:
+                pass
+            await helpers.eventually(lambda: transports().keys() <= before.keys())
+        finally:
+            gc.enable()
 
 
 @needs_writer_start_tls
