@@ -1,6 +1,7 @@
 """start_tls, and TLS from the start, on our transports: a patched loop loses nothing."""
 
 import asyncio
+import gc
 import ssl
 import sys
 
@@ -10,6 +11,7 @@ import tls
 from helpers import Upgrading
 
 import aiouringnet
+from aiouringnet.api.call import StreamTransport, TLSTransport
 
 pytestmark = [
     pytest.mark.kernel,
@@ -86,6 +88,37 @@ async def test_an_upgrade_that_fails_leaves_no_reference_cycle(loop, endpoint, c
 
     async with await endpoint.serve(loop, HangsUp):
         assert await helpers.garbage_of(attempt) == 0
+
+
+@pytest.mark.parametrize("way", ["upgrade", "from the start"])
+async def test_a_distrusted_certificate_leaves_nothing_behind(loop, endpoint, contexts, way):
+    """No transport, nor what hangs on it, that a reference cycle keeps until the collector runs."""
+    server_context, _ = contexts
+    distrusting = ssl.create_default_context()
+
+    async def fail():
+        if way == "upgrade":
+            transport, protocol = await endpoint.connect(loop, asyncio.Protocol)
+            await loop.start_tls(transport, protocol, distrusting, server_hostname="localhost")
+        else:
+            await endpoint.connect(loop, asyncio.Protocol, ssl=distrusting, server_hostname="localhost")
+
+    def transports():
+        kinds = (StreamTransport, TLSTransport)
+        return {id(thing): thing for thing in gc.get_objects() if type(thing) in kinds}
+
+    async with await endpoint.serve(loop, asyncio.Protocol, ssl=server_context):
+        gc.collect()
+        gc.disable()
+        before = transports()
+        try:
+            try:
+                await fail()
+            except ssl.SSLCertVerificationError:
+                pass
+            await helpers.eventually(lambda: transports().keys() <= before.keys())
+        finally:
+            gc.enable()
 
 
 @needs_writer_start_tls

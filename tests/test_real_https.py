@@ -34,9 +34,7 @@ MEGABYTES = helpers.pattern(5 << 20)
 class HTTP(helpers.Recorder):
     """Answers GET with MEGABYTES and anything else with the request's body; keeps the connection."""
 
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self.requests = 0
+    requests = 0
 
     def data_received(self, data):
         super().data_received(data)
@@ -121,7 +119,10 @@ async def test_curl_refuses_a_certificate_and_our_server_goes_on(loop, endpoint,
             refused = await curl(serving.url)
             assert refused.returncode == 60, refused.stderr  # CURLE_PEER_FAILED_VERIFICATION
         assert (await curl("--insecure", serving.url)).stdout == MEGABYTES
-        assert [protocol.log[:1] for protocol in endpoint.accepted] == [[], [], [], ["made"]]
+        # Refused in the handshake, or right after it: later versions of curl look at the certificate then.
+        logs = [protocol.log for protocol in endpoint.accepted]
+        assert all(log[:1] in ([], ["made"]) and "data" not in log for log in logs[:3]), logs
+        assert [protocol.requests for protocol in endpoint.accepted] == [0, 0, 0, 1]
 
 
 @needs_curl

@@ -65,6 +65,9 @@ class TLSPeer:
         self.loop = loop
         self.sock = sock
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        # With the option, which contexts have by themselves in Python 3.10 and until 3.11.3, an end without
+        # close_notify looks like one with it.
+        context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
         self.sslobj = context.wrap_bio(
             self.incoming, self.outgoing, server_side=server_side, server_hostname=server_hostname, session=session
         )
