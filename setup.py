@@ -17,6 +17,7 @@ from setuptools import Extension, setup
 MODULES = [
     "aiouringnet.engine.core",
     "aiouringnet.engine.epoll",
+    "aiouringnet.engine.readiness",
     "aiouringnet.engine.ring",
     "aiouringnet.tls.openssl",
     "aiouringnet.tls.records",

@@ -160,6 +160,8 @@ def why_not(loop=None):
         engine = active_engine(loop)
         if engine is not None and engine.kind == "uring":
             return None
+        if getattr(engine, "refusal", 0):
+            return f"io_uring was refused after the loop had begun: {os.strerror(engine.refusal)}"
         if loop in _refusals:
             return _refusals[loop].reason
     chosen = (Options() if loop is None else options_of(loop)).engine
@@ -170,4 +172,7 @@ def why_not(loop=None):
 
 def refusal_of(loop):
     """The Refusal that kept a loop from io_uring, None where there was none."""
+    number = getattr(active_engine(loop), "refusal", 0)
+    if number:
+        return Refusal(os.strerror(number), number)
     return _refusals.get(loop)

@@ -51,6 +51,12 @@ static inline unsigned airn_unsubmitted(struct io_uring *ring)
 	return io_uring_sq_ready(ring);
 }
 
+/* The i-th of those. */
+static inline __u64 airn_unsubmitted_data(struct io_uring *ring, unsigned i)
+{
+	return ring->sq.sqes[(*ring->sq.khead + i) & (ring->sq.ring_entries - 1)].user_data;
+}
+
 /* Whether the final completion of an operation waits to be taken. */
 static inline int airn_has_ended(struct io_uring *ring, __u64 user_data)
 {

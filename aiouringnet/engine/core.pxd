@@ -3,6 +3,8 @@
 from cpython.object cimport PyObject
 from posix.types cimport off_t
 
+from aiouringnet.engine.readiness cimport Readiness
+
 
 cdef extern from "sys/socket.h" nogil:
     struct sockaddr_storage:
@@ -48,8 +50,12 @@ cdef class Engine
 cdef class Handle:
     cdef Engine engine
     cdef int in_flight              # operations that the kernel has not finished
+    cdef unsigned int watched       # events of its descriptor that engine.readiness reports, 0: it is not there
 
+    # What was submitted has a result
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept
+    # The descriptor is ready
+    cdef void on_ready(self, unsigned int events) noexcept
     cdef void rearm(self) noexcept
     # A request to end an operation of this handle did not find it
     cdef void cancel_again(self) noexcept
@@ -161,8 +167,10 @@ cdef class Stream(Handle):
     # The descriptor's owner is about to close it
     cdef void descriptor_closes(self) noexcept
 
-    # what the engines implement
+    # by readiness, which a ring overrides while it works
     cdef void sync_reading(self) noexcept
+    cdef void sync_watch(self) noexcept
+    cdef void read(self) noexcept
     cdef void submit_send(self) noexcept
     cdef void await_writable(self) noexcept
     cdef void cancel_all(self) noexcept
@@ -208,7 +216,9 @@ cdef class Listener(Handle):
 cdef class Connection(Handle):
     cdef readonly object future
     cdef object sock, address
+    cdef int fd
 
+    cdef void begin(self) noexcept
     cdef void finished(self, int error) noexcept
     cdef void stop(self) noexcept
 
@@ -251,6 +261,7 @@ cdef class Engine:
     cdef PyObject* spare            # ROOM_BYTES
     cdef char* wide                 # ROOM_WIDE
     cdef object waker               # a weak reference to what the loop calls then
+    cdef Readiness readiness        # None for a ring that works
     cdef int wake_fd                # watched by the loop
     cdef int loop_epoll_fd          # where it is watched edge-triggered, -1: level-triggered, must be read
     cdef bint wake_tuned
@@ -262,6 +273,11 @@ cdef class Engine:
     cdef bint on_own_thread(self) noexcept
     cdef void begin(self, Handle handle) noexcept
     cdef void end(self, Handle handle) noexcept
+    cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept
+    cdef void renew_readiness(self) noexcept
+    cdef void shut_readiness(self) noexcept
+    cdef void work_without_ring(self) noexcept
+    cdef bint hand_out_events(self, int* delivered) noexcept
     cdef void mark_dirty(self, Stream stream) noexcept
     cdef void mark_layer(self, Layer layer) noexcept
     cdef void mark_resync(self, Stream stream) noexcept
@@ -288,7 +304,7 @@ cdef class Engine:
     cdef void leave(self) noexcept
     cdef void resync_all(self) noexcept
     cdef void watch(self, int fd) except *
-    cdef bint watch_instead(self, int fd) noexcept
+    cdef bint watch_instead(self, Readiness ready) noexcept
     cdef void tune_wake(self) noexcept
     cdef int run_pass(self) except -1
 

@@ -37,12 +37,16 @@ Invariants:
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.errno cimport (
-    EAGAIN, EBADF, ECONNREFUSED, ECONNRESET, EHOSTUNREACH, EINTR, EINVAL, EIO, EMFILE, ENETUNREACH, ENFILE, ENOBUFS,
-    ENOMEM, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPIPE, ETIMEDOUT, errno,
+    EAGAIN, EALREADY, EBADF, ECONNREFUSED, ECONNRESET, EHOSTUNREACH, EINPROGRESS, EINTR, EINVAL, EIO, EISCONN, EMFILE,
+    ENETUNREACH, ENFILE, ENOBUFS, ENOMEM, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPIPE, ETIMEDOUT, errno,
 )
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 from posix.types cimport off_t
+
+from aiouringnet.engine.readiness cimport (
+    EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, READY_BATCH, Readiness, epoll_event,
+)
 
 import logging
 import socket
@@ -159,14 +163,8 @@ cdef extern from "netinet/tcp.h" nogil:
     int TCP_NODELAY
 
 cdef extern from "sys/epoll.h" nogil:
-    ctypedef union epoll_data_t:
-        unsigned long long u64
-    struct epoll_event:
-        unsigned int events
-        epoll_data_t data
     int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
-    int EPOLL_CTL_MOD
-    unsigned int EPOLLIN, EPOLLET
+    int EPOLL_CTL_ADD, EPOLL_CTL_MOD
 
 
 # Output of at least this many bytes is sent from write() itself while it is
@@ -183,6 +181,7 @@ cdef enum:
     # Of a file, in one turn of a connection.  A socket holds less (tcp_wmem): only a peer that reads as fast as
     # the kernel sends, on this machine, is held up for others.
     FILE_BYTES = 16 << 20
+    MAX_ROUNDS = 16     # of a pass, before other callbacks of the loop get their turn
     SMALL_QUEUE = 1     # chunks that a stream holds without an allocation
     KEPT_QUEUE = 64     # chunks; a longer queue is freed when it has drained
     EXPECTATION_MAX = 8
@@ -246,6 +245,9 @@ cdef object name_of(sockaddr_storage* address, unsigned int size):
 
 cdef class Handle:
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
+        pass
+
+    cdef void on_ready(self, unsigned int events) noexcept:
         pass
 
     cdef void rearm(self) noexcept:
@@ -782,22 +784,66 @@ cdef class Stream(Handle):
             self.engine.n_streams -= 1
             sink.on_detached()
 
-    # --- what the engines implement ----------------------------------------
+    # --- by readiness ------------------------------------------------------
 
     cdef void sync_reading(self) noexcept:
-        pass
+        if self.closed:
+            return
+        self.sync_watch()
+        if self.reading and self.readable and not self.spent:
+            self.read()
+
+    cdef void sync_watch(self) noexcept:
+        """Make the events that are watched for those that are wanted."""
+        cdef unsigned int want = 0
+        cdef int error
+        if self.reading and not self.ended:
+            want = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
+        if self.sending:
+            want |= EPOLLOUT | EPOLLET
+        error = self.engine.watch_for(self, self.fd, want)
+        if error:
+            self.sink.on_error(error, False)
+
+    cdef void read(self) noexcept:
+        self.read_direct()
+        if self.readable and not self.spent or not self.reading:
+            self.engine.mark_resync(self)
+
+    cdef void on_ready(self, unsigned int events) noexcept:
+        if self.sending and events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
+            self.end_send()
+            if (self.count == 0 and self.file is None) or self.send_direct():
+                self.sync_watch()
+            if not self.closed:
+                self.sink.on_sent()
+        if self.closed:
+            return
+        if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP | EPOLLPRI):
+            self.thorough = True
+        if events & ~EPOLLOUT:
+            if self.reading and self.held is None and not self.spent:
+                self.read()
+            else:
+                # No second event says so when reading resumes in this very pass.
+                self.readable = True
 
     cdef void submit_send(self) noexcept:
-        pass
+        self.send_direct()
 
     cdef void await_writable(self) noexcept:
-        pass
+        self.begin_send(False)
+        self.sync_watch()
 
     cdef void cancel_all(self) noexcept:
-        pass
+        self.end_send()
+        self.discard_output()
+        self.engine.watch_for(self, self.fd, 0)
 
     cdef void let_go(self) noexcept:
         """End the operations that hold the descriptor's file, at once."""
+        self.end_send()
+        self.engine.watch_for(self, self.fd, 0)
 
 
 # accept() errors that mean "later": the process or the system is out of
@@ -908,10 +954,23 @@ cdef class Listener(Handle):
             self.resume()
 
     cdef void resume(self) noexcept:
-        pass
+        cdef int error = self.engine.watch_for(self, self.fd, EPOLLIN | EPOLLET)
+        if error:
+            self.accept_failed(error)
+
+    cdef void on_ready(self, unsigned int events) noexcept:
+        cdef int error = self.accept_ready()
+        if self.closed or self.engine.closed or self.engine.forked():
+            return
+        if error:
+            self.engine.watch_for(self, self.fd, 0)
+        if error == MORE_WAITS:
+            self.resume()  # which reports it anew
+        elif error:
+            self.accept_failed(error)
 
     cdef void stop(self) noexcept:
-        pass
+        self.engine.watch_for(self, self.fd, 0)
 
 
 # connect() errors that come from the network; asyncio says which address.
@@ -938,8 +997,34 @@ cdef class Connection(Handle):
         else:
             self.engine.settle(self.future, OSError(error, strerror(error)))
 
+    cdef void begin(self) noexcept:
+        cdef int error
+        try:
+            error = self.sock.connect_ex(self.address)
+            self.fd = self.sock.fileno()
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.engine.interrupted(exc)
+            error = EINTR
+        except BaseException as exc:
+            self.engine.settle(self.future, exc)
+            return
+        if error == EINPROGRESS or error == EALREADY or error == EINTR:
+            error = self.engine.watch_for(self, self.fd, EPOLLOUT | EPOLLET)
+            if error == 0:
+                return
+        self.finished(0 if error == EISCONN else error)
+
+    cdef void on_ready(self, unsigned int events) noexcept:
+        cdef int error
+        self.stop()
+        try:
+            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        except OSError as exc:  # its owner has closed it
+            error = exc.errno
+        self.finished(error)
+
     cdef void stop(self) noexcept:
-        pass
+        self.engine.watch_for(self, self.fd, 0)
 
 
 cdef class Descriptors:
@@ -1083,6 +1168,94 @@ cdef class Engine:
             self.live.discard(handle)
             if self.cancelled:
                 self.cancelled.discard(handle)
+
+    # --- readiness -----------------------------------------------------------
+
+    cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept:
+        """Watch a handle's descriptor for these events, 0: for none any more; returns 0 or an errno."""
+        cdef int error = 0
+        if events == handle.watched or self.closed or self.forked():
+            return 0
+        if events == 0:
+            self.readiness.forget(handle, fd)
+        else:
+            error = self.readiness.register(handle, fd, events)
+        if error:
+            return error
+        if handle.watched == 0:
+            handle.watched = events
+            self.begin(handle)
+        elif events == 0:
+            handle.watched = 0
+            self.end(handle)
+        else:
+            handle.watched = events
+        return 0
+
+    cdef void renew_readiness(self) noexcept:
+        cdef Readiness fresh = self.readiness.successor()
+        if fresh is None:
+            return
+        if self.watch_instead(fresh):
+            if self.readiness.epoll_fd == fresh.epoll_fd:
+                self.readiness.epoll_fd = -1  # the number is the new one's
+            self.readiness = fresh
+
+    cdef void shut_readiness(self) noexcept:
+        self.readiness.close()
+        handles = list(self.live)
+        self.live.clear()
+        for handle in handles:
+            (<Handle>handle).in_flight = (<Handle>handle).watched = 0
+            if isinstance(handle, Stream):
+                (<Stream>handle).maybe_detached()
+
+    cdef void work_without_ring(self) noexcept:
+        """A pass of the epoll engine, or of one that has lost its ring."""
+        cdef int rounds = 0
+        cdef int delivered = 0
+        cdef bint more = True
+        while rounds < MAX_ROUNDS and more and not self.over:
+            rounds += 1
+            if self.resync:
+                self.resync_all()
+            if self.forked():
+                return
+            more = self.hand_out_events(&delivered)
+            if self.forked():
+                return
+            if self.dirty or self.layers:
+                self.flush_direct()
+            if self.forked():
+                return
+            more = more or bool(self.resync)
+        if self.flush_scheduled:
+            return
+        if more or self.dirty or self.layers or self.resync or self.later:
+            self.schedule()
+        elif delivered and self.expectation > 0:
+            self.expecting = True
+            self.schedule()
+
+    cdef bint hand_out_events(self, int* delivered) noexcept:
+        """Hand out events until the pass has to end; true when there may be more."""
+        cdef Readiness ready = self.readiness
+        cdef Handle handle
+        cdef int i
+        if ready.next == ready.end and ready.fetch() == 0:
+            return False
+        while ready.next < ready.end:
+            i = ready.next
+            ready.next += 1
+            delivered[0] += 1
+            handle = <Handle>ready.handles[i]
+            if handle is not None and handle.watched:
+                handle.on_ready(ready.events[i].events)
+            if self.out_of_time(0) or self.forked():
+                return True
+        if ready.stale:
+            self.renew_readiness()
+        return ready.end == READY_BATCH
 
     # --- gathering -------------------------------------------------------
 
@@ -1419,30 +1592,31 @@ cdef class Engine:
             self.close()
             raise NotWatched(f"the event loop's add_reader() refuses: {exc!r}") from exc
 
-    cdef bint watch_instead(self, int fd) noexcept:
-        """Let the loop watch this descriptor instead of the one before; false where it cannot be had."""
-        waker = self.waker()
+    cdef bint watch_instead(self, Readiness ready) noexcept:
+        """Let the loop watch this set from now on; false where that cannot be had."""
+        cdef epoll_event event
         cdef int before = self.wake_fd
+        if self.loop_epoll_fd >= 0:
+            # Under the number that it watches: asking libuv may need an io_uring, which it cannot do without.
+            if not ready.take_number(before):
+                return False
+            memset(&event, 0, sizeof(event))
+            event.events = EPOLLIN | EPOLLET
+            event.data.u64 = before
+            return epoll_ctl(self.loop_epoll_fd, EPOLL_CTL_ADD, before, &event) == 0
+        waker = self.waker()
         if waker is None:
             return False  # the loop is being closed
         try:
-            self.loop.add_reader(fd, waker)
-        except (SystemExit, KeyboardInterrupt) as exc:
-            self.interrupted(exc)
-            return False
-        except BaseException as exc:
-            self.report({"message": "the event loop refused a descriptor", "exception": exc})
-            return False
-        self.wake_fd = fd
-        self.loop_epoll_fd = -1
-        self.wake_tuned = False
-        try:
+            self.loop.add_reader(ready.epoll_fd, waker)
+            self.wake_fd = ready.epoll_fd
+            self.wake_tuned = False
             self.loop.remove_reader(before)
         except (SystemExit, KeyboardInterrupt) as exc:
             self.interrupted(exc)
         except BaseException as exc:
             self.report({"message": "the event loop refused a descriptor", "exception": exc})
-        return True
+        return self.wake_fd == ready.epoll_fd
 
     cdef void tune_wake(self) noexcept:
         """Turn the loop's watch on our descriptor into an edge-triggered one.

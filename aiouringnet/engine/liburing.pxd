@@ -103,6 +103,7 @@ cdef extern from "compat.h" nogil:
     void io_uring_prep_nop(io_uring_sqe* sqe)
 
     unsigned int airn_unsubmitted(io_uring* ring)
+    uint64_t airn_unsubmitted_data(io_uring* ring, unsigned int i)
     unsigned int airn_sq_flags(io_uring* ring)
     bint airn_cq_ready(io_uring* ring)
     unsigned int airn_take_cqes(io_uring* ring, io_uring_cqe* out, unsigned int limit)

@@ -1,4 +1,5 @@
 from aiouringnet.engine.core cimport Engine, Handle, Stream, flag
+from aiouringnet.engine.readiness cimport Readiness
 from aiouringnet.engine.liburing cimport io_uring, io_uring_buf_ring, io_uring_cqe, io_uring_sqe, msghdr
 
 
@@ -57,13 +58,11 @@ cdef class RingStream(Stream):
 
 
 cdef class Gate(Handle):
-    cdef int epoll_fd
-    cdef dict waiting               # descriptor -> RingStream
+    cdef Readiness ready
+    cdef Py_ssize_t waiting
     cdef bint armed
 
     cdef void close(self) noexcept
-    cdef bint enroll(self, RingStream stream) noexcept
-    cdef void renew(self) noexcept
     cdef bint add(self, RingStream stream) noexcept
     cdef void remove(self, RingStream stream) noexcept
     cdef void arm(self) noexcept
@@ -77,7 +76,7 @@ cdef class Ring(Engine):
     cdef readonly bint sqpoll
     cdef bint deferred              # DEFER_TASKRUN: completions are posted only while we are in the kernel
     cdef object flag_names
-    cdef bint refused               # the kernel refuses the ring itself, since it was made
+    cdef int refused                # the errno with which the kernel refuses the ring itself, since it was made
     # Completions copied out of the rings, and which of them are yet to be handed out
     cdef io_uring_cqe* batch
     cdef io_uring_cqe* send_batch
@@ -115,4 +114,5 @@ cdef class Ring(Engine):
     cdef bint cancel(self, Handle handle, int tag, io_uring* ring) noexcept
     cdef void cancel_failed(self, int result) noexcept
     cdef void broken(self, int error) noexcept
+    cdef void give_up_ring(self) noexcept
     cdef bint drain(self) noexcept

@@ -42,6 +42,7 @@ from aiouringnet.engine.core cimport (
     Chunk, Connection, Engine, Handle, Listener, Sink, Stream, EOF_HELD, MORE_WAITS, current_thread,
 )
 from aiouringnet.engine.liburing cimport *
+from aiouringnet.engine.readiness cimport EPOLLOUT, Readiness
 
 import os
 import socket
@@ -79,18 +80,6 @@ cdef extern from "sys/socket.h" nogil:
     int c_shutdown "shutdown"(int fd, int how)
     int socketpair(int family, int kind, int protocol, int* pair)
     int AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITALL, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM
-
-cdef extern from "sys/epoll.h" nogil:
-    ctypedef union epoll_data_t:
-        int fd
-    struct epoll_event:
-        unsigned int events
-        epoll_data_t data
-    int epoll_create1(int flags)
-    int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
-    int epoll_wait(int epfd, epoll_event* events, int limit, int timeout_ms)
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL
-    unsigned int EPOLLOUT
 
 cdef extern from "poll.h" nogil:
     struct pollfd:
@@ -152,6 +141,9 @@ cdef class RingStream(Stream):
         cdef int want = 0
         cdef Ring engine = <Ring>self.engine
         cdef io_uring_sqe* sqe
+        if engine.readiness is not None:
+            Stream.sync_reading(self)
+            return
         if self.closed:
             self.cancel_all()
             return
@@ -308,12 +300,18 @@ cdef class RingStream(Stream):
     # --- output ------------------------------------------------------------
 
     cdef void submit_send(self) noexcept:
-        self.submit_chunks(False)
+        if self.engine.readiness is not None:
+            self.send_direct()
+        else:
+            self.submit_chunks(False)
 
     cdef void await_writable(self) noexcept:
         """The socket is full: send the rest when it has drained."""
         cdef Ring engine = <Ring>self.engine
         cdef io_uring_sqe* sqe
+        if engine.readiness is not None:
+            Stream.await_writable(self)
+            return
         if engine.sqpoll and self.count:
             self.submit_chunks(True)
             return
@@ -451,6 +449,9 @@ cdef class RingStream(Stream):
         cdef bint asked = False
         if engine.closed:
             return
+        if engine.readiness is not None:
+            Stream.cancel_all(self)
+            return
         if self.read_tag and not self.cancelling:
             self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
             asked = True
@@ -464,6 +465,9 @@ cdef class RingStream(Stream):
             engine.mark_resync(self)
 
     cdef void let_go(self) noexcept:
+        if self.engine.readiness is not None:
+            Stream.let_go(self)
+            return
         self.cancel_all()
         (<Ring>self.engine).enter()
 
@@ -486,56 +490,34 @@ cdef class Gate(Handle):
 
     An epoll set of their own, for which the ring polls while anybody waits.
     """
-    def __cinit__(self):
-        self.epoll_fd = -1
-
     def __init__(self, Ring engine):
         self.engine = engine
-        self.waiting = {}
-        self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
-
-    def __dealloc__(self):
-        self.close()
 
     cdef void close(self) noexcept:
-        if self.epoll_fd >= 0:
-            c_close(self.epoll_fd)
-            self.epoll_fd = -1
+        if self.ready is not None:
+            self.ready.close()
 
     cdef bint add(self, RingStream stream) noexcept:
-        if not self.enroll(stream):
+        try:
+            if self.ready is None:
+                self.ready = Readiness()
+        except OSError:
             return False
-        self.waiting[stream.fd] = stream
+        if self.ready.register(stream, stream.fd, EPOLLOUT) != 0:
+            return False
+        self.waiting += 1
         self.arm()
         return True
 
-    cdef bint enroll(self, RingStream stream) noexcept:
-        cdef epoll_event event
-        memset(&event, 0, sizeof(event))
-        event.events = EPOLLOUT
-        event.data.fd = stream.fd
-        return epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, stream.fd, &event) == 0
-
-    cdef void renew(self) noexcept:
-        """Without the entries of sockets that were closed elsewhere while a duplicate keeps them open (epoll(7))."""
-        self.close()
-        self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
-        for stream in self.waiting.values():
-            self.enroll(<RingStream>stream)
-
     def retry(self, RingStream stream):
         """Out of descriptors or memory a moment ago."""
-        if self.epoll_fd < 0:
-            self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         if not stream.closed and not stream.sending and not self.engine.closed and not self.engine.forked():
             stream.wait_at_gate()
 
     cdef void remove(self, RingStream stream) noexcept:
-        cdef epoll_event event
-        if self.waiting.get(stream.fd) is stream:
-            del self.waiting[stream.fd]
-            epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, stream.fd, &event)
-        if not self.waiting and self.armed and not self.engine.closed:
+        self.ready.forget(stream, stream.fd)
+        self.waiting -= 1
+        if self.waiting == 0 and self.armed and not self.engine.closed:
             (<Ring>self.engine).cancel(self, TAG_POLL, &(<Ring>self.engine).ring)
             self.engine.need_pass()
 
@@ -546,10 +528,9 @@ cdef class Gate(Handle):
             return
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            if not engine.refused:
-                engine.soon(self._arm)
+            engine.soon(self._arm)
             return
-        io_uring_prep_poll_add(sqe, self.epoll_fd, POLLIN)
+        io_uring_prep_poll_add(sqe, self.ready.epoll_fd, POLLIN)
         sqe.user_data = user_data(self, TAG_POLL)
         self.armed = True
         engine.begin(self)
@@ -560,19 +541,24 @@ cdef class Gate(Handle):
             self.arm()
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
-        cdef epoll_event event
+        cdef Readiness fresh
+        cdef int i
         self.armed = False
         self.engine.end(self)
-        # One at a time: what a stream's end sets off may take others away.
-        while (
-            self.waiting and not self.engine.closed and not self.engine.forked()
-            and epoll_wait(self.epoll_fd, &event, 1, 0) > 0
-        ):
-            stream = self.waiting.get(event.data.fd)
-            if stream is None:
-                self.renew()
-            else:
+        if self.ready.next == self.ready.end and not self.engine.forked():
+            self.ready.fetch()
+        while self.ready.next < self.ready.end and not self.engine.closed and not self.engine.forked():
+            i = self.ready.next
+            self.ready.next += 1
+            stream = self.ready.handles[i]
+            # What the end of one sets off may have taken others away.
+            if stream is not None and (<RingStream>stream).gated:
                 (<RingStream>stream).leave_gate()
+        if self.ready.stale:
+            fresh = self.ready.successor()
+            if fresh is not None:
+                self.ready.close()
+                self.ready = fresh
         if self.waiting and not self.engine.closed:
             self.arm()
 
@@ -595,10 +581,12 @@ cdef class RingListener(Listener):
         cdef io_uring_sqe* sqe
         if self.closed or self.armed:
             return
+        if engine.readiness is not None:
+            Listener.resume(self)
+            return
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            if not engine.refused:
-                engine.soon(self._resume)
+            engine.soon(self._resume)
             return
         io_uring_prep_poll_add(sqe, self.fd, POLLIN)
         sqe.user_data = user_data(self, TAG_ACCEPT)
@@ -623,6 +611,9 @@ cdef class RingListener(Listener):
         """Cancel now, so that the port is free as soon as the caller closes the socket."""
         cdef Ring engine = <Ring>self.engine
         cdef int i
+        if engine.readiness is not None:
+            Listener.stop(self)
+            return
         if not self.armed:
             return
         engine.cancel(self, TAG_ACCEPT, &engine.ring)
@@ -673,6 +664,10 @@ cdef class RingConnection(Connection):
         cdef Ring engine = <Ring>self.engine
         cdef io_uring_sqe* sqe
         cdef int fd = self.sock.fileno()
+        if engine.readiness is not None:
+            self.close_own_fd()
+            Connection.begin(self)
+            return
         if engine.sqpoll:
             if self.own_fd < 0:
                 self.own_fd = fcntl(fd, F_DUPFD_CLOEXEC, 0)
@@ -682,10 +677,7 @@ cdef class RingConnection(Connection):
             fd = self.own_fd
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            if engine.refused:
-                self.finished(EPERM)
-            else:
-                engine.soon(self._submit)
+            engine.soon(self._submit)
             return
         if self.awaiting:
             io_uring_prep_poll_add(sqe, fd, POLLOUT)
@@ -721,6 +713,9 @@ cdef class RingConnection(Connection):
 
     cdef void stop(self) noexcept:
         cdef Ring engine = <Ring>self.engine
+        if engine.readiness is not None:
+            Connection.stop(self)
+            return
         engine.cancel(self, TAG_CONNECT, &engine.ring)
         engine.need_pass()
 
@@ -783,7 +778,14 @@ def flags_to_names(flags):
 
 
 cdef class Ring(Engine):
-    kind = "uring"
+    @property
+    def kind(self):
+        return "uring" if self.readiness is None else "epoll"
+
+    @property
+    def refusal(self):
+        """The errno with which the kernel has refused the ring after its start, 0: it has not."""
+        return self.refused
 
     def __cinit__(self):
         self.event_fd = -1
@@ -797,6 +799,7 @@ cdef class Ring(Engine):
         self.buffer_size = options.buffer_size
         self.buffer_count = options.buffer_count
         self.direct_limit = 0 if self.sqpoll else 1
+        self.refused = 0
         if not self.sqpoll:
             # With a poller it is the poller that encrypts.
             self.worker_bytes = options.ktls_worker_bytes or 0
@@ -980,20 +983,64 @@ cdef class Ring(Engine):
                 (<Handle>handle).cancel_again()
 
     cdef void broken(self, int error) noexcept:
-        """The kernel refuses the ring itself: say so once, end all connections."""
-        self.refused = True
+        """The kernel refuses the ring itself: by a seccomp filter that the process has put on, for example."""
+        self.refused = error
+        if not self.flush_scheduled:
+            self.schedule()  # a pass, which begins with give_up_ring()
+
+    cdef void give_up_ring(self) noexcept:
+        """Go on without the ring: by readiness, as the epoll engine does.
+
+        Nothing is lost where the ring's work is done only when we enter
+        (DEFER_TASKRUN) or was not submitted; a connection of which that is
+        not known ends with the error.
+        """
+        cdef Handle handle
+        cdef RingStream stream
+        cdef set unsubmitted = set()
+        cdef unsigned int i
+        try:
+            ready = Readiness()
+        except OSError as exc:
+            self.report({"message": "neither io_uring nor an epoll set is to be had", "exception": exc})
+            return
+        for i in range(0 if self.sqpoll else airn_unsubmitted(&self.ring)):
+            unsubmitted.add(airn_unsubmitted_data(&self.ring, i))
+        while self.reap():
+            pass
+        handles = list(self.live)
+        doubtful = []
+        for handle in handles:
+            if isinstance(handle, RingStream):
+                stream = <RingStream>handle
+                if self.sqpoll or not self.deferred and stream.read_tag == TAG_RECV or (
+                    stream.send_tag == TAG_SEND and user_data(stream, TAG_SEND) not in unsubmitted
+                ):
+                    doubtful.append(stream)
+        self.abandon(handles)
+        self.take_down_rings()
+        self.live.clear()
+        self.cancelled.clear()
+        self.gate = None
+        self.readiness = ready
+        self.watch_instead(ready)
+        if ready.epoll_fd == self.event_fd:
+            self.event_fd = -1  # the number is the set's
         self.report({
-            "message": "the io_uring of this event loop has failed; its connections are closed",
-            "exception": OSError(error, os.strerror(error)),
+            "message": "io_uring is refused to this process since its event loop has begun; "
+                       "the connections go on with the epoll engine",
+            "exception": OSError(self.refused, os.strerror(self.refused)),
         })
-        for handle in list(self.live):
-            if isinstance(handle, Stream) and (<Stream>handle).sink is not None:
-                (<Stream>handle).sink.on_error(error, False)
+        for handle in handles:
+            handle.rearm()
+        for handle in doubtful:
+            if (<Stream>handle).sink is not None:
+                (<Stream>handle).sink.on_error(self.refused, False)
 
     # --- a pass --------------------------------------------------------------
 
     cdef bint sends_direct(self) noexcept:
-        return not self.sqpoll
+        return not self.sqpoll or self.readiness is not None
 
     cdef inline bint pending(self) noexcept:
         """Whether an enter or a look at the completion queue would find something."""
@@ -1003,7 +1050,7 @@ cdef class Ring(Engine):
 
     cdef inline void mask(self, bint masked) noexcept:
         """Keep completions from signalling the eventfd while we look at them anyway."""
-        if self.forked():
+        if self.forked() or not self.ring_up:
             return
         io_uring_cq_eventfd_toggle(&self.ring, not masked)
         if self.send_ring_up:
@@ -1011,7 +1058,10 @@ cdef class Ring(Engine):
 
     cdef void on_wake(self) noexcept:
         cdef uint64_t value
-        if self.loop_epoll_fd < 0:
+        if self.readiness is not None:
+            if not self.wake_tuned:
+                self.tune_wake()
+        elif self.loop_epoll_fd < 0:
             c_read(self.event_fd, &value, sizeof(value))
             if not self.wake_tuned:
                 self.tune_wake()
@@ -1021,6 +1071,11 @@ cdef class Ring(Engine):
         cdef int delivered = 0
         cdef int n
         cdef bint ok = True
+        if self.refused and self.readiness is None:
+            self.give_up_ring()
+        if self.readiness is not None:
+            self.work_without_ring()
+            return
         self.mask(True)
         while rounds < MAX_ROUNDS and not self.over:
             rounds += 1
@@ -1058,8 +1113,6 @@ cdef class Ring(Engine):
             if self.send_ring_up and io_uring_submit(&self.send_ring) < 0:
                 ok = False
         if self.flush_scheduled:
-            return
-        if self.refused:
             return
         if not ok or self.dirty or self.layers or self.resync or self.later or self.pending():
             self.schedule()
@@ -1232,6 +1285,8 @@ cdef class Ring(Engine):
         return False
 
     cdef void shut(self) noexcept:
+        if self.readiness is not None:
+            self.shut_readiness()
         if not self.ring_up:
             return
         if self.forked():
@@ -1243,9 +1298,7 @@ cdef class Ring(Engine):
             c_close(self.event_fd)
             self.ring_up = self.send_ring_up = False
             return
-        if self.refused:
-            clean = not self.live
-        elif self.thread_id == current_thread() or not self.deferred:
+        if self.thread_id == current_thread() or not self.deferred:
             clean = self.drain()
         else:
             # SINGLE_ISSUER: only its own thread may enter.  What has been
@@ -1311,7 +1364,7 @@ cdef class Ring(Engine):
         cdef list handles
         cdef Handle handle
         self.thread_id = current_thread()
-        if not self.deferred:
+        if not self.deferred or self.refused:
             return 0
         while self.reap():
             pass

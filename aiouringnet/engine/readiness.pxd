@@ -1,0 +1,45 @@
+from cpython.object cimport PyObject
+from libc.stdint cimport uint64_t
+
+
+cdef extern from "sys/epoll.h" nogil:
+    ctypedef union epoll_data_t:
+        uint64_t u64
+    struct epoll_event:
+        unsigned int events
+        epoll_data_t data
+    unsigned int EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLPRI, EPOLLET
+
+cdef enum:
+    READY_BATCH = 24    # events of one epoll_wait
+
+
+# What is watched under a descriptor's number.
+cdef struct Slot:
+    PyObject* handle            # borrowed: whoever registers it owns it until it is forgotten; NULL: nothing
+    unsigned int generation     # of this entry, for its events
+    unsigned int events
+
+
+cdef class Readiness:
+    cdef int epoll_fd
+    cdef readonly bint stale            # the set has entries that nobody can remove
+    cdef Slot* slots                    # by descriptor
+    cdef int n_slots
+    cdef unsigned int entries           # made so far
+    # Events of one epoll_wait, whose they are, and which of them are yet to be handed out
+    cdef epoll_event events[READY_BATCH]
+    cdef list handles
+    cdef int next, end
+
+    # Watch a descriptor for `events`, or for others than before; 0 or an errno
+    cdef int register(self, object handle, int fd, unsigned int events) noexcept
+    # No more events of a descriptor that was registered for this handle
+    cdef void forget(self, object handle, int fd) noexcept
+    # Events that have come; their number
+    cdef int fetch(self) noexcept
+    # Another set, without the entries that nobody can remove; None when it cannot be had
+    cdef Readiness successor(self)
+    # Be known under this descriptor's number, whose file is given up; false when that cannot be had
+    cdef bint take_number(self, int fd) noexcept
+    cdef void close(self) noexcept

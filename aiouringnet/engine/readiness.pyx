@@ -1,0 +1,135 @@
+"""An epoll set whose events lead to handles.
+
+The set knows only numbers: an event leads to a handle through the slot of its
+descriptor, and only if the slot is still that of the entry.  The set keeps an
+entry when somebody closes a descriptor whose file a duplicate keeps open
+(epoll(7), question 6), a forked worker's, say.  Such a one, which no call can
+remove, shows when an event finds no handle; then the set is to be made anew.
+"""
+
+from libc.errno cimport EBADF, ENOMEM, errno
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy, memset
+
+import os
+
+
+cdef extern from "sys/epoll.h" nogil:
+    int epoll_create1(int flags)
+    int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
+    int epoll_wait(int epfd, epoll_event* events, int limit, int timeout_ms)
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL
+
+cdef extern from "unistd.h" nogil:
+    int c_close "close"(int fd)
+    int dup3(int fd, int number, int flags)
+
+cdef extern from "fcntl.h" nogil:
+    int O_CLOEXEC
+
+cdef enum:
+    MIN_SLOTS = 64
+
+
+cdef class Readiness:
+    def __cinit__(self):
+        self.handles = []
+        self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        if self.epoll_fd < 0:
+            raise OSError(errno, os.strerror(errno))
+
+    def __dealloc__(self):
+        self.close()
+        free(self.slots)
+
+    cdef void close(self) noexcept:
+        if self.epoll_fd >= 0:
+            c_close(self.epoll_fd)
+            self.epoll_fd = -1
+
+    cdef int register(self, object handle, int fd, unsigned int events) noexcept:
+        cdef Slot* slot
+        cdef bint fresh
+        cdef unsigned int generation
+        if fd < 0:
+            return EBADF
+        if fd >= self.n_slots and not make_slots(self, fd + 1):
+            return ENOMEM
+        slot = &self.slots[fd]
+        # Another handle's slot: its owner has closed the descriptor, and the number is this one's now.
+        fresh = slot.handle != <PyObject*>handle
+        generation = self.entries + 1 if fresh else slot.generation
+        if control(self.epoll_fd, EPOLL_CTL_ADD if fresh else EPOLL_CTL_MOD, fd, generation, events) < 0:
+            return errno
+        slot.events = events
+        if fresh:
+            self.entries = slot.generation = generation
+            slot.handle = <PyObject*>handle
+        return 0
+
+    cdef void forget(self, object handle, int fd) noexcept:
+        if 0 <= fd < self.n_slots and self.slots[fd].handle == <PyObject*>handle:
+            self.slots[fd].handle = NULL
+            epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, fd, NULL)
+
+    cdef int fetch(self) noexcept:
+        cdef int n, i
+        cdef uint64_t data
+        cdef unsigned int fd
+        self.handles.clear()
+        self.next = self.end = 0
+        n = max(0, epoll_wait(self.epoll_fd, self.events, READY_BATCH, 0))
+        for i in range(n):
+            data = self.events[i].data.u64
+            fd = <unsigned int>(data & 0xffffffff)
+            if self.slots[fd].handle != NULL and self.slots[fd].generation == data >> 32:
+                self.handles.append(<object>self.slots[fd].handle)
+            else:
+                self.handles.append(None)
+                self.stale = True
+        self.end = n
+        return n
+
+    cdef bint take_number(self, int fd) noexcept:
+        if dup3(self.epoll_fd, fd, O_CLOEXEC) < 0:
+            return False
+        c_close(self.epoll_fd)
+        self.epoll_fd = fd
+        return True
+
+    cdef Readiness successor(self):
+        cdef Readiness fresh
+        cdef int fd
+        try:
+            fresh = Readiness()
+        except OSError:
+            return None  # out of descriptors: the next event of such an entry tries again
+        if not make_slots(fresh, self.n_slots):
+            return None
+        memcpy(fresh.slots, self.slots, self.n_slots * sizeof(Slot))
+        fresh.entries = self.entries
+        for fd in range(self.n_slots):
+            if self.slots[fd].handle != NULL:
+                # Refused for a descriptor that its owner has closed: there is nothing to watch.
+                control(fresh.epoll_fd, EPOLL_CTL_ADD, fd, self.slots[fd].generation, self.slots[fd].events)
+        return fresh
+
+
+cdef int control(int epoll_fd, int op, int fd, unsigned int generation, unsigned int events) noexcept:
+    cdef epoll_event event
+    memset(&event, 0, sizeof(event))
+    event.events = events
+    event.data.u64 = <uint64_t>generation << 32 | <uint64_t>fd
+    return epoll_ctl(epoll_fd, op, fd, &event)
+
+
+cdef bint make_slots(Readiness ready, int n) noexcept:
+    cdef Slot* grown
+    n = max(n, 2 * ready.n_slots, MIN_SLOTS)
+    grown = <Slot*>realloc(ready.slots, n * sizeof(Slot))
+    if grown == NULL:
+        return False
+    memset(grown + ready.n_slots, 0, (n - ready.n_slots) * sizeof(Slot))
+    ready.slots = grown
+    ready.n_slots = n
+    return True
