@@ -191,8 +191,15 @@ def measure_undisturbed(server: Server, cell: Cell, state: str, args: argparse.N
     """Measures again when something else had the server's or the client's core; keeps the quietest attempt."""
     timing = Timing(args.warmup, args.seconds, args.http_seconds)
     attempts: list[Measurement] = []
-    while len(attempts) <= args.retries:
-        attempts.append(measure(server, cell, state == "warm", placement, timing, with_syscalls and not attempts))
+    for left in reversed(range(args.retries + 1)):
+        try:
+            attempts.append(measure(server, cell, state == "warm", placement, timing, with_syscalls and not attempts))
+        except (RuntimeError, OSError) as error:
+            # On a machine that is busy enough nothing is answered in the whole window.
+            if not left and not attempts:
+                raise
+            print(f"  {server.text}: {error}", flush=True)
+            continue
         if disturbance(server, attempts[-1]) <= MAX_DISTURBED or attempts[-1]["errors"]:
             break
     best = min(attempts, key=lambda m: (-m["errors"], disturbance(server, m)))  # an error is never hidden
