@@ -191,6 +191,7 @@ cdef class Stream(Handle):
     cdef void send_file(self, FileRange file) noexcept
     cdef bint advance_file(self) noexcept
     cdef Py_ssize_t read_direct(self) noexcept
+    cdef void put_off(self) noexcept
     cdef void deliver(self, const char* data, Py_ssize_t size) noexcept
     cdef void deliver_end(self, int error) noexcept
     cdef void release_held(self) noexcept

@@ -462,15 +462,15 @@ cdef class Stream(Handle):
         while self.reading and not engine.forked():
             if engine.account(self, 0):
                 # Others get their turn.
-                self.readable = True
-                if not self.spent:
-                    self.spent = True
-                    engine.later.append(self)
+                self.put_off()
                 break
             engine.n_direct_reads += 1
             n = c_recv(self.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK) if sink.buffered else 1
             if n > 0:
                 if not sink.acquire_room(&room):
+                    if self.reading:
+                        # An interrupt in get_buffer(): it is asked again.
+                        self.put_off()
                     break
                 size = min(room.size, <Py_ssize_t>engine.read_budget - <Py_ssize_t>self.taken)
                 n = c_recv(self.fd, room.data, size, MSG_DONTWAIT)
@@ -499,6 +499,13 @@ cdef class Stream(Handle):
                     continue  # a control record, it is out of the way
             break
         return total
+
+    cdef void put_off(self) noexcept:
+        """What the socket has is for a later pass."""
+        self.readable = True
+        if not self.spent:
+            self.spent = True
+            self.engine.later.append(self)
 
     # --- output ----------------------------------------------------------
 
