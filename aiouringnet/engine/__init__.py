@@ -4,6 +4,7 @@ Imports without the compiled extensions: then, and off Linux, every loop's
 engine is None and callers use the loop's own implementation.
 """
 
+import atexit
 import collections
 import errno
 import functools
@@ -86,6 +87,15 @@ def _before_fork():
 
 
 os.register_at_fork(before=_before_fork)
+
+
+@atexit.register
+def _flush():
+    """The interpreter ends, and with it loops that nobody has closed."""
+    for loop in list(_engines):
+        engine = active_engine(loop)
+        if engine is not None:
+            engine.flush()
 
 
 def engine_for(loop):

@@ -317,6 +317,7 @@ cdef class Engine:
     cdef int move_thread(self) except -1
     cdef bint sends_direct(self) noexcept
     cdef void poll_sends(self) noexcept
+    cdef void push_sends(self) noexcept
     cdef void on_urgent(self) noexcept
     cdef void on_wake(self) noexcept
     cdef void quiet(self) noexcept

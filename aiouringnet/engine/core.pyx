@@ -524,10 +524,16 @@ cdef class Stream(Handle):
         elif self.dirty:
             if self.queued >= DIRECT_SEND_BYTES and self.engine.sends_direct():
                 self.send_direct()
-        elif self.file is None and (
-            self.queued >= DIRECT_SEND_BYTES and self.engine.sends_direct() or self.engine.sends_now()
-        ):
-            self.send_direct()
+        elif self.file is not None:
+            self.engine.mark_dirty(self)
+        elif self.engine.sends_direct():
+            if self.queued >= DIRECT_SEND_BYTES or self.engine.sends_now():
+                self.send_direct()
+            else:
+                self.engine.mark_dirty(self)
+        elif self.engine.sends_now():
+            self.submit_send()
+            self.engine.push_sends()
         else:
             self.engine.mark_dirty(self)
 
@@ -1317,7 +1323,7 @@ cdef class Engine:
         answer.  With one, and whenever it is not known who else will write,
         the answer is on its way while Python goes on.
         """
-        if self.gathering == GATHER_ALWAYS or not self.sends_direct():
+        if self.gathering == GATHER_ALWAYS:
             return False
         if self.gathering == GATHER_NEVER:
             return True
@@ -1520,7 +1526,7 @@ cdef class Engine:
 
         For a loop that stops running while output is gathered.
         """
-        if not self.closed and not self.forked() and not self.depth:
+        if not self.closed and not self.forked() and not self.depth and self.on_own_thread():
             self.depth = 1
             self.flush_direct()
             self.leave()
@@ -1748,6 +1754,9 @@ cdef class Engine:
 
     cdef void poll_sends(self) noexcept:
         """See whether sends have ended, where their completions do not wake the loop."""
+
+    cdef void push_sends(self) noexcept:
+        """What was submitted goes now."""
 
     cdef void on_urgent(self) noexcept:
         """Somebody waits for a send to end: its completion must wake the loop."""

@@ -1206,6 +1206,11 @@ cdef class Ring(Engine):
             if airn_cq_ready(&self.send_ring):
                 self.need_pass()
 
+    cdef void push_sends(self) noexcept:
+        # Refused now and then: the pass that submit_send() has scheduled tries again.
+        if self.send_ring_up and not self.forked():
+            io_uring_submit(&self.send_ring)
+
     cdef void flush_output(self) noexcept:
         """Send what was written: directly for few streams, through the ring for many."""
         cdef list batch
