@@ -393,6 +393,25 @@ def test_what_was_written_before_the_loop_is_closed_leaves(make_loop):
         peer.close()
 
 
+@pytest.mark.limit(10)
+@pytest.mark.matrix(debug=False, engine=(), sqpoll=True)
+def test_closing_the_loop_while_a_poller_sends(make_loop):
+    """A send that ends while the last completions are taken is one of them."""
+    with resource_warnings_ignored():
+        for _ in range(10):
+            loop = make_loop()
+            pairs = [socket.socketpair() for _ in range(20)]
+            made = [loop.run_until_complete(loop.create_connection(Recorder, sock=ours)) for ours, _ in pairs]
+            for transport, _ in made:
+                transport.write(bytes(1000))
+            loop.run_until_complete(asyncio.sleep(0.001))
+            for (transport, _), (_, peer) in zip(made, pairs):
+                transport.write(bytes(1000))
+                peer.close()
+            loop.close()
+            del transport, made, pairs
+
+
 @pytest.mark.parametrize("collected", [False, True], ids=["kept", "collected"])
 @pytest.mark.matrix(debug=False, sqpoll=True)
 def test_transports_may_be_closed_after_their_loop(make_loop, collected):

@@ -1281,7 +1281,7 @@ cdef class Ring(Engine):
             if self.send_ring_up:
                 io_uring_submit(&self.send_ring)
                 self.reap_sends()
-            while self.reap() or self.pending() and self.enter():
+            while self.reap() or self.send_ring_up and self.reap_sends() or self.pending() and self.enter():
                 pass
             if not self.live:
                 return True
