@@ -122,8 +122,8 @@ def remedy_for(error):
         return f"Linux 6.0 or newer is needed; this is {platform.release()}."
     if error == errno.ENOMEM:
         return (
-            "Memory for the ring was refused: raise the limit on locked memory (ulimit -l) or the cgroup's, "
-            "or choose a smaller queue_depth, buffer_count or buffer_size."
+            "Memory for the ring was refused: raise the limit on locked memory, which all processes of a user share "
+            "(ulimit -l), or the cgroup's, or choose a smaller queue_depth, buffer_count or buffer_size."
         )
     if error in (errno.EMFILE, errno.ENFILE):
         return "Raise the limit on open files (ulimit -n)."

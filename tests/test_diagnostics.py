@@ -1,7 +1,9 @@
 """status(), stats() and python -m aiouringnet: what is active, and why not."""
 
+import asyncio
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -131,6 +133,52 @@ def test_a_ring_that_was_refused_is_remembered(make_loop, no_memory_for_rings):
     assert found["engine"] == "epoll"
     assert "Cannot allocate memory" in found["why_not_uring"]
     assert "choose a smaller queue_depth" in found["remedy"]
+
+
+@one_case
+def test_a_limit_is_told_to_the_operator_once(make_loop, no_memory_for_rings, monkeypatch, caplog):
+    """Else a machine that has reached it goes on slower, and nobody knows."""
+    monkeypatch.setattr(engines, "_limit_was_told", False)
+
+    async def start():
+        return engines.engine_for(asyncio.get_running_loop()).kind
+
+    with caplog.at_level(logging.DEBUG, "aiouringnet"):
+        for _ in range(3):
+            assert helpers.run_on(make_loop(engine="auto"), start()) == "epoll"
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(told) == 1 and "\n" not in told[0]
+    assert "Cannot allocate memory" in told[0] and "ulimit -l" in told[0] and "epoll engine takes over" in told[0]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG", "DEBUG"]
+
+
+LOOPS_AT_8_MIB = """
+import asyncio, json, os, resource
+from aiouringnet import engine, options
+from aiouringnet.engine import ring
+
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+os.setgroups([])
+os.setgid({other_user})
+os.setuid({other_user})
+loops, rings = [], []
+try:
+    while len(rings) < 180:
+        loops.append(asyncio.SelectorEventLoop())
+        rings.append(ring.Ring(loops[-1], options.Options()))
+except OSError as exc:
+    print(exc)
+print(len(rings))
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user who has no ring yet")
+def test_the_default_limit_of_locked_memory_suffices_for_many_loops():
+    if helpers.why_no_ring():
+        pytest.skip(helpers.why_no_ring())
+    done = helpers.run_python(LOOPS_AT_8_MIB.format(other_user=53_535))
+    assert done.stdout == "180\n", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

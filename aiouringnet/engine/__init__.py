@@ -43,6 +43,10 @@ _refusals = weakref.WeakKeyDictionary()  # loop -> the Refusal that kept the rin
 # What is kept of an exception, whose traceback would keep the loop.
 Refusal = collections.namedtuple("Refusal", "reason errno")
 
+# What a ring is refused with when a limit is reached.
+LIMITS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_limit_was_told = False
+
 
 def configure(loop, options):
     """Remember the options for a loop whose engine is yet to be made.
@@ -124,7 +128,7 @@ def _make(loop, options):
                 _refusals[loop] = Refusal(str(exc), number)
                 if options.engine == "uring":
                     raise RuntimeError(f"engine='uring' was asked for, but io_uring is not usable: {exc}") from exc
-                logger.debug("io_uring is not usable, the epoll engine takes over: %s", exc)
+                _say_that_epoll_takes_over(_refusals[loop])
         return Epoll(loop, options)
     except NotWatched as exc:
         # A proactor's loop, or one of somebody's own that has no such method.
@@ -133,6 +137,22 @@ def _make(loop, options):
             raise RuntimeError(f"engine='uring' was asked for, but {exc}") from exc
         logger.debug("%r keeps its own transports: %s", loop, exc)
         return None
+
+
+def _say_that_epoll_takes_over(refusal):
+    """To the operator where a limit is the cause, once: the next loops meet it, too."""
+    global _limit_was_told
+    if refusal.errno in LIMITS and not _limit_was_told:
+        from aiouringnet.diagnostics import remedy_for
+
+        _limit_was_told = True
+        logger.warning(
+            "no io_uring for an event loop, the epoll engine takes over (said once): %s. %s",
+            refusal.reason,
+            remedy_for(refusal.errno),
+        )
+    else:
+        logger.debug("io_uring is not usable, the epoll engine takes over: %s", refusal.reason)
 
 
 @functools.cache
