@@ -286,6 +286,7 @@ class Peer(End):
             # On loopback a window that is smaller than a segment makes TCP wait, and wait.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096 if round.unix else 1 << 17)
         self.attach(wire)
+        self.note("is at", self.wire)
         self.saw = None  # how reading has ended: "eof" or "reset"
         self.shut = self.closed = self.dull = self.urgent = False
         self.weights = drawn_weights(self.rng, round.peer_acts)
@@ -375,7 +376,7 @@ class Peer(End):
 
     def shout(self):
         """Urgent data, once: before the first such byte has been passed, a second puts it into the stream."""
-        if not self.urgent and not self.shut and not self.frozen:
+        if not self.urgent and not self.shut and not self.frozen and self.round.engine != "sqpoll":
             self.sock.send(b"!", socket.MSG_OOB | socket.MSG_NOSIGNAL)
             self.urgent = True
 
@@ -480,6 +481,7 @@ class Program(End):
         self.grace = False  # get_buffer() has changed what its buffer_updated() relies on
         self.filing = self.upgrading = self.upgrade_failed = False
         self.secure = round.kind == "tls"
+        self.file_task = None
         self.patience = 31  # steps in which somebody else may end the connection
         self.weights = drawn_weights(self.rng, round.acts)
         self.keeps = self.rng.random() < 0.25
@@ -935,7 +937,9 @@ def sends_a_file(program, transport, protocol, where):
                 file.write(bytes(skipped) + program.out.piece(size))
                 file.seek(0)  # which is where asyncio begins when sendfile(2) fails
                 count = program.rng.choice((None, size))
+                program.note("sendfile()", size, "bytes", repr(transport))
                 sent = await loop.sendfile(transport, file, skipped, count)
+                program.note("sendfile() is done")
                 if sent == size:
                     program.owed = program.out.sent
                 elif not transport.is_closing():
@@ -953,9 +957,9 @@ def sends_a_file(program, transport, protocol, where):
             await send(transport, program.rng.choice(SIZES))
 
     if program.round.can_send_files:
-        task = program.round.start(send_when_possible())
+        program.file_task = program.round.start(send_when_possible())
         if program.rng.random() < 0.1:
-            program.round.loop.call_later(0.001, task.cancel)
+            program.round.loop.call_later(0.001, program.file_task.cancel)
 
 
 @act(0)
@@ -1182,6 +1186,8 @@ class Round:
         self.servers.clear()
         self.tasks.clear()
         self.doomed.clear()
+        for program in self.programs:
+            program.file_task = None
         self.folder.cleanup()
 
     def count(self):
@@ -1234,6 +1240,8 @@ class Round:
         self.note("the end begins")
         self.quiet = True
         await self.reach("something does not settle", self.settle)
+        for program in self.programs:
+            program.patience = 31
         if not self.complaints:
             await self.reach("something does not end", self.end_connections)
         if not self.complaints:
@@ -1333,6 +1341,7 @@ class Round:
             quiet = 0 if left else quiet + 1
             if time.monotonic() > deadline:
                 self.wrong(f"{complaint}: {left}")
+                self.note("engine:", aiouringnet.stats() if self.patched else "asyncio's", self.options)
                 return
             await asyncio.sleep(pause_s)
             pause_s = min(0.002, pause_s + 0.00002)
@@ -1341,12 +1350,18 @@ class Round:
         """All that was sent arrives. Returns what has not."""
         self.accept()
         for task in self.doomed:
-            task.cancel()
+            if not task.done():
+                task.cancel()
         for peer in self.peers:
             peer.drain()
         left = [f"the task {task!r}" for task in self.tasks]
         for program in self.programs:
             transport = program.ref()
+            if program.filing and not isinstance(program.other(), Peer):
+                program.patience -= 1
+                if program.patience < -100:
+                    # The other end closes, and does not read before all that it has written is read.
+                    program.file_task.cancel()
             if not program.alive or transport is None or program.busy:
                 continue
             if program.paused and not transport.is_closing():

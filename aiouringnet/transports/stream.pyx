@@ -816,10 +816,12 @@ cdef class StreamTransport(Sink):
             self.server = None
             if self.engine.closed:
                 return  # with the loop: nobody can wait for the server any more
-            if SERVER_TAKES_TRANSPORT:
-                server._detach(self)
-            else:
+            if not SERVER_TAKES_TRANSPORT:
                 server._detach()
+            elif server._waiters is not None:
+                # None: transports that the garbage collector takes together leave the server's WeakSet
+                # at once, and the first one's _detach() has woken those who wait.
+                server._detach(self)
 
 
 cdef tuple limits(object high, object low, Py_ssize_t default):
