@@ -179,7 +179,7 @@ async def start_tls(
     ssl_shutdown_timeout: float | None = ...,
     ssl_incoming_bio_size: int | None = ...,
     ssl_outgoing_bio_size: int | None = ...,
-) -> asyncio.Transport: ...
+) -> asyncio.Transport | None: ...
 
 # Servers
 

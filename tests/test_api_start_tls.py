@@ -236,3 +236,19 @@ async def test_a_transport_that_cannot_be_upgraded_is_refused(loop, contexts):
         await loop.start_tls(asyncio.Transport(), asyncio.Protocol(), contexts[1], server_hostname="localhost")
     with pytest.raises(TypeError, match="sslcontext is expected to be an instance of ssl.SSLContext"):
         await loop.start_tls(asyncio.Transport(), asyncio.Protocol(), None)
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+@pytest.mark.parametrize("below", ["plain", "tls"])
+async def test_a_closing_transport_is_upgraded_to_none(loop, endpoint, contexts, below, end):
+    """As on asyncio; after connection_lost(), where asyncio waits for its timeout, the error comes at once."""
+    server_context, client_context = contexts
+    name = {"server_hostname": "localhost"}
+    secure = [{}, {}] if below == "plain" else [{"ssl": server_context}, {"ssl": client_context, **name}]
+    async with await endpoint.serve(loop, asyncio.Protocol, **secure[0]):
+        transport, protocol = await endpoint.connect(loop, helpers.Recorder, **secure[1])
+        getattr(transport, end)()
+        assert await loop.start_tls(transport, protocol, client_context, **name) is None
+        assert await protocol.lost is None
+        with pytest.raises(ConnectionAbortedError):
+            await loop.start_tls(transport, protocol, client_context, **name)

@@ -11,7 +11,7 @@ except ImportError:
 
 @like("start_tls")
 async def start_tls(loop, transport, *args, **kwargs):
-    """Upgrade `transport` to TLS; like loop.start_tls().  Returns the new transport.
+    """Upgrade `transport` to TLS; like loop.start_tls().  Returns the new transport, None if `transport` is closing.
 
     Transports of ours are upgraded on any loop, TLS ones included (TLS within
     TLS); others go to the loop's own method.  What the peer sent before the
@@ -30,7 +30,10 @@ async def _upgrade(loop, transport, protocol, sslcontext, **options):
     if not isinstance(sslcontext, ssl.SSLContext):
         raise TypeError(f"sslcontext is expected to be an instance of ssl.SSLContext, got {sslcontext!r}")
     if transport.is_closing():
-        raise ConnectionAbortedError("the transport is closing: it cannot be upgraded to TLS")
+        if transport.get_protocol() is None:
+            raise ConnectionAbortedError("the connection is closed: it cannot be upgraded to TLS")
+        # What asyncio makes of it, and its callers ask for.
+        return None
     waiter = loop.create_future()
     tls = TLSTransport(
         transport._engine, record_layer(loop), protocol, sslcontext, waiter, call_connection_made=False, **options
