@@ -548,6 +548,20 @@ def run_file(name, *args, timeout_s=30, **env):
     )
 
 
+def in_child(case, scenario, *arguments, timeout_s=25, **env):
+    """Runs scenario(make_loop, *arguments) in a process of its own, on the case's kind of loop; returns what it prints.
+
+    `scenario` is a function of a test module.  What it prints tells where it was when it died.  Objects that are
+    freed are overwritten (PYTHONMALLOC=debug), so that whoever still uses one does not get away with it.
+    """
+    done = run_file(
+        "scenario.py", scenario.__module__, scenario.__name__, case.base, case.engine, case.debug, case.sqpoll,
+        *arguments, timeout_s=timeout_s * patience, AIOURINGNET_ENGINE=case.engine, PYTHONMALLOC="debug", **env
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, ""), f"{done.returncode}: {done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
 async def command(*args, input=b"", timeout_s=15, **options):
     """Runs a program while the loop goes on, and returns the completed process."""
     run = functools.partial(

@@ -1291,10 +1291,11 @@ cdef class Engine:
 
     cdef void need_flush(self) noexcept:
         """Something was queued: a pass is to send it."""
-        if self.flush_scheduled or self.depth and not self.is_nested():
+        if self.depth and not self.is_nested():
             return
-        self.expectation = min(self.expectation + 1, EXPECTATION_MAX)
-        self.schedule()
+        if not self.flush_scheduled:
+            self.expectation = min(self.expectation + 1, EXPECTATION_MAX)
+            self.schedule()
         if not self.depth and _get_running_loop() is None:
             # Nobody knows when the loop will run again, if ever.
             self.flush()

@@ -1,0 +1,459 @@
+"""When a write leaves, and what is never left behind: the bytes of a program that goes on, ends, or gives up after write()."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+
+import helpers
+import pytest
+from helpers import Recorder, pattern
+from wire import Boom, over, recorder, serve, wire  # noqa: F401
+
+from aiouringnet import engine as engines
+
+async def awake():
+    """As a program is that goes on after an await: no pass is under way, none is expected."""
+    for _ in range(5):
+        await asyncio.sleep(0.001)
+
+
+async def in_company(loop, endpoint):
+    """Several connections have just got data in one pass: from now on gathering pays."""
+    async with await endpoint.serve(loop, Recorder):
+        peers = [endpoint.peer() for _ in range(4)]
+        await helpers.eventually(lambda: len(endpoint.accepted) == 4 and all(p.transport for p in endpoint.accepted))
+        got = asyncio.gather(*(protocol.received(1) for protocol in endpoint.accepted))
+        await asyncio.sleep(0)
+        for peer in peers:
+            peer.send(b"x")
+        await got
+    return peers
+
+
+# --------------------------------------------------------------------------
+# A lone connection's write is on its way while Python goes on
+
+
+async def test_a_write_is_on_its_way_while_the_program_goes_on(loop, wire):
+    w = await wire()
+    await awake()
+    for number in range(5):
+        message = b"working on it, %d" % number
+        w.transport.write(message)
+        # No await: this might be a second of blocking work.
+        assert w.receive_at_once() == message
+        w.transport.writelines([b"and ", b"more"])
+        assert w.receive_at_once() == b"and more"
+
+
+async def test_what_a_stream_writer_has_drained_is_on_its_way(loop, endpoint):
+    listener = endpoint.listener()
+    open_it = asyncio.open_unix_connection if endpoint.kind == "unix" else asyncio.open_connection
+    address = [endpoint.address] if endpoint.kind == "unix" else endpoint.address
+    _, writer = await open_it(*address)
+    peer, _ = listener.accept()
+    peer.setblocking(False)
+    await awake()
+    writer.write(b"working on it\n")
+    await writer.drain()
+    assert peer.recv(100) == b"working on it\n"
+    peer.close()
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+async def test_a_reply_from_the_task_that_a_request_woke_is_on_its_way(loop, endpoint):
+    """A handler answers, then goes on with blocking work: what uvicorn calls a background task."""
+    seen = []
+
+    async def answer(reader, writer):
+        while await reader.read(100):
+            writer.write(b"head")
+            writer.write(b"body")
+            # Whatever comes now, the client has its answer.
+            seen.append(peer.recv(100))
+        writer.close()
+
+    def factory():
+        return asyncio.StreamReaderProtocol(asyncio.StreamReader(), answer)
+
+    async with await endpoint.serve(loop, factory):
+        peer = endpoint.peer()
+        peer.setblocking(False)
+        for number in range(1, 6):
+            await loop.sock_sendall(peer, b"request")
+            await helpers.eventually(lambda: len(seen) == number)  # noqa: B023
+        assert seen == [b"headbody"] * 5
+        peer.close()
+        await helpers.eventually(lambda: engines.active_engine(loop).stats()["streams"] == 0)
+
+
+# --------------------------------------------------------------------------
+# gather="auto", "always", "never"
+
+
+async def test_auto_gathers_while_several_connections_have_something_to_answer(loop, wire):
+    """Asked in a pass that all requests have come in: their answers, from tasks, leave together."""
+
+    async def answer(protocol):
+        protocol.transport.write(b"head")
+        at_once.append(protocol.wire.receive_at_once())
+        protocol.transport.write(b"body")
+
+    def on_data(protocol, data):
+        loop.create_task(answer(protocol))
+
+    at_once = []
+    wires = [await wire(recorder(data_received=on_data)) for _ in range(8)]
+    for w in wires:
+        w.protocol.wire = w
+    await awake()
+    for _ in range(3):
+        for w in wires:
+            w.peer.send(b"request")
+        for w in wires:
+            assert await w.receive(8) == b"headbody"
+    # Where the passes had several to serve, nothing left at once.  (A busy machine may have split one.)
+    assert at_once.count(b"") > len(at_once) / 2
+
+
+@pytest.mark.matrix(sqpoll=True)
+@over("tcp")
+def test_always_gathers_until_the_iteration_ends(make_loop, wire_on):
+    loop = make_loop(gather="always")
+
+    async def main(w):
+        await awake()
+        for number in range(1, 6):
+            w.transport.write(b"head")
+            assert w.receive_at_once() == b""
+            w.transport.write(b"body")
+            assert w.receive_at_once() == b""
+            await asyncio.sleep(0)
+            assert await w.receive(8) == b"headbody"
+
+    wire_on(loop, main)
+
+
+@over("tcp")
+def test_never_does_not_gather_in_company_either(make_loop, wire_on):
+    loop = make_loop(gather="never")
+    seen = []
+
+    def answer(protocol, data):
+        protocol.transport.write(b"answer")
+        seen.append(protocol.wire.receive_at_once())
+
+    async def main(*wires):
+        for w in wires:
+            w.protocol.wire = w
+        for _ in range(3):
+            for w in wires:
+                w.peer.send(b"request")
+            await helpers.eventually(lambda: len(seen) % len(wires) == 0 and seen)
+            assert seen == [b"answer"] * len(wires)
+            seen.clear()
+
+    wire_on(loop, main, connections=5, factory=recorder(data_received=answer))
+
+
+# --------------------------------------------------------------------------
+# Somebody looks at the queue, or at the socket
+
+
+QUESTIONS = {
+    "get_write_buffer_size()": lambda transport: transport.get_write_buffer_size(),
+    'get_extra_info("socket")': lambda transport: transport.get_extra_info("socket"),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.matrix(sqpoll=True)
+@over("tcp")
+def test_who_asks_finds_the_queue_offered_to_the_socket(make_loop, wire_on, question):
+    """Also where writes are gathered: what the socket takes does not wait, and is not said to."""
+    loop = make_loop(gather="always")
+
+    async def main(w):
+        await awake()
+        for _ in range(3):
+            w.transport.write(b"small")
+            QUESTIONS[question](w.transport)
+            assert w.receive_at_once() == b"small"
+            assert w.transport.get_write_buffer_size() == 0
+        # In a callback of the connection, too.
+        await w.send(b"request")
+        assert (await w.receive(13), w.protocol.sizes) == (b"answeranother", [0])
+
+    def on_data(protocol, data):
+        protocol.transport.write(b"answer")
+        QUESTIONS[question](protocol.transport)
+        protocol.sizes = [protocol.transport.get_write_buffer_size()]
+        protocol.transport.write(b"another")
+
+    wire_on(loop, main, factory=recorder(data_received=on_data))
+
+
+@pytest.mark.matrix(sqpoll=True)
+async def test_the_write_buffer_is_empty_after_a_small_write(loop, wire):
+    """What programs ask that drop slow clients."""
+    w = await wire()
+    for _ in range(3):
+        w.transport.write(b"small")
+        assert w.transport.get_write_buffer_size() == 0
+        await awake()
+    await w.block_writing()
+    assert w.transport.get_write_buffer_size() > 0
+
+
+@pytest.mark.matrix(sqpoll=True)
+@over("unix")
+async def test_what_the_socket_itself_sends_comes_after_what_was_written(loop, wire):
+    w = await wire()
+    r, other = os.pipe()
+    w.transport.write(b"HEAD")
+    raw = w.transport.get_extra_info("socket").dup()
+    socket.send_fds(raw, [b"FD"], [r])
+    raw.close()
+    data = b""
+    while len(data) < 6:
+        await asyncio.sleep(0)
+        with contextlib.suppress(BlockingIOError):
+            piece, fds, _, _ = socket.recv_fds(w.peer, 100, 4)
+            data += piece
+            for fd in fds:
+                os.close(fd)
+    os.close(r), os.close(other)
+    assert data == b"HEADFD"
+
+
+# --------------------------------------------------------------------------
+# The high-water mark
+
+
+def write_whole(transport, size):
+    transport.write(pattern(size))
+
+
+def write_lines(transport, size):
+    transport.writelines([pattern(size)[:10], pattern(size)[10:]])
+
+
+@pytest.mark.parametrize("gather", ["auto", "always"])
+@pytest.mark.parametrize("write", [write_whole, write_lines], ids=lambda write: write.__name__)
+@pytest.mark.matrix(sqpoll=True)
+@over("tcp")
+def test_what_the_socket_takes_does_not_pause_the_protocol(make_loop, wire_on, write, gather):
+    """Above the high-water mark is what waits, not what was written."""
+    loop = make_loop(gather=gather)
+
+    async def main(w):
+        w.transport.set_write_buffer_limits(0)
+        for size in (11, 5000, 20_000, 11):
+            write(w.transport, size)
+            assert await w.receive(size) == pattern(size)
+        assert w.protocol.log == ["made"]
+        # Within a callback of the connection.
+        await w.send(b"go")
+        assert await w.receive(500) == pattern(500)
+        assert w.protocol.log == ["made", "data"]
+        # And what it does not take does.
+        w.shrink_buffers()
+        write(w.transport, 200_000)
+        assert w.protocol.log == ["made", "data", "pause"]
+        assert await w.receive(200_000) == pattern(200_000)
+        await helpers.eventually(lambda: w.protocol.log == ["made", "data", "pause", "resume"])
+
+    wire_on(loop, main, factory=recorder(data_received=lambda protocol, data: write(protocol.transport, 500)))
+
+
+@pytest.mark.matrix(sqpoll=True)
+@over("tcp")
+async def test_lower_limits_pause_only_for_what_the_socket_does_not_take(loop, wire):
+    w = await wire()
+    w.transport.write(b"small")
+    w.transport.set_write_buffer_limits(0)
+    assert await w.receive(5) == b"small"
+    await awake()
+    assert w.protocol.log == ["made"]
+
+
+# --------------------------------------------------------------------------
+# Connections that end right after a write
+
+
+def abort(protocol):
+    protocol.transport.abort()
+
+
+def fail(protocol):
+    raise Boom
+
+
+def close_and_abort(protocol):
+    protocol.transport.close()
+    protocol.transport.abort()
+
+
+@pytest.mark.parametrize("ending", [abort, fail, close_and_abort], ids=lambda ending: ending.__name__)
+@pytest.mark.matrix(sqpoll=True)
+async def test_what_was_written_before_the_connection_is_given_up_arrives(loop, wire, errors, ending):
+    """write() offers it to the socket in asyncio: abort() drops what the socket did not take."""
+
+    def refuse(protocol, *args):
+        protocol.transport.write(b"400 ")
+        protocol.transport.writelines([b"go ", b"away\n"])
+        ending(protocol)
+
+    for callback in ("data_received", "eof_received"):
+        w = await wire(recorder(**{callback: refuse}))
+        await w.send(b"hello")
+        if callback == "eof_received":
+            w.peer.shutdown(socket.SHUT_WR)
+        data = bytearray()
+        with contextlib.suppress(ConnectionResetError):
+            while piece := await loop.sock_recv(w.peer, 100):
+                data += piece
+        assert data == b"400 go away\n"
+        await w.protocol.lost
+    # At any other time.
+    w = await wire()
+    w.transport.write(b"from a task")
+    w.transport.abort()
+    assert await w.receive_to_end() == b"from a task"
+    assert [type(context["exception"]) for context in errors.take()] == [Boom] * 2 * (ending is fail)
+
+
+@pytest.mark.matrix(sqpoll=True)
+async def test_an_abort_does_not_wait_for_a_socket_that_is_full(loop, wire):
+    w = await wire()
+    written = await w.block_writing()
+    w.transport.write(b"no room")
+    w.transport.abort()
+    assert await w.protocol.lost is None
+    left = w.transport.get_write_buffer_size()
+    data = await w.receive_to_end()
+    assert written.startswith(data) and len(data) < len(written), left
+
+
+# --------------------------------------------------------------------------
+# Loops that do not run, and processes that end
+
+
+@pytest.mark.parametrize("gather", ["auto", "always", "never"])
+@pytest.mark.parametrize("ending", ["nothing", "close", "abort"])
+@pytest.mark.matrix(sqpoll=True)
+def test_what_is_written_while_the_loop_stands_still_arrives(make_loop, gather, ending):
+    """Nobody knows whether it ever runs again."""
+    loop = make_loop(gather=gather)
+    ours, peer = socket.socketpair()
+    transport, protocol = loop.run_until_complete(loop.create_connection(Recorder, sock=ours))
+    peer.settimeout(5)
+    for _ in range(2):
+        transport.write(b"while nobody runs it")
+        assert helpers.receive_exactly(peer, 20) == b"while nobody runs it"
+    transport.write(b"the last")
+    if ending != "nothing":
+        getattr(transport, ending)()
+    assert helpers.receive_exactly(peer, 8) == b"the last"
+    transport.abort()
+    assert loop.run_until_complete(protocol.lost) is None
+    helpers.run_on(loop, helpers.eventually(lambda: transport.get_extra_info("socket").fileno() == -1))
+    assert peer.recv(1) == b""
+    peer.close()
+
+
+@pytest.mark.parametrize("gather", ["auto", "always", "never"])
+@pytest.mark.matrix(sqpoll=True)
+def test_what_the_last_iteration_wrote_leaves_when_the_loop_stops(make_loop, gather):
+    loop = make_loop(gather=gather)
+    ours, peer = socket.socketpair()
+    transport, protocol = loop.run_until_complete(loop.create_connection(Recorder, sock=ours))
+    peer.settimeout(5)
+
+    async def write(more=None):
+        transport.write(b"last word")
+        if more:
+            raise more
+
+    for ending in (None, Boom, SystemExit, KeyboardInterrupt):
+        with contextlib.suppress(Boom, SystemExit, KeyboardInterrupt):
+            loop.run_until_complete(write(ending))
+        assert helpers.receive_exactly(peer, 9) == b"last word"
+    transport.abort()
+    loop.run_until_complete(protocol.lost)
+    peer.close()
+
+
+def last_words(make_loop, how):
+    """In a forked child each: it writes and ends, and nobody closes anything."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    pid = os.fork()
+    if pid == 0:
+        loop = make_loop()
+
+        async def main():
+            await asyncio.sleep(0)
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(b"last word")
+            if how == "os._exit":
+                os._exit(0)
+            if how == "sys.exit":
+                sys.exit(0)
+            if how == "exception":
+                raise ValueError
+
+        with contextlib.suppress(BaseException):
+            loop.run_until_complete(main())
+        os._exit(0)
+    peer, _ = listener.accept()
+    peer.settimeout(10)
+    with contextlib.suppress(ConnectionResetError):
+        assert helpers.receive_exactly(peer, 9) == b"last word"
+        print("arrived")
+    os.waitpid(pid, 0)
+
+
+ENDS = ["os._exit", "sys.exit", "exception", "main ends"]
+
+
+@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.matrix(debug=False)
+def test_a_process_that_ends_after_a_write_has_sent_it(case, how):
+    assert helpers.in_child(case, last_words, how) == "arrived\n"
+
+
+@pytest.mark.parametrize("how", [end for end in ENDS if end != "os._exit"])
+@pytest.mark.matrix(debug=False, engine=(), sqpoll=True)
+def test_a_process_that_ends_after_a_write_has_sent_it_with_a_poller(case, how):
+    assert helpers.in_child(case, last_words, how) == "arrived\n"
+
+
+@pytest.fixture
+def wire_on(endpoint):
+    """wire_on(loop, main) runs main(w), or main(*wires), on a loop of the test's own."""
+    from wire import Wire
+
+    def run(loop, main, connections=1, factory=Recorder):
+        listener = endpoint.listener()
+
+        async def connect():
+            transport, protocol = await endpoint.connect(loop, factory)
+            peer, _ = listener.accept()
+            peer.setblocking(False)
+            return Wire(loop, transport, protocol, peer)
+
+        async def all_of_it():
+            wires = [await connect() for _ in range(connections)]
+            try:
+                await main(*wires)
+            finally:
+                for w in wires:
+                    w.end()
+
+        helpers.run_on(loop, all_of_it())
+
+    return run
