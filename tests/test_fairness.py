@@ -188,11 +188,10 @@ def empty(peer):
 
 async def connections(loop, endpoint, **callbacks):
     endpoint.server = await endpoint.serve(loop, recorder(lambda: Recorder(keep_open=True), **callbacks))
-    endpoint.peers = []
-    for number in range(MANY):
-        endpoint.peers.append(endpoint.peer())
-        await helpers.eventually(lambda: len(endpoint.accepted) > number and endpoint.accepted[-1].transport)  # noqa: B023
-        endpoint.peers[-1].setblocking(False)
+    endpoint.peers = [endpoint.peer() for _ in range(MANY)]
+    await helpers.eventually(lambda: len(endpoint.accepted) == MANY and all(p.transport for p in endpoint.accepted))
+    for peer in endpoint.peers:
+        peer.setblocking(False)
     return endpoint.peers
 
 
