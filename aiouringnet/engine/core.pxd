@@ -160,6 +160,7 @@ cdef class Stream(Handle):
     cdef void hold_rest(self) noexcept
     cdef int write(self, object owner, const char* data, size_t size) except -1
     cdef void kick(self) noexcept
+    cdef void send_now(self) noexcept
     cdef void shutdown_write(self) noexcept
     cdef void close(self) noexcept
     # The sink needs on_sent() as soon as it can be had

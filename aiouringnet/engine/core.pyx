@@ -34,6 +34,7 @@ Invariants:
 * Engines are used on the loop's thread only, and not across fork().
 """
 
+from cython cimport final
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.errno cimport (
@@ -524,13 +525,14 @@ cdef class Stream(Handle):
         elif self.dirty:
             if self.queued >= DIRECT_SEND_BYTES and self.engine.sends_direct():
                 self.send_direct()
-        elif self.file is not None:
+        elif (self.queued >= DIRECT_SEND_BYTES or self.engine.sends_now()) and self.file is None:
+            self.send_now()
+        else:
             self.engine.mark_dirty(self)
-        elif self.engine.sends_direct():
-            if self.queued >= DIRECT_SEND_BYTES or self.engine.sends_now():
-                self.send_direct()
-            else:
-                self.engine.mark_dirty(self)
+
+    cdef void send_now(self) noexcept:
+        if self.engine.sends_direct():
+            self.send_direct()
         elif self.engine.sends_now():
             self.submit_send()
             self.engine.push_sends()
@@ -1223,6 +1225,7 @@ cdef class Engine:
             if isinstance(handle, Stream):
                 (<Stream>handle).maybe_detached()
 
+    @final
     cdef void work_without_ring(self) noexcept:
         """A pass of the epoll engine, or of one that has lost its ring."""
         cdef int rounds = 0
@@ -1250,20 +1253,19 @@ cdef class Engine:
             self.expecting = True
             self.schedule()
 
+    @final
     cdef bint hand_out_events(self, int* delivered) noexcept:
         """Hand out events until the pass has to end; true when there may be more."""
         cdef Readiness ready = self.readiness
         cdef Handle handle
-        cdef int i
+        cdef unsigned int events = 0
         if ready.next == ready.end and ready.fetch() == 0:
             return False
         while ready.next < ready.end:
-            i = ready.next
-            ready.next += 1
             delivered[0] += 1
-            handle = <Handle>ready.handles[i]
+            handle = <Handle>ready.take(&events)
             if handle is not None and handle.watched:
-                handle.on_ready(ready.events[i].events)
+                handle.on_ready(events)
             if self.out_of_time(0) or self.forked():
                 return True
         if ready.stale:
@@ -1272,6 +1274,7 @@ cdef class Engine:
 
     # --- gathering -------------------------------------------------------
 
+    @final
     cdef void mark_dirty(self, Stream stream) noexcept:
         stream.dirty = True
         self.dirty.append(stream)
@@ -1289,6 +1292,7 @@ cdef class Engine:
         self.resync.append(stream)
         self.need_pass()
 
+    @final
     cdef void need_flush(self) noexcept:
         """Something was queued: a pass is to send it."""
         if self.depth and not self.is_nested():
@@ -1304,6 +1308,7 @@ cdef class Engine:
         if not self.flush_scheduled and (not self.depth or self.is_nested()):
             self.schedule()
 
+    @final
     cdef bint is_nested(self) noexcept:
         """Whether a callback of the pass under way runs the loop, whose callbacks those of now are (nest_asyncio)."""
         cdef PyObject* context = airn_context()
@@ -1317,6 +1322,7 @@ cdef class Engine:
         self.quiet()
         self.soon(self._flush)
 
+    @final
     cdef bint sends_now(self) noexcept:
         """Whether a write is to leave at once.
 
@@ -1418,12 +1424,14 @@ cdef class Engine:
         if self.depth:
             self.departed.append(thing)
 
+    @final
     cdef bint forked(self) noexcept:
         """Whether this is a child that was forked from the engine's process: nothing of it may be touched."""
         return self.generation != fork_generation
 
     # --- a pass ---------------------------------------------------------------
 
+    @final
     cdef bint account(self, Stream stream, size_t size) noexcept:
         """`size` bytes are delivered to a stream; true when it has got its share of this pass."""
         if stream.taken_in != <unsigned int>self.n_passes:
@@ -1436,6 +1444,7 @@ cdef class Engine:
             stream.taken += <unsigned int>size
         return stream.taken >= self.read_budget
 
+    @final
     cdef bint out_of_time(self, size_t size) noexcept:
         """Whether the pass has to end.  Asked after each completion; `size`: bytes received."""
         cdef long long now
@@ -1505,6 +1514,7 @@ cdef class Engine:
             raise exception
         return 0
 
+    @final
     cdef void leave(self) noexcept:
         """The pass, or what is like one, has ended: what it let go of may go."""
         self.depth -= 1
@@ -1562,12 +1572,14 @@ cdef class Engine:
                 stream.sink.on_sent()
         self.give_back(batch)
 
+    @final
     cdef list take_dirty(self):
         cdef list batch = self.dirty
         self.dirty = [] if self.dirty_spare is None else self.dirty_spare
         self.dirty_spare = None
         return batch
 
+    @final
     cdef void give_back(self, list batch) noexcept:
         batch.clear()
         self.dirty_spare = batch

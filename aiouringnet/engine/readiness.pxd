@@ -29,15 +29,17 @@ cdef class Readiness:
     cdef unsigned int entries           # made so far
     # Events of one epoll_wait, whose they are, and which of them are yet to be handed out
     cdef epoll_event events[READY_BATCH]
-    cdef list handles
+    cdef PyObject* handles[READY_BATCH] # owned until they are handed out
     cdef int next, end
 
     # Watch a descriptor for `events`, or for others than before; 0 or an errno
     cdef int register(self, object handle, int fd, unsigned int events) noexcept
     # No more events of a descriptor that was registered for this handle
     cdef void forget(self, object handle, int fd) noexcept
-    # Events that have come; their number
+    # Fetch events that have come; their number
     cdef int fetch(self) noexcept
+    # The next one's handle, None for an event that is nobody's; its events
+    cdef object take(self, unsigned int* events)
     # Another set, without the entries that nobody can remove; None when it cannot be had
     cdef Readiness successor(self)
     # Be known under this descriptor's number, whose file is given up; false when that cannot be had

@@ -7,6 +7,7 @@ entry when somebody closes a descriptor whose file a duplicate keeps open
 remove, shows when an event finds no handle; then the set is to be made anew.
 """
 
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.errno cimport EBADF, ENOMEM, errno
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
@@ -33,13 +34,15 @@ cdef enum:
 
 cdef class Readiness:
     def __cinit__(self):
-        self.handles = []
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         if self.epoll_fd < 0:
             raise OSError(errno, os.strerror(errno))
 
     def __dealloc__(self):
         self.close()
+        while self.next < self.end:
+            Py_XDECREF(self.handles[self.next])
+            self.next += 1
         free(self.slots)
 
     cdef void close(self) noexcept:
@@ -75,20 +78,30 @@ cdef class Readiness:
     cdef int fetch(self) noexcept:
         cdef int n, i
         cdef uint64_t data
-        cdef unsigned int fd
-        self.handles.clear()
+        cdef Slot* slot
         self.next = self.end = 0
-        n = max(0, epoll_wait(self.epoll_fd, self.events, READY_BATCH, 0))
+        n = epoll_wait(self.epoll_fd, self.events, READY_BATCH, 0)
         for i in range(n):
             data = self.events[i].data.u64
-            fd = <unsigned int>(data & 0xffffffff)
-            if self.slots[fd].handle != NULL and self.slots[fd].generation == data >> 32:
-                self.handles.append(<object>self.slots[fd].handle)
+            slot = &self.slots[<unsigned int>data]
+            self.handles[i] = NULL
+            if slot.handle != NULL and slot.generation == <unsigned int>(data >> 32):
+                Py_INCREF(<object>slot.handle)
+                self.handles[i] = slot.handle
             else:
-                self.handles.append(None)
                 self.stale = True
-        self.end = n
-        return n
+        self.end = max(n, 0)
+        return self.end
+
+    cdef object take(self, unsigned int* events):
+        cdef PyObject* handle = self.handles[self.next]
+        events[0] = self.events[self.next].events
+        self.next += 1
+        if handle == NULL:
+            return None
+        taken = <object>handle
+        Py_DECREF(taken)
+        return taken
 
     cdef bint take_number(self, int fd) noexcept:
         if dup3(self.epoll_fd, fd, O_CLOEXEC) < 0:

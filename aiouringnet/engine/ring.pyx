@@ -542,15 +542,13 @@ cdef class Gate(Handle):
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
         cdef Readiness fresh
-        cdef int i
+        cdef unsigned int events = 0
         self.armed = False
         self.engine.end(self)
         if self.ready.next == self.ready.end and not self.engine.forked():
             self.ready.fetch()
         while self.ready.next < self.ready.end and not self.engine.closed and not self.engine.forked():
-            i = self.ready.next
-            self.ready.next += 1
-            stream = self.ready.handles[i]
+            stream = self.ready.take(&events)
             # What the end of one sets off may have taken others away.
             if stream is not None and (<RingStream>stream).gated:
                 (<RingStream>stream).leave_gate()

@@ -5,6 +5,9 @@ from cpython.object cimport PyObject
 from aiouringnet.engine.core cimport Engine, Layer, Room, Sink, Stream, flag
 
 
+cdef void drop_empty_dict(object instance) noexcept
+
+
 cdef class StreamTransport(Sink):
     # the connection
     cdef Engine engine

@@ -49,6 +49,8 @@ cdef extern from "Python.h":
     int PyContext_Enter(object) except -1
     int PyContext_Exit(object) except -1
     void PyErr_Clear()
+    PyObject** _PyObject_GetDictPtr(object)
+    void Py_CLEAR(PyObject*)
 
 
 cdef object logger = asyncio.log.logger
@@ -84,10 +86,21 @@ class Transport(transports._FlowControlMixin):
     __slots__ = ()
 
 
+cdef void drop_empty_dict(object instance) noexcept:
+    """Cython makes the dictionary of attributes with each instance: memory, and slower calls of all methods.
+
+    CPython makes it where it is missing, when the first attribute is set.
+    """
+    Py_CLEAR(_PyObject_GetDictPtr(instance)[0])
+
+
 cdef class StreamTransport(Sink):
     _start_tls_compatible = True
     _sendfile_compatible = TRY_NATIVE
     _sends_files = True
+
+    def __cinit__(self):
+        drop_empty_dict(self)
 
     def __init__(self, Engine engine, sock, protocol, waiter=None, extra=None, server=None):
         engine.check()
