@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import re
 import selectors
 import shutil
 import socket
@@ -443,7 +444,7 @@ def shim(tmp_path_factory):
     return library
 
 
-def exchange_under(shim, case, **env):
+def exchange_under(shim, case, said="", **env):
     done = subprocess.run(
         [sys.executable, "-c", EXCHANGE, case.base, str(case.sqpoll)],
         env=helpers.child_env(LD_PRELOAD=str(shim), AIOURINGNET_ENGINE="auto", **{k: str(v) for k, v in env.items()}),
@@ -453,7 +454,7 @@ def exchange_under(shim, case, **env):
         text=True,
         timeout=25,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0 and re.fullmatch(said, done.stderr), done.stderr
     kind, *flags = done.stdout.split()
     return kind, set(flags)
 
@@ -488,7 +489,9 @@ def test_a_poller_without_the_newer_flags(case, shim):
 @pytest.mark.parametrize("errno_name", ["EPERM", "ENOSYS", "ENOMEM", "EMFILE", "EACCES"])
 @pytest.mark.matrix(debug=False, engine="uring", base="asyncio")
 def test_a_ring_that_is_refused_is_replaced_by_epoll(case, shim, errno_name):
-    assert exchange_under(shim, case, SHIM_SETUP_ERRNO=getattr(errno, errno_name)) == ("epoll", set())
+    # A limit is the operator's business; where io_uring is forbidden, somebody knows.
+    said = "no io_uring for an event loop, the epoll engine takes over .*\n" if errno_name in ("ENOMEM", "EMFILE") else ""
+    assert exchange_under(shim, case, said, SHIM_SETUP_ERRNO=getattr(errno, errno_name)) == ("epoll", set())
 
 
 ENTER_ERRORS = ["EAGAIN", "EBUSY", "ENOMEM", "EINTR"]
