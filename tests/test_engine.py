@@ -541,6 +541,18 @@ def test_sizes_are_as_asked_for(make_loop, endpoint, options):
         assert details[name] == options.get(name, details[name])
 
 
+@pytest.mark.matrix(debug=False, engine="uring", sqpoll=True)
+def test_the_queue_is_deeper_with_a_poller(case, loop):
+    """Which empties it in its own time; what the loop itself submits is taken at once."""
+
+    async def start():
+        return engines.engine_for(loop).details()
+
+    details = helpers.run_on(loop, start())
+    assert details["submission_entries"] == (1024 if case.sqpoll else 256)
+    assert details["completion_entries"] == 4 * details["submission_entries"]
+
+
 @over("tcp")
 @pytest.mark.matrix(debug=False)
 def test_the_read_budget_bounds_what_one_connection_gets_in_a_pass(make_loop, endpoint):
