@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 ENGINES = ("auto", "uring", "epoll", "loop")
 ENGINE_VARIABLE = "AIOURINGNET_ENGINE"
+QUEUE_DEPTH, QUEUE_DEPTH_SQPOLL = 256, 1024
 GATHER = ("auto", "always", "never")
 TLS_ENGINES = ("auto", "openssl", "ssl")
 TLS_VARIABLE = "AIOURINGNET_TLS"
@@ -30,9 +31,10 @@ class Options:
 
     engine: "auto" (io_uring, else epoll), "uring" (or an error), "epoll", or
         "loop" (the loop's own transports).  Default: AIOURINGNET_ENGINE.
-    queue_depth: submission queue entries.  The kernel rounds up to a power of
-        two; the completion queue has four times as many.  Both are locked
-        memory, 40 KiB with the default.
+    queue_depth: submission queue entries; None: 256, with sqpoll 1024, since
+        the thread takes its time to empty the queue.  The kernel rounds up to
+        a power of two; the completion queue has four times as many.  Both are
+        locked memory, 40 KiB with 256.
     buffer_size: bytes of one provided receive buffer.
     buffer_count: provided receive buffers, shared by all connections of a loop.
     read_budget: bytes that one connection may read directly in one pass.
@@ -51,7 +53,7 @@ class Options:
     """
 
     engine: str = field(default_factory=_engine_from_environment)
-    queue_depth: int = 256
+    queue_depth: int | None = None
     buffer_size: int = 4096
     buffer_count: int = 256
     read_budget: int = 262144
@@ -67,7 +69,8 @@ class Options:
         _check_choice("gather", self.gather, GATHER)
         _check_choice("tls", self.tls, TLS_ENGINES)
         # 32768: the kernel's limit for both, io_uring_setup(2) and io_uring_register(2).
-        _check_range("queue_depth", self.queue_depth, 8, 32768)
+        if self.queue_depth is not None:
+            _check_range("queue_depth", self.queue_depth, 8, 32768)
         _check_range("buffer_size", self.buffer_size, 256, 1 << 20)
         _check_range("buffer_count", self.buffer_count, 2, 32768)
         if self.buffer_count & (self.buffer_count - 1):

@@ -71,7 +71,7 @@ def loops(loop: MyLoop) -> None:
     aiouringnet.new_event_loop().close()
     assert_type(aiouringnet.stats(loop), dict[str, int])
     assert_type(aiouringnet.status()["remedy"], str | None)
-    assert_type(aiouringnet.Options(queue_depth=8).queue_depth, int)
+    assert_type(aiouringnet.Options(buffer_size=256).buffer_size, int)
     assert_type(aiouringnet.__version__, str)
 """
 

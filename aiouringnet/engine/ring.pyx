@@ -48,6 +48,7 @@ import os
 import socket
 
 from aiouringnet.engine.address import pack_address
+from aiouringnet.options import QUEUE_DEPTH, QUEUE_DEPTH_SQPOLL
 
 
 cdef extern from "errno.h" nogil:
@@ -817,10 +818,11 @@ cdef class Ring(Engine):
         """Set up a ring with the best flags that the kernel takes; returns the flags."""
         cdef io_uring_params params
         cdef int code = -EINVAL
+        cdef unsigned int depth = self.options.queue_depth or (QUEUE_DEPTH_SQPOLL if self.sqpoll else QUEUE_DEPTH)
         for flags in flag_ladder(self.sqpoll):
             memset(&params, 0, sizeof(params))
             params.flags = flags
-            params.cq_entries = 4 * self.options.queue_depth
+            params.cq_entries = 4 * depth
             if self.sqpoll:
                 params.sq_thread_idle = self.options.sqpoll_idle_ms
                 if attach_fd >= 0:
@@ -829,7 +831,7 @@ cdef class Ring(Engine):
                 if self.options.sqpoll_cpu is not None:
                     params.flags |= IORING_SETUP_SQ_AFF
                     params.sq_thread_cpu = self.options.sqpoll_cpu
-            code = io_uring_queue_init_params(self.options.queue_depth, ring, &params)
+            code = io_uring_queue_init_params(depth, ring, &params)
             if code != -EINVAL:
                 break
         if code < 0:
