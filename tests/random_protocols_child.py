@@ -639,7 +639,7 @@ class Program(End):
         if self.grace:
             self.grace = False
             return
-        if self.paused and not (self.secure and name == "eof_received"):
+        if self.paused and not (self.secure and name == "eof_received") and not self.upgrade_failed:
             self.wrong(f"{name} although reading is paused")
         if self.closed and not self.secure:
             self.wrong(f"{name} after close()")
@@ -1101,6 +1101,8 @@ class Round:
             pass  # a client that went away in the handshake, in debug mode
         elif message.startswith("Future exception was never retrieved") and self.over and isinstance(exc, OSError):
             pass  # of a connect() whose task the closed loop does not run any more
+        elif "reading should be paused" in str(exc):
+            pass  # what asyncio's sendfile() over TLS says when somebody closes the connection meanwhile
         elif not self.patched and (
             # asyncio's tasks for what was accepted, when the loop or the server has closed
             self.over
@@ -1118,6 +1120,8 @@ class Round:
             self.wrong(f"reported: {message}: {exc!r} {context}")
 
     def on_unraisable(self, unraisable):
+        if self.over and "closed file" in str(unraisable.exc_value):
+            return  # the garbage collector has closed it before the coroutine that was sending it
         if self.patched:  # asyncio's own __del__() and coroutines stumble over a closed loop or server
             self.wrong(f"cannot be raised: {unraisable.exc_value!r} in {unraisable.object!r}")
 
@@ -1307,6 +1311,9 @@ class Round:
         except (OSError, Boom, asyncio.CancelledError, asyncio.TimeoutError) as exc:
             program.note("connecting fails", repr(exc))
             program.asked = program.closed = True
+        except Interrupt:
+            program.asked = program.closed = True
+            raise
         else:
             program.note("is connected")
             if program.rng.random() < 0.5:
