@@ -101,6 +101,17 @@ async def test_an_accepted_connection_knows_both_addresses(loop, endpoint):
     await server.wait_closed()
 
 
+async def test_a_second_server_on_the_same_socket(loop):
+    """The last one gets the connections, as in asyncio; at least somebody does, and nothing spins."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        servers = [await loop.create_server(helpers.Echo, sock=sock) for _ in range(2)]
+        for _ in range(3):
+            with connect(servers[1]) as peer:
+                assert await answered(loop, peer)
+        for server in servers:
+            server.close()
+
+
 async def test_reuse_port_lets_two_servers_share_one(loop):
     served = []
 

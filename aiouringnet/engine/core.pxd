@@ -210,6 +210,7 @@ cdef class Listener(Handle):
     cdef void accepted(self, int fd, sockaddr_storage* address, unsigned int size) noexcept
     cdef int accept_ready(self) noexcept
     cdef void accept_failed(self, int error) noexcept
+    cdef void cannot_accept(self, int error) noexcept
     cdef void resume(self) noexcept
     cdef void stop(self) noexcept
 

@@ -39,7 +39,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
 from libc.errno cimport (
     EAGAIN, EALREADY, EBADF, ECONNREFUSED, ECONNRESET, EHOSTUNREACH, EINPROGRESS, EINTR, EINVAL, EIO, EISCONN, EMFILE,
-    ENETUNREACH, ENFILE, ENOBUFS, ENOMEM, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPIPE, ETIMEDOUT, errno,
+    ENETUNREACH, ENFILE, ENOBUFS, ENOMEM, ENOSPC, ENOTCONN, ENOTSOCK, EOPNOTSUPP, EPIPE, ETIMEDOUT, errno,
 )
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
@@ -862,8 +862,9 @@ cdef class Stream(Handle):
 
 
 # accept() errors that mean "later": the process or the system is out of
-# something.  As in asyncio.selector_events.
-cdef tuple OUT_OF_RESOURCES = (EMFILE, ENFILE, ENOBUFS, ENOMEM)
+# something.  As in asyncio.selector_events, and ENOSPC of epoll_ctl(2): the
+# user's limit on watched descriptors.
+cdef tuple OUT_OF_RESOURCES = (EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC)
 cdef tuple NOT_ACCEPTING = (EBADF, EINVAL, ENOTSOCK, EOPNOTSUPP)
 ACCEPT_RETRY_DELAY = 1.0  # seconds, asyncio.constants.ACCEPT_RETRY_DELAY
 
@@ -946,6 +947,13 @@ cdef class Listener(Handle):
     cdef void accept_failed(self, int error) noexcept:
         if self.closed:
             return
+        if error in OUT_OF_RESOURCES or error in NOT_ACCEPTING:
+            self.cannot_accept(error)
+        else:
+            # The connection's own trouble (ECONNABORTED, EPROTO, ENETDOWN ...; accept(2))
+            self.resume()
+
+    cdef void cannot_accept(self, int error) noexcept:
         if error in OUT_OF_RESOURCES:
             self.engine.report({
                 "message": "socket.accept() out of system resource",
@@ -953,16 +961,13 @@ cdef class Listener(Handle):
                 "socket": TransportSocket(self.sock),
             })
             self.engine.later_on(ACCEPT_RETRY_DELAY, self._resume)
-        elif error in NOT_ACCEPTING:
+        else:
             self.closed = True
             self.engine.report({
                 "message": "socket.accept() failed: no more connections are accepted",
                 "exception": OSError(error, strerror(error)),
                 "socket": TransportSocket(self.sock),
             })
-        else:
-            # The connection's own trouble (ECONNABORTED, EPROTO, ENETDOWN ...; accept(2))
-            self.resume()
 
     def _resume(self):
         if not self.closed and not self.engine.closed and not self.engine.forked():
@@ -971,7 +976,7 @@ cdef class Listener(Handle):
     cdef void resume(self) noexcept:
         cdef int error = self.engine.watch_for(self, self.fd, EPOLLIN | EPOLLET)
         if error:
-            self.accept_failed(error)
+            self.cannot_accept(error)  # and another try would not help at once
 
     cdef void on_ready(self, unsigned int events) noexcept:
         cdef int error = self.accept_ready()

@@ -8,7 +8,7 @@ remove, shows when an event finds no handle; then the set is to be made anew.
 """
 
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
-from libc.errno cimport EBADF, ENOMEM, errno
+from libc.errno cimport EBADF, EEXIST, ENOMEM, errno
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
@@ -63,7 +63,9 @@ cdef class Readiness:
         fresh = slot.handle != <PyObject*>handle
         generation = self.entries + 1 if fresh else slot.generation
         if control(self.epoll_fd, EPOLL_CTL_ADD if fresh else EPOLL_CTL_MOD, fd, generation, events) < 0:
-            return errno
+            # Another handle's, of the same file: the last one gets the events, as in asyncio.
+            if errno != EEXIST or control(self.epoll_fd, EPOLL_CTL_MOD, fd, generation, events) < 0:
+                return errno
         slot.events = events
         if fresh:
             self.entries = slot.generation = generation
