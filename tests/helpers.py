@@ -305,6 +305,42 @@ class BufferedRecorder(Recorder, asyncio.BufferedProtocol):
         Recorder.data_received(self, self.buffer[:nbytes])
 
 
+def unusual_protocol(kind):
+    """A Recorder that can be called in both ways; `buffered` says in which it was."""
+    made = (_Unusual if kind.startswith("by its methods") else _UnusualThatSays)()
+    made.says = not kind.startswith("not")
+    return made
+
+
+class _Unusual(Recorder):
+    buffered = None
+
+    def __init__(self):
+        super().__init__()
+        self.buffer = bytearray(1024)
+
+    def __getattribute__(self, name):
+        if name == "data_received" and type(self) is _Unusual:
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+    def data_received(self, data):
+        self.buffered = False
+        super().data_received(data)
+
+    def get_buffer(self, sizehint):
+        return self.buffer
+
+    def buffer_updated(self, nbytes):
+        self.buffered = True
+        Recorder.data_received(self, self.buffer[:nbytes])
+
+
+class _UnusualThatSays(_Unusual):
+    def is_buffered_protocol(self):
+        return self.says
+
+
 class Echo(asyncio.Protocol):
     """Sends back what comes; `lost` resolves when the connection has ended."""
 

@@ -11,7 +11,7 @@ import tls
 from helpers import Upgrading
 
 import aiouringnet
-from aiouringnet.api.call import StreamTransport, TLSTransport
+from aiouringnet.api.call import SSLStreamTransport, StreamTransport
 
 pytestmark = [
     pytest.mark.kernel,
@@ -104,7 +104,7 @@ async def test_a_distrusted_certificate_leaves_nothing_behind(loop, endpoint, co
             await endpoint.connect(loop, asyncio.Protocol, ssl=distrusting, server_hostname="localhost")
 
     def transports():
-        kinds = (StreamTransport, TLSTransport)
+        kinds = (StreamTransport, SSLStreamTransport)
         return {id(thing): thing for thing in gc.get_objects() if type(thing) in kinds}
 
     async with await endpoint.serve(loop, asyncio.Protocol, ssl=server_context):

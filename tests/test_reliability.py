@@ -1076,8 +1076,8 @@ FOREIGN_CALLS = {
     "writelines": lambda transport: transport.writelines([b"foreign"]),
     "write_eof": lambda transport: transport.write_eof(),
     "pause_reading": lambda transport: transport.pause_reading(),
-    "close": lambda transport: transport.close(),
-    "abort": lambda transport: transport.abort(),
+    "set_protocol": lambda transport: transport.set_protocol(asyncio.Protocol()),
+    "set_write_buffer_limits": lambda transport: transport.set_write_buffer_limits(0),
 }
 
 
@@ -1115,6 +1115,54 @@ def test_a_transport_refuses_calls_from_another_thread(loop, wire, run, name, ru
         assert await w.protocol.received(9) == b"both ways"
 
     run(unharmed())
+
+
+@pytest.mark.parametrize("name", ["close", "abort"])
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+@pytest.mark.matrix(sqpoll=True)
+@over("tcp")
+def test_another_thread_may_end_a_connection(loop, wire, run, name, running):
+    """It is left to the loop's thread, when the loop runs."""
+    w = run(wire())
+    thread = threading.Thread(target=getattr(w.transport, name))
+    if running:
+        loop.call_soon(thread.start)
+        assert run(w.receive_to_end()) == b""
+    else:
+        thread.start()
+        thread.join()
+        assert not w.transport.is_closing()
+        assert run(w.receive_to_end()) == b""
+    thread.join()
+    assert run(w.protocol.lost) is None
+    assert w.protocol.log == ["made", "lost"]
+
+
+@pytest.mark.matrix(debug=False)
+@over("tcp")
+@pytest.mark.skipif(sys.version_info < (3, 11, 5), reason="StreamWriter.__del__() came with 3.11.5")
+def test_streams_that_another_thread_collects_are_closed(loop, endpoint, run):
+    listener = endpoint.listener()
+
+    async def forget():
+        reader, writer = await asyncio.open_connection(*endpoint.address)
+        knot = [reader, writer]
+        knot.append(knot)
+
+    gc.disable()
+    try:
+        run(forget())
+        peer, _ = listener.accept()
+        peer.setblocking(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            thread = threading.Thread(target=gc.collect)
+            thread.start()
+            thread.join()
+            with peer:
+                assert run(loop.sock_recv(peer, 1)) == b""
+    finally:
+        gc.enable()
 
 
 @pytest.mark.matrix(debug=False, sqpoll=True)

@@ -1581,3 +1581,27 @@ async def test_a_closed_transport_and_its_protocol_are_freed_without_the_collect
         await helpers.eventually(lambda: transport() is None and protocol() is None)
     finally:
         gc.enable()
+
+
+# --------------------------------------------------------------------------
+# Protocols that are neither asyncio's Protocol nor its BufferedProtocol
+
+
+@pytest.mark.parametrize("kind", ["by its methods", "by its own word", "not, by its own word"])
+async def test_a_protocol_with_a_buffer_of_its_own_need_not_inherit_buffered_protocol(loop, wire, kind):
+    """As uvloop takes it, and aiofastnet's protocols say it."""
+    w = await wire(lambda: helpers.unusual_protocol(kind))
+    await w.send(b"data")
+    assert await w.protocol.received(4) == b"data"
+    assert w.protocol.buffered == (not kind.startswith("not"))
+
+
+async def test_a_stream_transport_is_made_once(loop, wire):
+    w = await wire()
+    kind = type(w.transport)
+    with pytest.raises(TypeError):
+        kind.__new__(kind)
+    with contextlib.suppress(TypeError):
+        kind.__init__(w.transport, w.transport._engine, None, Recorder())
+    w.transport.write(b"goes on")
+    assert await w.receive(7) == b"goes on"

@@ -269,6 +269,35 @@ async def test_data_after_set_protocol_goes_to_the_new_protocol(loop, secure, fi
     earlier.lost.set_result(None)
 
 
+@ANY_BASE
+@pytest.mark.parametrize("kind", ["by its methods", "by its own word", "not, by its own word"])
+async def test_a_protocol_with_a_buffer_of_its_own_need_not_inherit_buffered_protocol(loop, secure, role, kind):
+    """As uvloop takes it, and aiofastnet's protocols say it."""
+    w = await secure(lambda: helpers.unusual_protocol(kind), role)
+    await w.send(b"data")
+    assert await w.protocol.received(4) == b"data"
+    assert w.protocol.buffered == (not kind.startswith("not"))
+
+
+@KINDS
+async def test_a_protocol_set_while_a_buffer_is_asked_for_gets_the_data(loop, secure, role, base):
+    later = base()
+
+    def switch(protocol, _):
+        protocol.transport.set_protocol(later)
+
+    w = await secure(recorder(BufferedRecorder, get_buffer=switch), role)
+    earlier = w.protocol
+    await w.send(pattern(100_000))
+    assert await later.received(100_000) == pattern(100_000)
+    assert not earlier.data
+    w.transport.abort()
+    await later.lost
+    # What every connection must have had, it had in two parts.
+    earlier.log += later.log
+    earlier.lost.set_result(None)
+
+
 @pytest.mark.parametrize("buffer", [b"read-only", bytearray(), None], ids=repr)
 async def test_a_buffer_that_cannot_be_filled_ends_the_connection(loop, secure, errors, buffer):
     w = await secure(recorder(BufferedRecorder, get_buffer=lambda *_: buffer if buffer is not None else boom()))
@@ -313,12 +342,26 @@ async def test_extra_info_tells_about_the_connection(loop, secure, role, version
 async def test_it_is_an_asyncio_transport(loop, secure):
     w = await secure()
     assert isinstance(w.transport, asyncio.Transport)
-    assert "TLSTransport" in repr(w.transport)
+    assert "SSLStreamTransport" in repr(w.transport)
+    assert "SSL" in type(w.transport).__name__ and "SSL" in w.transport.__class__.__name__  # libraries ask for it
     assert w.transport.can_write_eof() is False
     with pytest.raises(NotImplementedError):
         w.transport.write_eof()
     w.transport.write(b"goes on")
     assert await w.receive(7) == b"goes on"
+
+
+async def test_attributes_of_ones_own_and_replaced_methods_stay_with_the_transport(loop, secure):
+    w = await secure()
+    written = []
+    w.transport.note = "mine"
+    write = w.transport.write
+    w.transport.write = lambda data: written.append(data) or write(data)
+    w.transport.write(b"data")
+    assert await w.receive(4) == written[0] == b"data"
+    assert w.transport.note == "mine" and vars(w.transport)["note"] == "mine"
+    del w.transport.write
+    assert w.transport.write == write
 
 
 @VERSIONS
@@ -645,10 +688,6 @@ async def test_lower_limits_pause_the_protocol_at_once(loop, secure):
 
 async def test_write_buffer_size_counts_plaintext_and_ciphertext(loop, secure):
     w = await secure()
-    w.transport.write(b"queued, not encrypted")
-    assert w.transport.get_write_buffer_size() >= 21
-    assert await w.receive(21) == b"queued, not encrypted"
-    await helpers.eventually(lambda: w.transport.get_write_buffer_size() == 0)
     written = await w.block_writing()
     before = w.transport.get_write_buffer_size()
     assert before > 0
@@ -1217,8 +1256,16 @@ FOREIGN_CALLS = {
     "write": lambda transport: transport.write(b"foreign"),
     "writelines": lambda transport: transport.writelines([b"foreign"]),
     "pause_reading": lambda transport: transport.pause_reading(),
-    "close": lambda transport: transport.close(),
-    "abort": lambda transport: transport.abort(),
+    "set_protocol": lambda transport: transport.set_protocol(asyncio.Protocol()),
+    "set_write_buffer_limits": lambda transport: transport.set_write_buffer_limits(0),
+    "set_read_buffer_limits": lambda transport: transport.set_read_buffer_limits(1),
+}
+QUESTIONS = {
+    "is_closing": False,
+    "is_reading": True,
+    "can_write_eof": False,
+    "get_protocol": None,
+    "get_write_buffer_limits": (131072, 524288),
 }
 
 
@@ -1232,6 +1279,35 @@ async def test_a_transport_refuses_calls_from_another_thread(loop, secure, name)
     assert await w.receive(7) == b"goes on"
     await w.send(b"both ways")
     assert await w.protocol.received(9) == b"both ways"
+
+
+async def test_another_thread_may_ask_a_transport(loop, secure):
+    w = await secure()
+    QUESTIONS["get_protocol"] = w.protocol
+    for name, answer in QUESTIONS.items():
+        assert await asyncio.to_thread(getattr(w.transport, name)) == answer
+    for name in ("socket", "peername", "ssl_object", "cipher", "uring"):
+        assert await asyncio.to_thread(w.transport.get_extra_info, name) is not None
+    assert "SSLStreamTransport" in await asyncio.to_thread(repr, w.transport)
+    # While the loop's thread waits, so that it sends nothing meanwhile.
+    w.transport.write(b"waits")
+    thread = threading.Thread(target=w.transport.get_extra_info, args=("socket",))
+    thread.start()
+    thread.join()
+    w.transport.write(b" and goes")
+    assert await w.receive(14) == b"waits and goes"
+
+
+@pytest.mark.parametrize("name", ["close", "abort"])
+async def test_another_thread_may_end_a_connection(loop, secure, role, name):
+    """A collector that runs there calls StreamWriter.__del__()."""
+    w = await secure(role=role)
+    w.transport.write(b"goodbye")
+    ended = loop.create_task(asyncio.to_thread(getattr(w.transport, name)))
+    assert await w.receive_to_end() == (b"goodbye", "close_notify" if name == "close" else "eof")
+    w.peer.close()
+    await ended
+    assert await w.protocol.lost is None
 
 
 @contextlib.contextmanager
@@ -1280,7 +1356,7 @@ def test_the_loop_is_closed_with_connections_open_and_data_in_flight(make_loop, 
         if collected:
             del pairs[:]
         for transport, _ in pairs:
-            assert "TLSTransport" in repr(transport)
+            assert "SSLStreamTransport" in repr(transport)
             assert transport.get_write_buffer_size() >= 0
             for call in (lambda: transport.write(b"late"), transport.close, transport.abort):
                 with contextlib.suppress(RuntimeError):

@@ -8,15 +8,15 @@ from aiouringnet.engine import engine_for
 try:
     from aiouringnet.transports.stream import StreamTransport
 except ImportError:  # not built
-    StreamTransport = TLSTransport = None
+    StreamTransport = SSLStreamTransport = None
 else:
     try:
-        from aiouringnet.tls.transport import TLSTransport
+        from aiouringnet.tls.transport import SSLStreamTransport
     except ImportError:  # a Python without ssl
-        TLSTransport = None
+        SSLStreamTransport = None
 
 # The classes of this package's transports.
-OURS = tuple(cls for cls in (StreamTransport, TLSTransport) if cls is not None)
+OURS = tuple(cls for cls in (StreamTransport, SSLStreamTransport) if cls is not None)
 
 # In the namespace of the classes that patch_loop() makes.
 PATCHED = "_aiouringnet_patched"

@@ -18,7 +18,7 @@ import socket
 import sys
 import types
 
-from aiouringnet.api.call import StreamTransport, TLSTransport, ensure_no_transport, parameters_of
+from aiouringnet.api.call import SSLStreamTransport, StreamTransport, ensure_no_transport, parameters_of
 from aiouringnet.engine.core import inode_of, unlink
 from aiouringnet.api.handed_in import tell_when_closed
 from aiouringnet.tls import record_layer
@@ -194,9 +194,9 @@ class Connector:
     def _make_ssl_transport(
         self, rawsock, protocol, sslcontext, waiter=None, *, extra=None, server=None, **options
     ):
-        if TLSTransport is None:
+        if SSLStreamTransport is None:
             raise RuntimeError("Python ssl module is not available")
-        tls = TLSTransport(
+        tls = SSLStreamTransport(
             self.engine, record_layer(self.loop), protocol, sslcontext, waiter, **options, **self._tls_options
         )
         self._owned_by(rawsock, StreamTransport(self.engine, rawsock, tls, None, extra, server))

@@ -1,6 +1,6 @@
 """Upgrading a connection to TLS."""
 
-from aiouringnet.api.call import OURS, TLSTransport, expect_loop, like, loops_own, understood
+from aiouringnet.api.call import OURS, SSLStreamTransport, expect_loop, like, loops_own, understood
 from aiouringnet.tls import record_layer
 
 try:
@@ -20,7 +20,7 @@ async def start_tls(loop, transport, *args, **kwargs):
     or OSError when the handshake fails.
     """
     expect_loop(loop, "start_tls")
-    if TLSTransport is not None and isinstance(transport, OURS):
+    if SSLStreamTransport is not None and isinstance(transport, OURS):
         return await _upgrade(loop, transport, *args, **kwargs)
     method = loops_own(loop, "start_tls")
     return await method(transport, *args, **understood(method, "start_tls", kwargs))
@@ -35,7 +35,7 @@ async def _upgrade(loop, transport, protocol, sslcontext, **options):
         # What asyncio makes of it, and its callers ask for.
         return None
     waiter = loop.create_future()
-    tls = TLSTransport(
+    tls = SSLStreamTransport(
         transport._engine, record_layer(loop), protocol, sslcontext, waiter, call_connection_made=False, **options
     )
     # Nothing is delivered before connection_made().

@@ -274,6 +274,8 @@ cdef class Engine:
 
     cdef int check(self) except -1
     cdef bint on_own_thread(self) noexcept
+    # Whether this is a thread from which nothing may be called: another than the loop's, and the loop does not run here
+    cdef bint is_foreign(self) except -1
     cdef void begin(self, Handle handle) noexcept
     cdef void end(self, Handle handle) noexcept
     cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept

@@ -1175,6 +1175,9 @@ cdef class Engine:
     cdef bint on_own_thread(self) noexcept:
         return self.thread_id == airn_thread_id()
 
+    cdef bint is_foreign(self) except -1:
+        return not self.forked() and not self.on_own_thread() and _get_running_loop() is not self.loop
+
     # --- ownership of operations in flight ---------------------------------
 
     cdef void begin(self, Handle handle) noexcept:

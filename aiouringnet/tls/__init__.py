@@ -9,8 +9,7 @@ except ImportError:
 
 import_error = None
 try:
-    from aiouringnet.tls import openssl
-    from aiouringnet.tls.records import SSLRecords
+    from aiouringnet.tls import openssl, records
 except ImportError as exc:  # not built, or a Python without ssl
     import_error = exc
 
@@ -19,12 +18,12 @@ def record_layer(loop):
     """What makes the record layers that a loop's options choose; RuntimeError when it cannot be had."""
     choice = options_of(loop).tls
     if choice == "ssl":
-        return SSLRecords
+        return records.make_records
     if openssl.why_not is None:
         return openssl.make_records
     if choice == "openssl":
         raise RuntimeError(f"tls='openssl' was asked for, but it is not usable: {openssl.why_not}")
-    return SSLRecords
+    return records.make_records
 
 
 def why_not_ktls(choice="auto"):

@@ -16,19 +16,27 @@ checked on a live object before it is trusted; if anything is not as expected,
 
 The BIO's callbacks run without the GIL, since the ssl module releases it in
 do_handshake(): they touch nothing but a Link.
+
+Threads.  An SSL is no thing to use on two threads at once (ssl(7)), and with
+the GIL nobody does: our calls keep it, and what other threads ask the
+SSLObject for waits for it.  Without the GIL they wait for a lock of the
+object in `_ssl` (its methods are critical sections), so our calls hold that
+lock, too.  Reading or writing through the SSLObject of a connection is the
+program's own mistake in both cases, as on asyncio.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EALREADY, EBUSY, EEXIST, EINTR, ENOENT, EOPNOTSUPP, errno
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove, memset
 from posix.types cimport off_t
 
 import os
 import ssl
 
-from aiouringnet.tls.records cimport FAILED, Records, WANTS_MORE
+from aiouringnet.tls.records cimport FAILED, is_overridden, NO_DATA, Records, WANTS_MORE
 
 from aiouringnet.tls.records import SSLRecords
 
@@ -74,6 +82,9 @@ cdef extern from "netinet/in.h" nogil:
 cdef extern from "unistd.h" nogil:
     ssize_t c_write "write"(int fd, const void* data, size_t size)
 
+cdef extern from "string.h" nogil:
+    void explicit_bzero(void* memory, size_t size)
+
 
 # --------------------------------------------------------------------------
 # OpenSSL's functions (openssl/ssl.h, bio.h, err.h); its structures stay opaque
@@ -88,6 +99,7 @@ cdef struct Symbols:
     unsigned long (*SSL_get_options)(void* ssl) noexcept nogil
     void* (*SSL_get_SSL_CTX)(void* ssl) noexcept nogil
     void (*SSL_set_bio)(void* ssl, void* rbio, void* wbio) noexcept nogil
+    long (*SSL_ctrl)(void* ssl, int command, long number, void* pointer) noexcept nogil
     int (*SSL_read_ex)(void* ssl, void* data, size_t size, size_t* done) noexcept nogil
     int (*SSL_peek_ex)(void* ssl, void* data, size_t size, size_t* done) noexcept nogil
     int (*SSL_write_ex)(void* ssl, const void* data, size_t size, size_t* done) noexcept nogil
@@ -118,8 +130,8 @@ cdef struct Symbols:
 
 # In the order of Symbols' fields.
 cdef tuple NAMES = (
-    b"OpenSSL_version_num", b"SSL_get_options", b"SSL_get_SSL_CTX", b"SSL_set_bio", b"SSL_read_ex", b"SSL_peek_ex",
-    b"SSL_write_ex", b"SSL_pending", b"SSL_has_pending", b"SSL_in_init", b"SSL_get_key_update_type", b"SSL_shutdown",
+    b"OpenSSL_version_num", b"SSL_get_options", b"SSL_get_SSL_CTX", b"SSL_set_bio", b"SSL_ctrl", b"SSL_read_ex",
+    b"SSL_peek_ex", b"SSL_write_ex", b"SSL_pending", b"SSL_has_pending", b"SSL_in_init", b"SSL_get_key_update_type", b"SSL_shutdown",
     b"SSL_get_error", b"ERR_clear_error", b"ERR_peek_error", b"ERR_peek_last_error", b"ERR_error_string_n",
     b"BIO_get_new_index", b"BIO_meth_new", b"BIO_meth_set_read_ex", b"BIO_meth_set_write_ex", b"BIO_meth_set_ctrl",
     b"BIO_meth_set_create", b"BIO_new", b"BIO_up_ref", b"BIO_free", b"BIO_set_data", b"BIO_get_data", b"BIO_set_init",
@@ -133,6 +145,8 @@ cdef enum:
     SSL_ERROR_WANT_X509_LOOKUP = 4
     SSL_ERROR_ZERO_RETURN = 6
     SSL_KEY_UPDATE_NONE = -1
+    SSL_CTRL_CLEAR_MODE = 78
+    SSL_MODE_AUTO_RETRY = 4
     # openssl/bio.h
     BIO_TYPE_SOURCE_SINK = 0x0400
     BIO_FLAGS_READ = 1
@@ -169,6 +183,7 @@ cdef enum:
     NEW_KEYS = -1
 
     RECORD_BYTES = 16384        # plaintext of a full record, RFC 8446 section 5.1
+    MAX_STALLED = 8             # reads in a row that find input and use none
     MAX_DRAINED = 16            # records that are read to be dropped
     # What a record may add: header 5, explicit nonce or IV 16, MAC 48 (HMAC-SHA384), padding 16, content type 1.
     RECORD_OVERHEAD = 96
@@ -177,6 +192,7 @@ cdef Symbols openssl
 cdef void* bio_method = NULL
 
 cdef void* library = NULL               # what dlsym() looks into
+ctypedef int (*read_function)(void* ssl, void* data, size_t size, size_t* done) noexcept nogil
 ctypedef ssize_t (*sendfile_function)(void* ssl, int fd, off_t offset, size_t size, int flags) noexcept nogil
 
 # Why OpenSSLRecords cannot be used: a sentence; None when it can.
@@ -195,8 +211,8 @@ cdef struct Link:
     # ciphertext to send: into the room that expect_output() made, then into `spill`
     char* room
     size_t room_size, room_used
-    char* spill
-    size_t spill_size, spill_used
+    char* spill                 # spill_used bytes of it, from spill_head on
+    size_t spill_size, spill_head, spill_used
     # kernel TLS
     int fd                      # of the socket; -1: none was offered
     char* record                # what was received in that way
@@ -295,16 +311,40 @@ cdef int on_read(void* bio, char* data, size_t size, size_t* done) noexcept nogi
 cdef bint spill(Link* link, const void* data, size_t size) noexcept nogil:
     cdef size_t wanted
     cdef char* grown
-    if link.spill_size - link.spill_used < size:
-        wanted = 2 * (link.spill_used + size)
-        grown = <char*>realloc(link.spill, wanted)
-        if grown == NULL:
-            return False
-        link.spill = grown
-        link.spill_size = wanted
-    memcpy(link.spill + link.spill_used, data, size)
+    if link.spill_size - link.spill_head - link.spill_used < size:
+        if link.spill_used + size <= link.spill_size // 2:
+            memmove(link.spill, link.spill + link.spill_head, link.spill_used)
+        else:
+            wanted = 2 * (link.spill_used + size)
+            grown = <char*>malloc(wanted)
+            if grown == NULL:
+                return False
+            if link.spill_used:
+                memcpy(grown, link.spill + link.spill_head, link.spill_used)
+            discard_spill(link)
+            link.spill = grown
+            link.spill_size = wanted
+        link.spill_head = 0
+    memcpy(link.spill + link.spill_head + link.spill_used, data, size)
     link.spill_used += size
     return True
+
+
+cdef void discard_spill(Link* link) noexcept nogil:
+    """Free it; not its counters."""
+    if link.spill != NULL and link.kernel_sends:
+        explicit_bzero(link.spill, link.spill_size)  # there may be keys
+    free(link.spill)
+    link.spill = NULL
+    link.spill_size = 0
+
+
+cdef void consume_spill(Link* link, size_t size) noexcept nogil:
+    """Its first bytes have gone."""
+    link.spill_head += size
+    link.spill_used -= size
+    if link.spill_used == 0:
+        link.spill_head = 0
 
 
 cdef int on_write(void* bio, const char* data, size_t size, size_t* done) noexcept nogil:
@@ -375,33 +415,31 @@ cdef bint flush_to_socket(Link* link) noexcept nogil:
     cdef ControlHeader header
     cdef char* content
     while link.kernel_sends and link.spill_used:
-        memcpy(&header, link.spill, sizeof(header))
-        content = link.spill + sizeof(header)
+        memcpy(&header, link.spill + link.spill_head, sizeof(header))
+        content = link.spill + link.spill_head + sizeof(header)
         if header.type == NEW_KEYS:
             if c_setsockopt(link.fd, SOL_TLS, TLS_TX, content, header.size) < 0:
                 link.stuck = True
                 return False
+            explicit_bzero(content, header.size)
             sent = header.size
         else:
             sent = send_control(link.fd, header.type, content, header.size)
         if 0 < sent < <ssize_t>header.size:
             # The rest continues the record that is open in the kernel.
             header.size -= <unsigned int>sent
-            link.spill_used -= sent
-            memmove(content, content + sent, link.spill_used - sizeof(header))
-            memcpy(link.spill, &header, sizeof(header))
+            consume_spill(link, sent)
+            memcpy(link.spill + link.spill_head, &header, sizeof(header))
             return False
         if sent != <ssize_t>header.size:
             return False
-        link.spill_used -= sizeof(header) + header.size
-        memmove(link.spill, content + header.size, link.spill_used)
+        consume_spill(link, sizeof(header) + header.size)
     if link.spill_used == 0:
         return True
-    sent = c_send(link.fd, link.spill, link.spill_used, MSG_DONTWAIT | MSG_NOSIGNAL)
+    sent = c_send(link.fd, link.spill + link.spill_head, link.spill_used, MSG_DONTWAIT | MSG_NOSIGNAL)
     if sent <= 0:
         return False
-    link.spill_used -= sent
-    memmove(link.spill, link.spill + sent, link.spill_used)
+    consume_spill(link, sent)
     return link.spill_used == 0
 
 
@@ -530,7 +568,7 @@ def _load():
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    sslobj = context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO())
+    sslobj = context.wrap_bio(placeholder_in, placeholder_out)
     unknown = RuntimeError("the layout of this Python's ssl objects is not known")
     ssl_type = type(sslobj._sslobj)
     for thing, holder in ((sslobj._sslobj, sizeof(SSLHolder)), (context, sizeof(ContextHolder))):
@@ -554,9 +592,9 @@ def _load():
     openssl.BIO_meth_set_read_ex(bio_method, on_read)
     openssl.BIO_meth_set_write_ex(bio_method, on_write)
     openssl.BIO_meth_set_ctrl(bio_method, on_ctrl)
-    records = OpenSSLRecords(context, False, None)
+    records = OpenSSLRecords(sslobj)
     try:
-        records.sslobj.do_handshake()
+        sslobj.do_handshake()
     except ssl.SSLWantReadError:
         pass
     if not records._started():
@@ -567,23 +605,26 @@ def _load():
 # --------------------------------------------------------------------------
 # Records
 
-# wrap_bio() wants memory BIOs; ours takes their place at once.
-cdef object placeholder = ssl.MemoryBIO()
+# wrap_bio() wants memory BIOs; ours takes their place at once.  Two, since it takes a reference for each
+# argument, and OpenSSL gives one back for a BIO that is both (SSL_set_bio(3)).
+cdef object placeholder_in = ssl.MemoryBIO()
+cdef object placeholder_out = ssl.MemoryBIO()
 
 # The type of the object in an ssl.SSLObject whose layout was checked.
 cdef object ssl_type = None
 
-
-class ForeignObject(TypeError):
-    """A context's wrap_bio() has made something else than the ssl module's objects."""
+cdef object wrap_bio = ssl.SSLContext.wrap_bio
 
 
 def make_records(context, server_side, server_hostname):
-    """OpenSSLRecords; SSLRecords for a context with objects of its own."""
-    try:
-        return OpenSSLRecords(context, server_side, server_hostname)
-    except ForeignObject:
-        return SSLRecords(context, server_side, server_hostname)
+    """OpenSSLRecords; SSLRecords where a context makes objects that want to be asked themselves."""
+    ours = getattr(type(context), "wrap_bio", None) is wrap_bio and not is_overridden(context.sslobject_class)
+    incoming = placeholder_in if ours else ssl.MemoryBIO()
+    outgoing = placeholder_out if ours else ssl.MemoryBIO()
+    sslobj = context.wrap_bio(incoming, outgoing, server_side=server_side, server_hostname=server_hostname)
+    if type(getattr(sslobj, "_sslobj", None)) is ssl_type and not is_overridden(type(sslobj)):
+        return OpenSSLRecords(sslobj)
+    return SSLRecords(sslobj, incoming, outgoing)
 
 
 cdef inline void forget_errors() noexcept nogil:
@@ -601,21 +642,25 @@ cdef dict PROBLEMS = {
 
 
 cdef class OpenSSLRecords(Records):
-    """`context.wrap_bio()` with a BIO over our buffers."""
+    """An SSLObject of the ssl module with a BIO over our buffers."""
 
     kind = "openssl"
 
+    cdef object holder              # the SSLObject's object in _ssl
     cdef void* ssl
     cdef void* bio
     cdef Link link
+    cdef size_t left                # of the input, when a read last came back without data
+    cdef int stalled                # how often that was so
     cdef bytes kept                 # what keep_input() copied
     cdef object output              # the bytes object that link.room lies in
 
-    def __init__(self, context, server_side, server_hostname):
-        self.sslobj = context.wrap_bio(placeholder, placeholder, server_side=server_side, server_hostname=server_hostname)
-        if type(getattr(self.sslobj, "_sslobj", None)) is not ssl_type:
-            raise ForeignObject()
-        self.ssl = (<SSLHolder*><PyObject*>self.sslobj._sslobj).ssl
+    def __cinit__(self, sslobj):
+        if type(sslobj._sslobj) is not ssl_type:
+            raise TypeError(f"not an object of the ssl module: {sslobj!r}")
+        self.sslobj = sslobj
+        self.holder = sslobj._sslobj
+        self.ssl = (<SSLHolder*><PyObject*>self.holder).ssl
         self.bio = openssl.BIO_new(bio_method)
         if self.bio == NULL:
             raise MemoryError()
@@ -623,13 +668,15 @@ cdef class OpenSSLRecords(Records):
         openssl.BIO_set_data(self.bio, &self.link)
         openssl.BIO_up_ref(self.bio)  # one reference is the SSL's, one is ours
         openssl.SSL_set_bio(self.ssl, self.bio, self.bio)
+        # A record without data comes back by itself, instead of all that come in a row at once.
+        openssl.SSL_ctrl(self.ssl, SSL_CTRL_CLEAR_MODE, SSL_MODE_AUTO_RETRY, NULL)
 
     def __dealloc__(self):
         if self.bio != NULL:
             # The SSLObject may live on.
             openssl.BIO_set_data(self.bio, NULL)
             openssl.BIO_free(self.bio)
-        free(self.link.spill)
+        discard_spill(&self.link)
         free(self.link.record)
 
     def _knows_ktls(self):
@@ -648,10 +695,12 @@ cdef class OpenSSLRecords(Records):
     def _started(self):
         """For _load(): whether the handshake's first record has come out at our BIO."""
         cdef Link* link = &self.link
-        return link.spill_used > 5 and link.spill[0] == 22 and link.spill[1] == 3
+        return link.spill_used > 5 and link.spill[link.spill_head] == 22 and link.spill[link.spill_head + 1] == 3
 
     cdef int feed(self, const char* data, Py_ssize_t size) except -1:
         cdef bytes whole
+        self.left = 0
+        self.stalled = 0
         if self.link.input_size:
             # Something was kept, and nobody has read it since.
             whole = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>self.link.input_size + size)
@@ -666,12 +715,15 @@ cdef class OpenSSLRecords(Records):
         return 0
 
     cdef int keep_input(self) except -1:
+        cdef bytes kept = self.kept
         if self.link.input_size == 0:
             self.kept = None
-            return 0
-        kept = PyBytes_FromStringAndSize(self.link.input, <Py_ssize_t>self.link.input_size)
-        self.link.input = PyBytes_AS_STRING(kept)
-        self.kept = kept
+        elif kept is None or not (
+            PyBytes_AS_STRING(kept) <= self.link.input < PyBytes_AS_STRING(kept) + PyBytes_GET_SIZE(kept)
+        ):
+            kept = PyBytes_FromStringAndSize(self.link.input, <Py_ssize_t>self.link.input_size)
+            self.link.input = PyBytes_AS_STRING(kept)
+            self.kept = kept
         return 0
 
     cdef void drop_input(self) noexcept:
@@ -684,24 +736,56 @@ cdef class OpenSSLRecords(Records):
     cdef bint has_input(self) noexcept:
         return self.link.input_size > 0 or openssl.SSL_has_pending(self.ssl)
 
-    cdef Py_ssize_t available(self) noexcept:
+    cdef Py_ssize_t available(self) except -1:
         # OpenSSL may hold the beginning of a record.
         return <Py_ssize_t>self.link.input_size + (RECORD_BYTES if openssl.SSL_has_pending(self.ssl) else 0)
 
     cdef Py_ssize_t read(self, char* buffer, Py_ssize_t size) noexcept:
         cdef size_t done = 0
-        forget_errors()
-        if openssl.SSL_read_ex(self.ssl, buffer, size, &done):
-            return <Py_ssize_t>done
-        return self.failed(True)
+        with cython.critical_section(self.holder):
+            forget_errors()
+            if openssl.SSL_read_ex(self.ssl, buffer, size, &done):
+                self.dataless = self.stalled = 0
+                return <Py_ssize_t>done
+            return self.no_data(openssl.SSL_read_ex, buffer, size)
 
     cdef Py_ssize_t peek(self) noexcept:
         cdef size_t done = 0
         cdef char byte
-        forget_errors()
-        if openssl.SSL_peek_ex(self.ssl, &byte, 1, &done):
-            return openssl.SSL_pending(self.ssl)
-        return self.failed(True)
+        cdef Py_ssize_t n
+        with cython.critical_section(self.holder):
+            forget_errors()
+            n = 1 if openssl.SSL_peek_ex(self.ssl, &byte, 1, &done) else self.no_data(openssl.SSL_peek_ex, &byte, 1)
+            return openssl.SSL_pending(self.ssl) if n > 0 else n
+
+    cdef Py_ssize_t no_data(self, read_function again, char* buffer, Py_ssize_t size) noexcept:
+        """A read has found none: for want of input, or after a record that carries none."""
+        cdef size_t done = 0
+        cdef size_t left = self.link.input_size
+        cdef Py_ssize_t n = self.failed(True)
+        if n != WANTS_MORE:
+            return n
+        if left == 0:
+            # It may have begun a record, or be through with one: asked once more, it has put that away.
+            forget_errors()
+            if again(self.ssl, buffer, size, &done):
+                self.dataless = self.stalled = 0
+                return <Py_ssize_t>done
+            self.left = 0
+            n = self.failed(True)
+            if n == WANTS_MORE and not openssl.SSL_has_pending(self.ssl):
+                self.dataless += 1
+                self.n_dataless += 1
+            return n
+        if left == self.left:
+            # It has used nothing.  Once or twice that is its way; but it shall not turn for ever.
+            self.stalled += 1
+            return NO_DATA if self.stalled < MAX_STALLED else WANTS_MORE
+        self.left = left
+        self.stalled = 0
+        self.dataless += 1
+        self.n_dataless += 1
+        return NO_DATA
 
     cdef int expect_output(self, Py_ssize_t size) except -1:
         if self.link.room_used or self.link.spill_used:
@@ -714,10 +798,11 @@ cdef class OpenSSLRecords(Records):
 
     cdef Py_ssize_t write(self, const char* data, Py_ssize_t size) noexcept:
         cdef size_t done = 0
-        forget_errors()
-        if openssl.SSL_write_ex(self.ssl, data, size, &done):
-            return <Py_ssize_t>done
-        return self.failed(False)
+        with cython.critical_section(self.holder):
+            forget_errors()
+            if openssl.SSL_write_ex(self.ssl, data, size, &done):
+                return <Py_ssize_t>done
+            return self.failed(False)
 
     cdef Py_ssize_t failed(self, bint reading) noexcept:
         cdef int code = openssl.SSL_get_error(self.ssl, 0)
@@ -745,14 +830,16 @@ cdef class OpenSSLRecords(Records):
                 self.sslobj.write(b"x")
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
-        except Exception as exc:
+        except BaseException as exc:
             return exc
         openssl.ERR_clear_error()
         return ssl.SSLError(ssl.SSL_ERROR_SSL, (<bytes>text).decode("latin-1"))
 
-    cdef void shutdown(self) noexcept:
-        openssl.SSL_shutdown(self.ssl)
-        forget_errors()
+    cdef int shutdown(self) except -1:
+        with cython.critical_section(self.holder):
+            openssl.SSL_shutdown(self.ssl)
+            forget_errors()
+        return 0
 
     # --- kernel TLS ----------------------------------------------------------
 
@@ -804,6 +891,9 @@ cdef class OpenSSLRecords(Records):
     cdef bint has_control(self) noexcept:
         return self.link.kernel_sends and self.link.spill_used
 
+    cdef Py_ssize_t unsent(self) noexcept:
+        return <Py_ssize_t>self.link.spill_used if self.link.kernel_sends else 0
+
     cdef bint send_control(self) noexcept:
         return flush_to_socket(&self.link)
 
@@ -837,10 +927,11 @@ cdef class OpenSSLRecords(Records):
             output = PyBytes_FromStringAndSize(NULL, size[0])
             data[0] = PyBytes_AS_STRING(output)
             memcpy(<char*>data[0], self.link.room, self.link.room_used)
-            memcpy(<char*>data[0] + self.link.room_used, self.link.spill, self.link.spill_used)
-            free(self.link.spill)
-            self.link.spill = NULL
-            self.link.spill_size = self.link.spill_used = 0
+            memcpy(
+                <char*>data[0] + self.link.room_used, self.link.spill + self.link.spill_head, self.link.spill_used
+            )
+            discard_spill(&self.link)
+            self.link.spill_head = self.link.spill_used = 0
         self.output = None
         self.link.room = NULL
         self.link.room_size = self.link.room_used = 0

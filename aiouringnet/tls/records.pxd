@@ -1,13 +1,17 @@
-# The record layer's interface: what a TLSTransport may ask of it.  Read records.pyx first.
+# The record layer's interface: what a SSLStreamTransport may ask of it.  Read records.pyx first.
 
 cdef enum:
     WANTS_MORE = -1     # nothing without more input
     FAILED = -2         # `error` says why
+    NO_DATA = -3        # records without data were dealt with, and there is more input
 
 
 cdef class Records:
     cdef readonly object sslobj     # the ssl.SSLObject
     cdef object error               # what a call that FAILED met
+    # Records that carried no data (KeyUpdate, tickets, alerts, empty ones): in a row until now, and in all
+    cdef Py_ssize_t dataless
+    cdef unsigned long long n_dataless
     # The kernel encrypts what is sent, and decrypts what is received (kernel TLS)
     cdef bint kernel_sends, kernel_receives
 
@@ -20,8 +24,10 @@ cdef class Records:
     # Whether read() may find something without more input
     cdef bint has_input(self) noexcept
     # At most so many bytes come of what is there; approximately
-    cdef Py_ssize_t available(self) noexcept
-    # Decrypted bytes, up to size > 0 of them; 0: the peer's close_notify; WANTS_MORE; FAILED
+    cdef Py_ssize_t available(self) except -1
+    # The handshake's next step; raises what ssl.SSLObject.do_handshake() does
+    cdef int do_handshake(self) except -1
+    # Decrypted bytes, up to size > 0 of them; 0: the peer's close_notify; WANTS_MORE; FAILED; NO_DATA
     cdef Py_ssize_t read(self, char* buffer, Py_ssize_t size) noexcept
     # Whether read() would return bytes: their number (at least), or what it would return else
     cdef Py_ssize_t peek(self) noexcept
@@ -30,7 +36,7 @@ cdef class Records:
     # Encrypt; the bytes taken, at least one, or WANTS_MORE, or FAILED
     cdef Py_ssize_t write(self, const char* data, Py_ssize_t size) noexcept
     # Add close_notify to the output
-    cdef void shutdown(self) noexcept
+    cdef int shutdown(self) except -1
     # Whether the context asks for kernel TLS
     cdef bint wants_socket(self) noexcept
     # Let the handshake hand its keys to the kernel.  Those to receive with only where it `reads` from the socket
@@ -53,7 +59,13 @@ cdef class Records:
     # Have the kernel tell the peer of a fatal error (RFC 8446 section 6.2), if its socket takes that now
     cdef void send_alert(self, int description) noexcept
     cdef bint send_control(self) noexcept
+    # Bytes of those
+    cdef Py_ssize_t unsent(self) noexcept
     # Whether the kernel has refused to change keys: nothing more can be sent or read
     cdef bint keys_are_stuck(self) noexcept
     # Ciphertext for the peer: a bytes object, where in it, and how much of it; None when there is none
     cdef object take_output(self, const char** data, Py_ssize_t* size)
+
+
+# Whether a class of SSLObjects does something of its own with a connection's bytes, which must be asked then
+cdef bint is_overridden(object kind) except -1

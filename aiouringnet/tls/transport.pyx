@@ -1,6 +1,6 @@
 """asyncio's TLS over any of our transports.
 
-A TLSTransport has two faces.  To the transport below it is the protocol: a
+An SSLStreamTransport has two faces.  To the transport below it is the protocol: a
 Layer, which gets ciphertext where it lies.  To the application it is the
 transport.  What it does follows asyncio.sslproto; Records does the
 cryptography.
@@ -24,7 +24,21 @@ it, the transport below has told us to pause and will tell us to resume.
 
 Input.  Everything that arrives is decrypted at once, unless the application
 has paused reading: then the transport below is paused, and what it had
-delivered is kept.
+delivered is kept.  Records without data get a few turns in each iteration of
+the loop, and a limit in a row; answers to them that a peer does not read
+pause reading, too.
+
+Invariants:
+
+* Whatever fails, wherever: the connection ends with that error.  The
+  functions below pass exceptions on; each that is called from outside (by the
+  transport below, the engine, the loop, the application) hands them to
+  broke().  So a change of state comes last, after all that can fail.
+* The SSL is used by one call at a time (`busy`): a program's callbacks in it
+  may run the loop, which finds more input, or may write.  What is turned away
+  then is done when that call is over (`again`).
+* Callbacks may replace or end everything.  After each, the state is looked at
+  anew, and what is called back is held by a reference of the caller's own.
 """
 
 import asyncio
@@ -40,8 +54,8 @@ from libc.errno cimport EAGAIN, EBADMSG, EINTR, EINVAL, EMSGSIZE
 from libc.string cimport memcpy
 
 from aiouringnet.engine.core cimport EOF_HELD, Engine, Layer, Stream, flag
-from aiouringnet.tls.records cimport FAILED, Records, WANTS_MORE
-from aiouringnet.transports.stream cimport StreamTransport, limits, own
+from aiouringnet.tls.records cimport FAILED, NO_DATA, Records, WANTS_MORE
+from aiouringnet.transports.stream cimport StreamTransport, drop_empty_dict, handed_over, is_buffered, limits, own
 
 from aiouringnet.tls.records import AGAIN
 from aiouringnet.transports.slow import timed
@@ -49,8 +63,8 @@ from aiouringnet.transports.stream import Transport
 
 
 cdef extern from "Python.h":
-    PyObject* new_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
-    int _PyBytes_Resize(PyObject** data, Py_ssize_t size)
+    PyObject* new_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size) except NULL
+    int _PyBytes_Resize(PyObject** data, Py_ssize_t size) except -1
     object PyContext_CopyCurrent()
     int PyContext_Enter(object) except -1
     int PyContext_Exit(object) except -1
@@ -58,7 +72,6 @@ cdef extern from "Python.h":
 
 cdef object logger = asyncio.log.logger
 cdef object ktls_logger = logging.getLogger("aiouringnet")
-cdef object BufferedProtocol = asyncio.BufferedProtocol
 
 # The plain number: SSLContext.options makes an enum of it.
 cdef object options_of_context = super(ssl.SSLContext, ssl.SSLContext).options.__get__
@@ -85,9 +98,20 @@ cdef enum:
     # call for each matters more than what stays in the cache (measured).
     BATCH_BYTES = 262144
     READ_BYTES = 262144
+    # Records without data (KeyUpdate, tickets, alerts, empty ones; dear to answer, cheap to send) that are looked
+    # at in one turn, and those in a row that end the connection.  Others allow 16 or 32 in a row (Go, BoringSSL);
+    # here a server's 255 tickets are all right.
+    TURN_RECORDS = 16
+    MAX_DATALESS_RECORDS = 256
+    # Answers to such records, unsent, that pause reading
+    MAX_ANSWER_BYTES = 65536
     # From so much on it is decrypted into the bytes object that is handed
     # over; less is cheaper to copy than to allocate for and to shrink.
     HANDOVER_BYTES = 8192
+
+# What functions return that pass on exceptions, beside what Records.read() says
+cdef enum:
+    RAISED = -9
 
 cdef enum:
     OP_ENABLE_KTLS = 8  # ssl has the name since Python 3.12
@@ -117,12 +141,16 @@ def positive(name, value, default):
 
 
 class SSLTransport(Transport):
-    """What isinstance() sees of a TLSTransport, with "SSL" in its name like asyncio's; never instantiated."""
+    """What isinstance() sees of an SSLStreamTransport, with "SSL" in its name like asyncio's; never instantiated."""
 
     __slots__ = ()
 
 
-cdef class TLSTransport(Layer):
+def call_here(function, *args):
+    function(*args)
+
+
+cdef class SSLStreamTransport(Layer):
     # the connection
     cdef Engine engine
     cdef Records records
@@ -134,6 +162,7 @@ cdef class TLSTransport(Layer):
     cdef object handshake_timeout_s, shutdown_timeout_s
     cdef object started_at          # in debug mode, when the handshake started
     cdef object __weakref__
+    cdef dict __dict__
 
     # state
     cdef int state
@@ -147,12 +176,18 @@ cdef class TLSTransport(Layer):
     cdef flag eof                   # the transport below has ended
     cdef flag peer_closed           # the peer's close_notify has come
     cdef flag clean                 # both sides have said goodbye, and nothing is left to send
+    cdef flag busy, again           # a call of `records` runs; something was turned away because of it
+    cdef flag abandoning            # what was written is being offered for the last time
     cdef int dropped                # how often a write was dropped
 
     # input
     cdef flag paused                # by the application
     cdef flag holding               # until whoever made the connection has the transport in hand
     cdef flag resuming              # _resume() is scheduled
+    cdef flag resting               # records without data: until _resume()
+    cdef flag choked                # the peer does not read our answers: until it does
+    cdef unsigned long long turn, turn_began    # the engine's pass, and records without data before it
+    cdef Py_ssize_t answers         # bytes of those since the transport below was paused
     cdef bytes kept                 # decrypted by the kernel, not yet delivered
     cdef Py_ssize_t read_bytes
     cdef object read_limits
@@ -175,9 +210,9 @@ cdef class TLSTransport(Layer):
     _start_tls_compatible = True
     _sendfile_compatible = FALLBACK
 
-    def __init__(
+    def __cinit__(
         self,
-        Engine engine,
+        Engine engine not None,
         make_records,
         protocol,
         sslcontext,
@@ -192,6 +227,7 @@ cdef class TLSTransport(Layer):
         ssl_incoming_bio_size=None,
         ssl_outgoing_bio_size=None,
     ):
+        drop_empty_dict(self)
         self.handshake_timeout_s = positive("ssl_handshake_timeout", ssl_handshake_timeout, HANDSHAKE_TIMEOUT_S)
         self.shutdown_timeout_s = positive("ssl_shutdown_timeout", ssl_shutdown_timeout, SHUTDOWN_TIMEOUT_S)
         self.read_bytes = max(positive("ssl_incoming_bio_size", ssl_incoming_bio_size, READ_BYTES), 1024)
@@ -211,14 +247,14 @@ cdef class TLSTransport(Layer):
         self.pieces = []
         self.high = DEFAULT_HIGH_WATER
         self.low = DEFAULT_HIGH_WATER // 4
-        self.set_protocol(protocol)
+        self.adopt(protocol)
 
     @property
     def __class__(self):
         return SSLTransport
 
     def __repr__(self):
-        cdef list info = ["TLSTransport"]
+        cdef list info = ["SSLStreamTransport"]
         if self.state == OVER:
             info.append("closed")
         elif self.closing:
@@ -252,7 +288,6 @@ cdef class TLSTransport(Layer):
         return self.sslcontext
 
     def _force_close(self, exc):
-        self.closing = True
         self.abandon(exc)
 
     def _fatal_error(self, exc, message="Fatal error on transport"):
@@ -261,12 +296,18 @@ cdef class TLSTransport(Layer):
     # --- the protocol of the transport below ---------------------------------
 
     def connection_made(self, transport):
+        try:
+            self.take_lower(transport)
+        except BaseException as exc:
+            self.broke(exc)
+
+    cdef int take_lower(self, object transport) except -1:
         self.lower = transport
         if isinstance(transport, StreamTransport):
             self.stream = transport
         if self.state == OVER:
             transport.abort()
-            return
+            return 0
         self.timer = self.loop.call_later(self.handshake_timeout_s, self._check_handshake_timeout)
         self.offered = self.stream is not None and self.stream.stream.tcp and self.records.wants_socket()
         if self.offered and self.stream.stream.in_flight:
@@ -275,16 +316,20 @@ cdef class TLSTransport(Layer):
             self.loop.call_later(QUIET_RETRY_S, self._begin_when_quiet)
         else:
             self.begin()
+        return 0
 
     def _begin_when_quiet(self):
         if self.state == OVER:
             return
-        if self.stream.stream.in_flight:
-            self.loop.call_later(QUIET_RETRY_S, self._begin_when_quiet)
-        else:
-            self.begin()
+        try:
+            if self.stream.stream.in_flight:
+                self.loop.call_later(QUIET_RETRY_S, self._begin_when_quiet)
+            else:
+                self.begin()
+        except BaseException as exc:
+            self.broke(exc)
 
-    cdef void begin(self) noexcept:
+    cdef int begin(self) except -1:
         transport = self.lower
         if self.offered:
             # What was received before an upgrade the kernel cannot decrypt any more.
@@ -300,6 +345,7 @@ cdef class TLSTransport(Layer):
             self.keep_input()
         if not transport.is_reading() and not transport.is_closing():
             transport.resume_reading()
+        return 0
 
     def begin_paused(self):
         """The upgraded transport had paused its protocol: so is, in effect, ours, until all that has been sent."""
@@ -307,88 +353,115 @@ cdef class TLSTransport(Layer):
 
     def feed_early(self, data):
         """Bytes of the peer's that were received before the upgrade."""
-        self.records.feed(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
-        self.records.keep_input()
+        cdef const char* start
+        cdef Py_ssize_t size
+        owner = own(data, &start, &size)
+        if size:
+            self.records.feed(start, size)
+            self.records.keep_input()
 
     def data_received(self, data):
-        self.received(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+        cdef const char* start
+        cdef Py_ssize_t size
+        owner = own(data, &start, &size)
+        self.engine.check()
+        if size:
+            self.received(start, size)
 
     def eof_received(self):
         """True: the transport below stays open until we close it."""
+        try:
+            self.take_eof()
+        except BaseException as exc:
+            self.broke(exc)
+        return True
+
+    cdef int take_eof(self) except -1:
+        self.eof = True
         if self.loop.get_debug():
             logger.debug("%r received EOF", self)
-        self.eof = True
         if self.state == HANDSHAKE:
             self.handshake_failed(ConnectionResetError("the peer closed the connection during the TLS handshake"))
         elif self.state == OPEN:
-            if not self.paused and not self.holding:
+            if not self.paused and not self.holding and not self.resting:
                 self.end_of_input()
         elif self.state == SHUTDOWN:
             self.finish()
-        return True
+        return 0
 
     def connection_lost(self, exc):
         if self.clean:
             exc = None  # a peer that closed its socket resets it when our close_notify arrives
         elif isinstance(exc, OSError) and self.records.kernel_receives:
             exc = as_ssl_error(exc)
-        self.cancel_timer()
-        self.drop_output()
-        self.records.drop_input()
-        self.dropped += 1
         self.closing = True
         self.state = OVER
         protocol, self.protocol = self.protocol, None
-        self.layer = None
-        if self.empty_waiter is not None and not self.empty_waiter.done():
-            self.empty_waiter.set_exception(exc or ConnectionError("Connection is closed by peer"))
-        self.wake_waiter(exc or ConnectionAbortedError("the connection was closed during the TLS handshake"))
-        if self.made and protocol is not None:
-            # At once: a loop that stops now would keep what is scheduled, and all of us with it.
-            if self.timed:
-                self.context.run(timed, self.loop, protocol.connection_lost, exc)
-            else:
-                self.context.run(protocol.connection_lost, exc)
+        if self.layer is not None:
+            self.engine.keep(self.layer)
+            self.layer = None
+        try:
+            self.cancel_timer()
+            self.drop_output()
+            if not self.busy:
+                self.records.drop_input()
+            self.dropped += 1
+            if self.empty_waiter is not None:
+                self.engine.settle(self.empty_waiter, exc or ConnectionError("Connection is closed by peer"))
+            self.wake_waiter(exc or ConnectionAbortedError("the connection was closed during the TLS handshake"))
+        finally:
+            if self.made and protocol is not None:
+                # At once: a loop that stops now would keep what is scheduled, and all of us with it.
+                run = call_here if self.in_context else self.context.run
+                if self.timed:
+                    run(timed, self.loop, protocol.connection_lost, exc)
+                else:
+                    run(protocol.connection_lost, exc)
 
     def pause_writing(self):
         self.lower_paused = True
 
     def resume_writing(self):
         self.lower_paused = False
-        self.encrypt()
-        if self.state == FLUSHING:
-            self.shut_down()
-        self.check_empty()
-        self.control_writing()
+        self.answers = 0
+        try:
+            self.encrypt()
+            if self.state == FLUSHING:
+                self.shut_down()
+            self.check_empty()
+            self.control_writing()
+            self.breathe()
+        except BaseException as exc:
+            self.broke(exc)
 
     # --- input ---------------------------------------------------------------
 
     cdef void received(self, const char* data, Py_ssize_t size) noexcept:
         if self.state == OVER:
             return
-        if self.records.kernel_receives:
-            self.deliver_plain(data, size)
-            return
         try:
+            if self.records.kernel_receives:
+                self.deliver_plain(data, size)
+                return
             self.records.feed(data, size)
-        except MemoryError as exc:
-            self.fatal(exc, "Fatal error on SSL protocol")
-            return
-        self.advance()
-        self.keep_input()
+            self.advance()
+            self.keep_input()
+        except BaseException as exc:
+            self.broke(exc)
 
-    cdef void keep_input(self) noexcept:
-        if self.state == OVER:
+    cdef int keep_input(self) except -1:
+        """What is left of the input is copied: its memory is about to go."""
+        if self.state == OVER and not self.busy:
             self.records.drop_input()
-            return
-        try:
+        else:
             self.records.keep_input()
-        except MemoryError as exc:
-            self.records.drop_input()
-            self.fatal(exc, "Fatal error on SSL protocol")
+        return 0
 
-    cdef void advance(self) noexcept:
+    cdef int advance(self) except -1:
         """Do what the input allows."""
+        if self.busy:
+            self.again = True
+            return 0
         if self.state == HANDSHAKE:
             self.handshake()
         if self.state == OPEN:
@@ -401,57 +474,117 @@ cdef class TLSTransport(Layer):
             if self.state == FLUSHING:
                 self.shut_down()
         if self.keys_are_lost():
-            return
+            return 0
         # Tickets, alerts, answers to KeyUpdate.
-        self.emit()
+        self.emit(True)
+        if self.again:
+            self.again = False
+            self.schedule_resume()
+        return 0
 
-    cdef void deliver(self) noexcept:
+    cdef int deliver(self) except -1:
         """Decrypt for the protocol as long as it wants data."""
         cdef Py_ssize_t n
-        while self.state == OPEN and not self.paused and not self.holding and self.records.has_input():
+        self.begin_turn()
+        while (
+            self.state == OPEN and not self.paused and not self.holding and not self.resting
+            and self.records.has_input()
+        ):
             n = self.fill_buffer() if self.buffered else self.read()
+            if n == NO_DATA:
+                self.end_turn()
+                continue
             if n == 0:
                 self.on_close_notify()
             elif n == FAILED and self.state != OVER:
-                error = self.records.error
-                self.records.error = None
+                error = self.take_error()
                 self.emit()  # the alert
-                self.fatal(error, "SSL error in data received")
+                self.broke(error, "SSL error in data received")
             if n <= 0:
-                return
+                break
+        return self.end_turn()
 
-    cdef void on_close_notify(self) noexcept:
+    cdef void begin_turn(self) noexcept:
+        if self.turn != self.engine.n_passes:
+            self.turn = self.engine.n_passes
+            self.turn_began = self.records.n_dataless
+
+    cdef int end_turn(self) except -1:
+        """A peer whose records carry no data has its turns, and not too many of them."""
+        if self.records.n_dataless - self.turn_began < TURN_RECORDS or self.state == OVER:
+            return 0
+        if self.records.dataless > MAX_DATALESS_RECORDS:
+            self.fatal(
+                ssl.SSLError(
+                    ssl.SSL_ERROR_SSL,
+                    f"the peer sent more than {MAX_DATALESS_RECORDS} TLS records in a row that carry no data",
+                ),
+                "SSL error in data received",
+            )
+        elif not self.resting:
+            # The rest waits for the loop's next iteration.
+            self.resting = True
+            self.lower.pause_reading()
+            self.schedule_resume()
+        return 0
+
+    cdef int choke(self) except -1:
+        """The peer asks, and does not read the answers: no more is read of it until it does."""
+        if not self.choked and self.state != OVER:
+            self.choked = self.resting = True
+            self.lower.pause_reading()
+        return 0
+
+    cdef int breathe(self) except -1:
+        if self.choked and not self.lower_paused and self.records.unsent() <= MAX_ANSWER_BYTES:
+            self.choked = False
+            self.schedule_resume()
+        return 0
+
+    cdef object take_error(self):
+        """What a call of `records` that FAILED has met."""
+        error = self.records.error
+        self.records.error = None
+        return error
+
+    cdef Py_ssize_t decrypt(self, char* buffer, Py_ssize_t room) noexcept:
+        cdef Py_ssize_t n
+        self.busy = True
+        n = self.records.read(buffer, room)
+        self.busy = False
+        return n
+
+    cdef int on_close_notify(self) except -1:
         self.peer_closed = True
         if self.state == SHUTDOWN:
             self.finish()  # close() was called meanwhile
         elif self.state == OPEN and not self.paused and not self.holding and self.kept is None:
             self.end_of_input()
+        return 0
 
-    cdef Py_ssize_t read(self) noexcept:
+    cdef Py_ssize_t read(self) except RAISED:
         """One data_received() with all that is there, up to read_bytes; returns what Records.read() said last."""
         cdef char scratch[RECORD_BYTES]
         cdef PyObject* data
+        cdef Layer layer = self.layer
         cdef Py_ssize_t size = 0
         cdef Py_ssize_t n
         cdef Py_ssize_t room = min(self.records.available(), self.read_bytes)
-        if room < HANDOVER_BYTES or self.layer is not None:
+        if room < HANDOVER_BYTES or layer is not None:
             n = self.read_into(scratch, sizeof(scratch), &size)
-            if size and self.layer is not None:
-                self.layer.received(scratch, size)
-            elif size:
-                self.receive(PyBytes_FromStringAndSize(scratch, size))
+            if size and self.state == OPEN:
+                if layer is not None:
+                    layer.received(scratch, size)
+                else:
+                    self.receive(PyBytes_FromStringAndSize(scratch, size))
             return n
         data = new_bytes(NULL, room)
-        if data == NULL:
-            self.records.error = MemoryError()
-            return FAILED
         n = self.read_into(PyBytes_AS_STRING(<object>data), room, &size)
-        if size and size < room and _PyBytes_Resize(&data, size) < 0:
-            self.records.error = MemoryError()
-            return FAILED
+        if size < room:
+            _PyBytes_Resize(&data, size)
         whole = <object>data
         Py_DECREF(whole)
-        if size:
+        if size and self.state == OPEN:
             self.receive(whole)
         return n
 
@@ -459,7 +592,7 @@ cdef class TLSTransport(Layer):
         """Decrypt until the buffer is full or the input empty."""
         cdef Py_ssize_t n = WANTS_MORE
         while size[0] < room:
-            n = self.records.read(buffer + size[0], room - size[0])
+            n = self.decrypt(buffer + size[0], room - size[0])
             if n <= 0:
                 break
             size[0] += n
@@ -467,182 +600,234 @@ cdef class TLSTransport(Layer):
                 break
         return n
 
+    # The protocol's callbacks, and those of the SSLContext, run in the context in which the connection was made.
+
+    cdef bint enter(self, PyObject** before) except -1:
+        """Into that context; false where it is entered already, by a callback that runs the loop."""
+        if self.in_context:
+            return False
+        PyContext_Enter(self.context)
+        self.in_context = True
+        before[0] = self.engine.entered
+        self.engine.entered = <PyObject*>self.context
+        return True
+
+    cdef int leave(self, PyObject* before) except -1:
+        self.in_context = False
+        self.engine.entered = before
+        PyContext_Exit(self.context)
+        return 0
+
     cdef void receive(self, object data) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
         try:
-            PyContext_Enter(self.context)
-            self.in_context = True
+            entered = self.enter(&before)
             try:
                 if self.timed:
                     timed(self.loop, self.protocol.data_received, data)
                 else:
                     self.protocol.data_received(data)
             finally:
-                self.in_context = False
-                PyContext_Exit(self.context)
+                if entered:
+                    self.leave(before)
         except BaseException as exc:
             self.failed(exc, "Fatal error: protocol.data_received() call failed.")
 
-    cdef Py_ssize_t fill_buffer(self) noexcept:
+    cdef Py_ssize_t fill_buffer(self) except RAISED:
         """Decrypt into the protocol's buffer, which is asked for when there is something to put there."""
         cdef Py_buffer view
         cdef Py_ssize_t total = 0
-        cdef Py_ssize_t n = self.records.peek()
+        cdef Py_ssize_t n
+        self.busy = True
+        n = self.records.peek()
+        self.busy = False
         if n <= 0:
             return n
         if not self.get_buffer(&view, n):
             return 1
         n = self.read_into(<char*>view.buf, view.len, &total)
         PyBuffer_Release(&view)
-        if total:
+        if total and self.state == OPEN:
             self.buffer_updated(total)
         return n
 
     cdef bint get_buffer(self, Py_buffer* view, Py_ssize_t hint) noexcept:
         """The protocol's buffer; false when there is none, which has been dealt with."""
+        cdef PyObject* before = NULL
+        cdef bint entered
         try:
-            PyContext_Enter(self.context)
-            self.in_context = True
+            protocol = self.protocol
+            entered = self.enter(&before)
             try:
                 if self.timed:
-                    buffer = timed(self.loop, self.protocol.get_buffer, hint)
+                    buffer = timed(self.loop, protocol.get_buffer, hint)
                 else:
-                    buffer = self.protocol.get_buffer(hint)
+                    buffer = protocol.get_buffer(hint)
                 PyObject_GetBuffer(buffer, view, PyBUF_WRITABLE)
             finally:
-                self.in_context = False
-                PyContext_Exit(self.context)
+                if entered:
+                    self.leave(before)
             if view.len == 0:
                 PyBuffer_Release(view)
                 raise RuntimeError("get_buffer() returned an empty buffer")
         except BaseException as exc:
             self.failed(exc, "Fatal error: protocol.get_buffer() call failed.")
             return False
-        if self.state != OPEN:
+        if self.state != OPEN or self.protocol is not protocol:
+            # Another protocol gets it into a buffer of its own.
             PyBuffer_Release(view)
             return False
         return True
 
     cdef void buffer_updated(self, Py_ssize_t size) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
         try:
-            PyContext_Enter(self.context)
-            self.in_context = True
+            entered = self.enter(&before)
             try:
                 if self.timed:
                     timed(self.loop, self.protocol.buffer_updated, size)
                 else:
                     self.protocol.buffer_updated(size)
             finally:
-                self.in_context = False
-                PyContext_Exit(self.context)
+                if entered:
+                    self.leave(before)
         except BaseException as exc:
             self.failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
 
-    cdef void end_of_input(self) noexcept:
+    cdef int end_of_input(self) except -1:
         """The peer's close_notify, or the end of the transport below, which counts as one as in asyncio."""
         self.call_eof_received()
         if self.state == OPEN:
             self.start_shutdown()
+        return 0
 
     cdef void call_eof_received(self) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
         if self.ended or not self.made or self.protocol is None:
             return
         self.ended = True
         try:
-            PyContext_Enter(self.context)
-            self.in_context = True
+            entered = self.enter(&before)
             try:
                 if self.timed:
                     keep_open = timed(self.loop, self.protocol.eof_received)
                 else:
                     keep_open = self.protocol.eof_received()
             finally:
-                self.in_context = False
-                PyContext_Exit(self.context)
+                if entered:
+                    self.leave(before)
             if keep_open:
                 logger.warning("returning true from eof_received() has no effect when using ssl")
         except BaseException as exc:
             self.failed(exc, "Error calling eof_received()")
 
-    cdef void discard_input(self) noexcept:
+    cdef int discard_input(self) except -1:
         """After close(): only the peer's close_notify matters."""
         cdef char scratch[RECORD_BYTES]
         cdef Py_ssize_t n
-        while self.records.has_input():
-            n = self.records.read(scratch, sizeof(scratch))
+        self.begin_turn()
+        while not self.resting and not self.busy and self.state != OVER and self.records.has_input():
+            n = self.decrypt(scratch, sizeof(scratch))
             if n > 0:
+                continue
+            if n == NO_DATA:
+                self.end_turn()
                 continue
             if n == 0:
                 self.peer_closed = True
                 if self.state == SHUTDOWN:
                     self.finish()
             elif n == FAILED:
-                error = self.records.error
-                self.records.error = None
-                self.fatal(error, "Error occurred during shutdown")
-            return
+                self.broke(self.take_error(), "Error occurred during shutdown")
+            break
+        return self.end_turn()
 
     # --- the handshake -------------------------------------------------------
 
-    cdef void handshake(self) noexcept:
+    cdef int handshake(self) except -1:
         if self.offered:
             if self.stream.stream.sending:
                 self.engine.poll_sends()
             if self.state != HANDSHAKE:
-                return
+                return 0
             if not self.socket_is_idle():
                 # OpenSSL may hand over its keys in the next step, and what precedes them must be out.
                 self.waiting = True
                 self.stream.stream.expect_sent()
-                return
+                return 0
             self.records.socket_idle(True)
         try:
-            self.records.sslobj.do_handshake()
+            self.step()
         except AGAIN:
             self.emit()
-            return
+            return 0
         except (SystemExit, KeyboardInterrupt) as exc:
-            self.engine.interrupted(exc)
+            self.interrupted(exc)
             self.handshake_failed(ConnectionAbortedError("the TLS handshake was interrupted"))
-            return
+            return 0
         except BaseException as exc:
             self.emit()  # the alert, which a socket that is closed with unread input would take back by a reset
             self.records.drain_socket()
             self.handshake_failed(exc)
-            return
+            return 0
         if self.state != HANDSHAKE:
-            return  # a callback has closed the connection
-        self.state = OPEN
+            return 0  # a callback has closed the connection
         if self.offered:
             self.end_offer()
-        elif options_of_context(self.records.sslobj.context) & OP_ENABLE_KTLS:
+        elif self.asks_for_ktls():
             self.decline_ktls()
-        self.cancel_timer()
         if self.started_at is not None:
             logger.debug("%r: SSL handshake took %.1f ms", self, (self.loop.time() - self.started_at) * 1e3)
         # With a client's last flight, or a server's tickets.
         self.emit()
+        if self.state != HANDSHAKE:
+            return 0
+        self.cancel_timer()
+        self.holding = self.waiter is not None
+        self.state = OPEN
         if not self.made:
             self.made = True
             self.call_connection_made()
-        if self.waiter is not None:
+        if self.holding:
             self.wake_waiter(None)
-            self.holding = True
             self.schedule_resume()
         if self.queued and not self.gathering:
             self.engine.mark_layer(self)
+        return 0
+
+    cdef int step(self) except -1:
+        """Callbacks of the SSLContext run in it, in the connection's own context, and may do anything."""
+        cdef PyObject* before = NULL
+        cdef bint entered = self.enter(&before)
+        self.busy = True
+        try:
+            self.records.do_handshake()
+        finally:
+            self.busy = False
+            if entered:
+                self.leave(before)
+        return 0
+
+    cdef bint asks_for_ktls(self) except -1:
+        context = getattr(self.records.sslobj, "context", None)  # sni_callback may have changed it
+        return isinstance(context, ssl.SSLContext) and options_of_context(context) & OP_ENABLE_KTLS
 
     cdef void call_connection_made(self) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
         try:
-            PyContext_Enter(self.context)
-            self.in_context = True
+            entered = self.enter(&before)
             try:
                 if self.timed:
                     timed(self.loop, self.protocol.connection_made, self)
                 else:
                     self.protocol.connection_made(self)
             finally:
-                self.in_context = False
-                PyContext_Exit(self.context)
+                if entered:
+                    self.leave(before)
         except BaseException as exc:
             self.failed(exc, "Fatal error: protocol.connection_made() call failed.")
             self.wake_waiter(exc)
@@ -669,74 +854,70 @@ cdef class TLSTransport(Layer):
         waiter = self.waiter
         self.waiter = None
         if waiter is not None:
-            if not waiter.done():
-                if exc is None:
-                    waiter.set_result(None)
-                else:
-                    waiter.set_exception(exc)
+            self.engine.settle(waiter, exc)
         elif exc is not None and self.accepted and not self.made:
             self.accepted = False
             if self.loop.get_debug():
-                self.loop.call_exception_handler({
-                    "message": "Error on transport creation for incoming connection",
-                    "exception": exc,
-                    "protocol": self.protocol,
-                    "transport": self,
-                })
+                self.report("Error on transport creation for incoming connection", exc)
 
     # --- output --------------------------------------------------------------
 
     cdef void gather(self) noexcept:
+        cdef Layer layer = self.layer
+        if layer is not None:
+            layer.gather()
         if self.queued and not self.lower_paused:
-            self.encrypt()
-            if self.protocol_paused:
-                self.control_writing()
+            try:
+                self.encrypt()
+                if self.protocol_paused:
+                    self.control_writing()
+            except BaseException as exc:
+                self.broke(exc)
 
-    cdef void encrypt(self, bint full_records_only=False) noexcept:
+    cdef int encrypt(self, bint full_records_only=False) except -1:
         """Make records of what is queued, as far as the transport below takes them."""
         cdef Py_ssize_t room, n = 1
         if self.state != OPEN and self.state != FLUSHING:
-            return
+            return 0
+        if self.busy:
+            self.again = True
+            return 0
         if self.records.kernel_sends:
             self.pass_on(full_records_only)
-            return
+            return 0
         while self.queued and not self.lower_paused and not self.blocked:
             room = min(self.queued, self.batch_bytes)
             if full_records_only:
                 room -= room % RECORD_BYTES
                 if room == 0:
-                    return
-            try:
-                self.records.expect_output(room)
-            except MemoryError as exc:
-                self.fatal(exc, "Fatal error on SSL protocol")
-                return
-            while room > 0:
+                    return 0
+            self.records.expect_output(room)
+            while room > 0 and self.queued:
                 n = self.encrypt_some(room)
                 if n <= 0:
                     break
                 room -= n
             self.emit()
             if n == FAILED:
-                error = self.records.error
-                self.records.error = None
-                self.fatal(error, "Fatal error on SSL protocol")
-                return
+                raise self.take_error()
             if n <= 0:
                 self.blocked = True
+        return 0
 
-    cdef Py_ssize_t encrypt_some(self, Py_ssize_t room) noexcept:
+    cdef Py_ssize_t encrypt_some(self, Py_ssize_t room) except RAISED:
         """One record's worth, or more of one large piece; returns the bytes taken, or what Records.write() said."""
         cdef char staged[RECORD_BYTES]
         cdef Py_ssize_t size, filled = 0, i = self.head, offset = self.offset
         cdef Py_ssize_t n
         cdef const char* data = NULL
+        cdef object piece
         while True:
-            size = contents(self.pieces[i], &data)
+            piece = self.pieces[i]
+            size = contents(piece, &data)
             data += offset
             size -= offset
             if filled == 0 and (size >= RECORD_BYTES or size == self.queued):
-                n = self.records.write(data, min(size, room))
+                size = min(size, room)
                 break
             if size > RECORD_BYTES - filled:
                 size = RECORD_BYTES - filled
@@ -745,19 +926,23 @@ cdef class TLSTransport(Layer):
             i += 1
             offset = 0
             if filled == RECORD_BYTES or filled == self.queued:
-                n = self.records.write(staged, filled)
+                data = staged
+                size = filled
                 break
-        if n > 0:
+        self.busy = True
+        n = self.records.write(data, size)
+        self.busy = False
+        if n > 0 and self.queued:
             self.consume(n)
         return n
 
-    cdef void consume(self, Py_ssize_t n) noexcept:
+    cdef int consume(self, Py_ssize_t n) except -1:
         cdef Py_ssize_t size
         self.queued -= n
         if self.queued == 0:
             self.pieces.clear()
             self.head = self.offset = 0
-            return
+            return 0
         n += self.offset
         while True:
             size = len(self.pieces[self.head])
@@ -770,74 +955,81 @@ cdef class TLSTransport(Layer):
         if self.head > 64 and 2 * self.head > len(self.pieces):
             del self.pieces[:self.head]
             self.head = 0
+        return 0
 
     cdef void drop_output(self) noexcept:
         self.pieces.clear()
         self.head = self.offset = self.queued = 0
 
-    cdef void emit(self) noexcept:
-        """Pass ciphertext to the transport below."""
+    cdef int emit(self, bint answering=False) except -1:
+        """Pass ciphertext to the transport below; `answering`: what the peer's records have caused."""
         cdef const char* data = NULL
         cdef Py_ssize_t size = 0
         if (self.records.kernel_sends or self.offered) and self.records.has_control():
             self.send_control()
-            return
-        try:
-            output = self.records.take_output(&data, &size)
-            if output is None or self.lower is None:
-                return
-            if self.stream is not None:
-                self.stream.put(output, data, size)
-            else:
-                self.lower.write(output if size == PyBytes_GET_SIZE(output) else data[:size])
-        except Exception as exc:
-            self.fatal(exc, "Fatal error on SSL protocol")
+            if answering and self.records.unsent() > MAX_ANSWER_BYTES:
+                self.choke()
+            return 0
+        output = self.records.take_output(&data, &size)
+        if output is None or self.lower is None:
+            return 0
+        if self.stream is not None:
+            self.stream.put(output, data, size)
+        else:
+            self.lower.write(output if size == PyBytes_GET_SIZE(output) else data[:size])
+        if answering and self.lower_paused:
+            self.answers += size
+            if self.answers > MAX_ANSWER_BYTES:
+                self.choke()
+        return 0
 
-    cdef Py_ssize_t lower_queued(self) noexcept:
+    cdef Py_ssize_t lower_queued(self) except -1:
         if self.stream is not None:
             return <Py_ssize_t>self.stream.stream.queued
+        if isinstance(self.lower, SSLStreamTransport):
+            return (<SSLStreamTransport>self.lower).all_queued()
         return 0 if self.lower is None else self.lower.get_write_buffer_size()
 
-    cdef void control_writing(self) noexcept:
+    cdef Py_ssize_t all_queued(self) except -1:
+        """Plaintext and ciphertext, here and below."""
+        return self.queued + self.records.unsent() + self.lower_queued()
+
+    cdef int control_writing(self) except -1:
         """Tell the protocol to pause or to resume."""
         cdef Py_ssize_t size
         if self.state == OVER or self.protocol is None:
-            return
+            return 0
         size = self.queued + self.lower_queued()
         if size > self.high and not self.protocol_paused:
             self.protocol_paused = True
-            self.call_flow_control(self.protocol.pause_writing, "protocol.pause_writing() failed")
+            self.call_flow_control("pause_writing")
         elif size <= self.low and self.protocol_paused:
             self.protocol_paused = False
-            self.call_flow_control(self.protocol.resume_writing, "protocol.resume_writing() failed")
+            self.call_flow_control("resume_writing")
+        return 0
 
-    cdef void call_flow_control(self, object function, str message) noexcept:
-        cdef bint enter = not self.in_context
+    cdef void call_flow_control(self, str name) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
         try:
-            if enter:
-                PyContext_Enter(self.context)
-                self.in_context = True
+            entered = self.enter(&before)
             try:
+                function = getattr(self.protocol, name)
                 if self.timed:
                     timed(self.loop, function)
                 else:
                     function()
             finally:
-                if enter:
-                    self.in_context = False
-                    PyContext_Exit(self.context)
+                if entered:
+                    self.leave(before)
         except (SystemExit, KeyboardInterrupt) as exc:
             self.engine.interrupted(exc)
         except BaseException as exc:
-            self.loop.call_exception_handler({
-                "message": message,
-                "exception": exc,
-                "transport": self,
-                "protocol": self.protocol,
-            })
+            self.report(f"protocol.{name}() failed", exc)
 
-    cdef void limit_lower(self) noexcept:
+    cdef int limit_lower(self) except -1:
         self.lower.set_write_buffer_limits(self.low, self.low)
+        return 0
 
     # --- kernel TLS ----------------------------------------------------------
 
@@ -852,12 +1044,15 @@ cdef class TLSTransport(Layer):
         return stream.queued == 0 and not stream.sending and stream.file is None
 
     cdef int readable(self) noexcept:
-        self.advance()
+        try:
+            self.advance()
+        except BaseException as exc:
+            self.broke(exc)
         if self.offered and self.records.socket_ended():
             return EOF_HELD
         return 0
 
-    cdef void end_offer(self) noexcept:
+    cdef int end_offer(self) except -1:
         """The handshake is done: whatever the kernel has taken over is its own from now on."""
         self.offered = False
         self.ktls_why_not = self.records.withdraw_socket()
@@ -873,8 +1068,9 @@ cdef class TLSTransport(Layer):
             # What has arrived meanwhile has been announced already.
             self.stream.stream.readable = True
             self.engine.mark_resync(self.stream.stream)
+        return 0
 
-    cdef void decline_ktls(self) noexcept:
+    cdef int decline_ktls(self) except -1:
         """It was asked for, and this connection could not even try."""
         if self.records.kind != "openssl":
             self.ktls_why_not = "the ssl module makes the records"
@@ -887,19 +1083,20 @@ cdef class TLSTransport(Layer):
         else:
             self.ktls_why_not = "the context that asks for it was chosen in the middle of the handshake"
         ktls_logger.debug("%r: kernel TLS is not active: %s", self, self.ktls_why_not)
+        return 0
 
-    cdef void pass_on(self, bint full_records_only) noexcept:
+    cdef int pass_on(self, bint full_records_only) except -1:
         """Plaintext to the stream, for the kernel to encrypt: each send ends a record, so small pieces are joined."""
         cdef const char* data = NULL
         cdef Py_ssize_t size, room
         if self.records.in_handshake() and not self.continue_handshake():
-            return
+            return 0
         while self.queued and not self.lower_paused and not self.records.has_control():
             room = self.queued
             if full_records_only:
                 room -= room % RECORD_BYTES
                 if room == 0:
-                    return
+                    return 0
             piece = self.pieces[self.head]
             size = contents(piece, &data) - self.offset
             if size >= RECORD_BYTES or size == self.queued:
@@ -908,13 +1105,10 @@ cdef class TLSTransport(Layer):
                 self.consume(size)
             else:
                 size = min(room, RECORD_BYTES)
-                try:
-                    piece = self.take_joined(size)
-                except MemoryError as exc:
-                    self.fatal(exc, "Fatal error on SSL protocol")
-                    return
+                piece = self.take_joined(size)
                 data = PyBytes_AS_STRING(piece)
             self.stream.put(piece, data, size)
+        return 0
 
     cdef bytes take_joined(self, Py_ssize_t size):
         """The first so many bytes of what is queued."""
@@ -922,35 +1116,39 @@ cdef class TLSTransport(Layer):
         cdef Py_ssize_t n, filled = 0
         cdef bytes joined = PyBytes_FromStringAndSize(NULL, size)
         while filled < size:
-            n = min(contents(self.pieces[self.head], &data) - self.offset, size - filled)
+            piece = self.pieces[self.head]
+            n = min(contents(piece, &data) - self.offset, size - filled)
             memcpy(PyBytes_AS_STRING(joined) + filled, data + self.offset, n)
             self.consume(n)
             filled += n
         return joined
 
-    cdef bint continue_handshake(self) noexcept:
+    cdef bint continue_handshake(self) except -1:
         """Authentication after the handshake, new keys: what SSL_write(), which nobody calls, would send first."""
-        cdef Py_ssize_t n = self.records.continue_handshake()
+        cdef Py_ssize_t n
+        self.busy = True
+        n = self.records.continue_handshake()
+        self.busy = False
         if self.keys_are_lost():
             return False
         self.emit()
         if n == FAILED:
-            error, self.records.error = self.records.error, None
-            self.fatal(error, "Fatal error on SSL protocol")
+            raise self.take_error()
         return self.state != OVER
 
-    cdef void send_control(self) noexcept:
+    cdef int send_control(self) except -1:
         """Tickets, alerts and KeyUpdates of ours, when the data before them is in the socket."""
         if not self.records.has_control() or self.stream.lost:
-            return
+            return 0
         if self.socket_is_idle() and self.records.send_control() or self.keys_are_lost():
-            return
-        self.waiting = True
+            return 0
         if self.socket_is_idle():
             # The socket is full of what went before.
             self.loop.call_later(CONTROL_RETRY_S, self._drained)
         else:
             self.stream.stream.expect_sent()
+        self.waiting = True
+        return 0
 
     def _drained(self):
         if self.waiting:
@@ -960,6 +1158,13 @@ cdef class TLSTransport(Layer):
         self.waiting = False
         if self.state == OVER:
             return
+        try:
+            self.go_on()
+        except BaseException as exc:
+            self.broke(exc)
+
+    cdef int go_on(self) except -1:
+        """The socket has taken what it was given."""
         if self.state == HANDSHAKE:
             if self.stream.reads_itself:
                 self.stream.stream.readable = True
@@ -967,10 +1172,11 @@ cdef class TLSTransport(Layer):
             else:
                 self.advance()
                 self.keep_input()
-            return
+            return 0
         self.send_control()
+        self.breathe()
         if self.waiting or self.state == OVER:
-            return
+            return 0
         self.encrypt()
         self.check_empty()
         self.control_writing()
@@ -979,6 +1185,7 @@ cdef class TLSTransport(Layer):
         if self.finishing:
             self.finishing = False
             self.finish()
+        return 0
 
     cdef bint control_record(self) noexcept:
         """The kernel has decrypted a record that is not data: OpenSSL shall see it."""
@@ -988,10 +1195,13 @@ cdef class TLSTransport(Layer):
         if not self.records.kernel_receives or self.state == OVER:
             return False
         kind = self.records.take_control_record(self.stream.fileno, record, sizeof(record), &size)
-        if kind == DATA_RECORD:
-            self.deliver_plain(record + RECORD_HEADER, size - RECORD_HEADER)
-        elif kind > 0:
-            self.take_record(record, size)
+        try:
+            if kind == DATA_RECORD:
+                self.deliver_plain(record + RECORD_HEADER, size - RECORD_HEADER)
+            elif kind > 0:
+                self.take_record(record, size)
+        except BaseException as exc:
+            self.broke(exc)
         return kind > 0 or kind == -EAGAIN or kind == -EINTR
 
     cdef void read_failed(self, int error) noexcept:
@@ -999,20 +1209,25 @@ cdef class TLSTransport(Layer):
         if self.records.kernel_receives and self.records.kernel_sends and error in ALERTS:
             self.records.send_alert(ALERTS[error])
 
-    cdef void take_record(self, const char* record, Py_ssize_t size) noexcept:
+    cdef int take_record(self, const char* record, Py_ssize_t size) except -1:
         cdef char scratch[RECORD_BYTES]
         cdef Py_ssize_t n
+        self.begin_turn()
         self.records.feed(record, size)
-        n = self.records.read(scratch, sizeof(scratch))
+        if self.busy:
+            self.records.keep_input()
+            self.again = True
+            return 0
+        n = self.decrypt(scratch, sizeof(scratch))
         self.keep_input()
         if self.keys_are_lost():
-            return
-        self.emit()
+            return 0
+        self.emit(True)
         if n == 0:
             self.on_close_notify()
         elif n == FAILED and self.state != OVER:
-            error, self.records.error = self.records.error, None
-            self.fatal(error, "SSL error in data received")
+            self.broke(self.take_error(), "SSL error in data received")
+        return self.end_turn()
 
     cdef bint keys_are_lost(self) noexcept:
         """Whether new keys, which the kernel did not take, end the connection: what it sends nobody can decrypt."""
@@ -1029,35 +1244,41 @@ cdef class TLSTransport(Layer):
         )
         return True
 
-    cdef void deliver_plain(self, const char* data, Py_ssize_t size) noexcept:
+    cdef int deliver_plain(self, const char* data, Py_ssize_t size) except -1:
         """What the kernel has decrypted."""
+        cdef Layer layer = self.layer
+        self.records.dataless = 0
         if self.state != OPEN:
-            return  # after close()
-        if self.kept is not None or self.paused or self.holding:
+            return 0  # after close()
+        if self.kept is not None or self.paused or self.holding or self.resting:
             self.kept = PyBytes_FromStringAndSize(data, size) if self.kept is None else self.kept + data[:size]
-        elif self.layer is not None:
-            self.layer.received(data, size)
+        elif layer is not None:
+            layer.received(data, size)
         elif self.buffered:
             self.feed(data, size)
         else:
             self.receive(PyBytes_FromStringAndSize(data, size))
+        return 0
 
-    cdef void feed(self, const char* data, Py_ssize_t size) noexcept:
+    cdef int feed(self, const char* data, Py_ssize_t size) except -1:
         """Copy into the BufferedProtocol's buffers, as many as it takes."""
         cdef Py_buffer view
         cdef Py_ssize_t n
         while size > 0 and self.state == OPEN:
             if self.paused or not self.buffered:
-                self.deliver_plain(data, size)
-                return
+                return self.deliver_plain(data, size)
+            protocol = self.protocol
             if not self.get_buffer(&view, size):
-                return
+                if self.protocol is protocol:
+                    return 0
+                continue
             n = min(view.len, size)
             memcpy(view.buf, data, n)
             PyBuffer_Release(&view)
             self.buffer_updated(n)
             data += n
             size -= n
+        return 0
 
     # --- sendfile, where the kernel encrypts ---------------------------------
 
@@ -1068,26 +1289,30 @@ cdef class TLSTransport(Layer):
     def _make_empty_waiter(self):
         if self.empty_waiter is not None:
             raise RuntimeError("Empty waiter is already set")
-        self.empty_waiter = self.loop.create_future()
-        self.encrypt()
-        self.check_empty()
-        return self.empty_waiter
+        waiter = self.empty_waiter = self.loop.create_future()
+        try:
+            self.encrypt()
+            self.check_empty()
+        except BaseException as exc:
+            self.broke(exc)
+        return waiter
 
     def _reset_empty_waiter(self):
         self.empty_waiter = None
         if self.lower is not None:
             self.lower._reset_empty_waiter()
 
-    cdef void check_empty(self) noexcept:
+    cdef int check_empty(self) except -1:
         """What was written before the file is with the stream: wait for that to be sent."""
         if self.empty_waiter is None or self.empty_waiter.done() or self.queued or self.records.has_control():
-            return
+            return 0
         if self.stream.empty_waiter is None:
             lower_waiter = self.stream._make_empty_waiter()
             if lower_waiter.done():
                 self._lower_is_empty(lower_waiter)
             else:
                 lower_waiter.add_done_callback(self._lower_is_empty)
+        return 0
 
     def _lower_is_empty(self, lower_waiter):
         if self.empty_waiter is None or self.empty_waiter.done() or lower_waiter.cancelled():
@@ -1112,15 +1337,16 @@ cdef class TLSTransport(Layer):
 
     # --- the end -------------------------------------------------------------
 
-    cdef void start_shutdown(self) noexcept:
+    cdef int start_shutdown(self) except -1:
         if self.state >= FLUSHING:
-            return
-        self.closing = True
+            return 0
         if self.state < OPEN or self.engine.closed:
             self.abandon(None)
-            return
-        self.state = FLUSHING
+            return 0
+        # Until connection_lost(): the whole of it.
         self.timer = self.loop.call_later(self.shutdown_timeout_s, self._check_shutdown_timeout)
+        self.closing = True
+        self.state = FLUSHING
         self.encrypt()
         if self.state == FLUSHING and not self.eof and not self.peer_closed:
             # The peer's close_notify may be behind data that nobody wants any more; before ours
@@ -1129,44 +1355,80 @@ cdef class TLSTransport(Layer):
         if self.state == FLUSHING:
             self.shut_down()
         if (self.state == FLUSHING or self.state == SHUTDOWN) and not self.eof and not self.peer_closed:
-            self.lower.resume_reading()
+            if not self.resting:
+                self.lower.resume_reading()
+        return 0
 
-    cdef void shut_down(self) noexcept:
+    cdef int shut_down(self) except -1:
         """Send close_notify when all that was written is encrypted."""
         if self.queued:
-            return
+            return 0
+        if self.busy:
+            self.again = True
+            return 0
         self.state = SHUTDOWN
         if not self.eof:
-            self.records.shutdown()
+            self.busy = True
+            try:
+                self.records.shutdown()
+            finally:
+                self.busy = False
             self.emit()
         if self.state == SHUTDOWN and (self.eof or self.peer_closed):
             self.finish()
+        return 0
 
-    cdef void finish(self) noexcept:
+    cdef int finish(self) except -1:
         """Both sides have said goodbye."""
         if self.waiting and self.records.has_control():
             self.finishing = True
-            return
-        self.cancel_timer()
+            return 0
         self.call_eof_received()
         if self.state == SHUTDOWN:
-            self.state = OVER
             self.clean = self.lower_queued() == 0
             self.loop.call_soon(self.lower.close)
+            self.state = OVER
+        return 0
 
     def _check_shutdown_timeout(self):
-        if self.state == FLUSHING or self.state == SHUTDOWN:
-            self.abandon(TimeoutError_("SSL shutdown timed out"))
+        self.timer = None
+        self.clean = False
+        self.abandon(TimeoutError_("SSL shutdown timed out"))
 
     cdef void abandon(self, object exc) noexcept:
-        """Close the transport below at once."""
+        """Close the transport below at once.  What was written is offered to it before, once, as in asyncio."""
+        if not self.abandoning and not self.engine.closed:
+            self.abandoning = True
+            layer = self.layer
+            try:
+                if layer is not None:
+                    (<Layer>layer).gather()
+                self.encrypt()
+            except BaseException as error:
+                if isinstance(error, (SystemExit, KeyboardInterrupt)):
+                    self.engine.interrupted(error)
+                # Else: `exc` says why it ends.
         self.closing = True
         self.state = OVER
         self.cancel_timer()
         self.drop_output()
-        self.records.drop_input()
+        if not self.busy:
+            self.records.drop_input()
         if self.lower is not None:
-            self.lower._force_close(exc)
+            try:
+                self.lower._force_close(exc)
+            except BaseException as error:
+                self.interrupted(error)
+
+    cdef void interrupted(self, object exc) noexcept:
+        """Something failed where nothing can be done about it; SystemExit and KeyboardInterrupt are passed on."""
+        if isinstance(exc, (SystemExit, KeyboardInterrupt)):
+            self.engine.interrupted(exc)
+        else:
+            self.report("Fatal error on SSL protocol", exc)
+
+    cdef void report(self, str message, object exc) noexcept:
+        self.engine.report({"message": message, "exception": exc, "transport": self, "protocol": self.protocol})
 
     cdef void failed(self, object exc, str message) noexcept:
         """A protocol callback raised."""
@@ -1175,27 +1437,33 @@ cdef class TLSTransport(Layer):
         else:
             self.fatal(exc, message)
 
+    cdef void broke(self, object exc, str message="Fatal error on SSL protocol") noexcept:
+        """Something raised in the middle: nobody knows what is half done, so the connection ends."""
+        if isinstance(exc, (SystemExit, KeyboardInterrupt)):
+            self.engine.interrupted(exc)
+            exc = ConnectionAbortedError("the TLS connection was interrupted")
+        if self.state <= HANDSHAKE:
+            self.handshake_failed(exc)
+        else:
+            self.fatal(exc, message)
+        if not self.busy:
+            self.records.drop_input()
+
     cdef void fatal(self, object exc, str message) noexcept:
         if isinstance(exc, OSError):
-            if self.loop.get_debug():
-                logger.debug("%r: %s", self, message, exc_info=exc)
+            self.engine.log_debug("%r: %s", (self, message), exc)
         elif not isinstance(exc, asyncio.CancelledError):
-            self.loop.call_exception_handler({
-                "message": message,
-                "exception": exc,
-                "transport": self,
-                "protocol": self.protocol,
-            })
+            self.report(message, exc)
         if self.state != OVER:
-            if self.stream is not None and not self.engine.closed and not self.stream.stream.sending:
-                # An alert that says why has a last chance.
-                self.stream.stream.send_direct()
             self.abandon(exc)
 
     cdef void cancel_timer(self) noexcept:
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
+        timer, self.timer = self.timer, None
+        try:
+            if timer is not None:
+                timer.cancel()
+        except BaseException as exc:
+            self.interrupted(exc)
 
     # --- asyncio.BaseTransport -----------------------------------------------
 
@@ -1233,14 +1501,25 @@ cdef class TLSTransport(Layer):
                 return default  # the handshake is not done
         if self.lower is None:
             return default
+        if name == "socket" and self.queued and not self.engine.is_foreign():
+            self.gather()  # who asks for it may go on without us
         return self.lower.get_extra_info(name, default)
 
     def set_protocol(self, protocol):
         """Hand what arrives from now on to `protocol`, an asyncio.Protocol or BufferedProtocol."""
-        self.protocol = protocol
-        self.buffered = isinstance(protocol, BufferedProtocol)
+        cdef Layer layer = self.layer
+        self.check_usable()
+        if layer is not None:
+            self.engine.keep(layer)
+            layer.gather()
+        self.adopt(protocol)
+
+    cdef int adopt(self, object protocol) except -1:
+        self.buffered = is_buffered(protocol)
         self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
         self.timed = self.layer is None and self.loop.get_debug()
+        self.protocol = protocol
+        return 0
 
     def get_protocol(self):
         return self.protocol
@@ -1249,14 +1528,28 @@ cdef class TLSTransport(Layer):
         return self.closing != 0
 
     def close(self):
-        """Send what was written, then close_notify; wait for the peer's, then close."""
-        if self.closing:
+        """Send what was written, then close_notify; wait for the peer's, then close.
+
+        On another thread it is left to the loop's.
+        """
+        cdef Layer layer = self.layer
+        if self.closing or handed_over(self.engine, self.close):
             return
         self.check_usable()
-        self.start_shutdown()
+        if layer is not None:
+            layer.gather()
+        try:
+            self.start_shutdown()
+        except BaseException as exc:
+            self.broke(exc)
 
     def abort(self):
-        """Close at once; queued output is lost."""
+        """Close at once; what was written is offered to the socket, once.
+
+        On another thread it is left to the loop's.
+        """
+        if handed_over(self.engine, self.abort):
+            return
         self.check_usable()
         self._force_close(None)
 
@@ -1284,31 +1577,54 @@ cdef class TLSTransport(Layer):
             return
         self.engine.check()
         self.paused = False
-        self.schedule_resume()
+        try:
+            self.schedule_resume()
+        except BaseException as exc:
+            self.broke(exc)
 
-    cdef void schedule_resume(self) noexcept:
+    cdef int schedule_resume(self) except -1:
         if not self.resuming:
-            self.resuming = True
             self.loop.call_soon(self._resume)
+            self.resuming = True
+        return 0
 
     def _resume(self):
         self.resuming = False
         self.holding = False
-        if self.state == OVER or self.paused:
+        if self.choked:
             return
+        self.resting = False
+        self.turn_began = self.records.n_dataless
+        if self.state == OVER or (self.paused and self.state == OPEN):
+            return
+        try:
+            self.take_up()
+        except BaseException as exc:
+            self.broke(exc)
+
+    cdef int take_up(self) except -1:
+        """Reading goes on: with what was kept, and then with the transport below."""
         if self.kept is not None:
             kept, self.kept = self.kept, None
             self.deliver_plain(PyBytes_AS_STRING(kept), PyBytes_GET_SIZE(kept))
         self.advance()
         self.keep_input()
-        if self.state == OPEN and not self.paused:
+        if self.state == OVER or self.resting:
+            return 0
+        if self.state == OPEN:
+            if self.paused or self.holding:
+                return 0
             if self.eof or self.peer_closed:
                 self.end_of_input()
-            else:
-                self.lower.resume_reading()
+                return 0
+        elif self.eof or self.peer_closed:
+            return 0
+        self.lower.resume_reading()
+        return 0
 
     def set_read_buffer_limits(self, high=None, low=None):
         """Accepted as asyncio does; reading pauses with the application, whatever the limits."""
+        self.check_usable()
         self.read_limits = limits(high, low, DEFAULT_READ_HIGH_WATER)
 
     def get_read_buffer_limits(self):
@@ -1319,17 +1635,25 @@ cdef class TLSTransport(Layer):
 
     def set_write_buffer_limits(self, high=None, low=None):
         """Bytes of queued output above which pause_writing() is called, and below which resume_writing()."""
+        self.check_usable()
         self.high, self.low = limits(high, low, DEFAULT_HIGH_WATER)
-        if self.lower is not None and self.state < OVER:
-            self.limit_lower()
-        self.control_writing()
+        try:
+            if self.lower is not None and self.state < OVER:
+                self.limit_lower()
+            self.control_writing()
+        except BaseException as exc:
+            self.broke(exc)
 
     def get_write_buffer_limits(self):
         return (self.low, self.high)
 
     def get_write_buffer_size(self):
-        """Bytes queued or in flight: plaintext, and ciphertext in the transport below."""
-        return self.queued + (0 if self.lower is None else self.lower.get_write_buffer_size())
+        """Bytes queued or in flight: plaintext, and ciphertext in the transport below, which is offered to the socket."""
+        if self.queued and not self.engine.closed:
+            self.engine.check()
+            self.gather()
+        size = self.queued + self.records.unsent()
+        return size + (0 if self.lower is None else self.lower.get_write_buffer_size())
 
     def can_write_eof(self):
         return False
@@ -1381,15 +1705,21 @@ cdef class TLSTransport(Layer):
 
     cdef void push(self, Py_ssize_t size) noexcept:
         """`size` bytes were queued: bulk is encrypted while it is in the cache, the rest is gathered."""
-        if not self.lower_paused:
-            if self.queued >= RECORD_BYTES:
-                # What came in small pieces goes on in small pieces: no runt behind a full record.
-                self.encrypt(size < RECORD_BYTES)
-            if self.queued and not self.gathering:
-                self.engine.mark_layer(self)
-        if self.queued + self.lower_queued() > self.high:
-            self.encrypt()
-            self.control_writing()
+        try:
+            if not self.lower_paused:
+                if self.queued >= RECORD_BYTES:
+                    # What came in small pieces goes on in small pieces: no runt behind a full record.
+                    self.encrypt(size < RECORD_BYTES)
+                if self.queued and not self.gathering:
+                    if self.engine.sends_now():
+                        self.encrypt()
+                    else:
+                        self.engine.mark_layer(self)
+            if self.queued + self.lower_queued() > self.high:
+                self.encrypt()
+                self.control_writing()
+        except BaseException as exc:
+            self.broke(exc)
 
 
 cdef inline Py_ssize_t contents(object piece, const char** data):

@@ -42,6 +42,7 @@ cdef class StreamTransport(Sink):
 
     cdef bint enter(self, PyObject** before) except -1
     cdef int leave(self, PyObject* before) except -1
+    cdef int adopt(self, object protocol) except -1
     cdef void receive(self, object data) noexcept
     cdef void feed(self, const char* data, Py_ssize_t size) noexcept
     cdef bint lend(self, Room* room, Py_ssize_t hint) noexcept
@@ -60,6 +61,12 @@ cdef class StreamTransport(Sink):
     cdef void close_socket(self) noexcept
     cdef void release_server(self) noexcept
 
+
+# Whether a protocol wants get_buffer() and buffer_updated() called, not data_received()
+cdef bint is_buffered(object protocol) except -1
+
+# Leave a call to the loop's thread if this is another one
+cdef bint handed_over(Engine engine, object call) except -1
 
 # Both limits of a write buffer, in bytes, from what set_write_buffer_limits() was given
 cdef tuple limits(object high, object low, Py_ssize_t default)

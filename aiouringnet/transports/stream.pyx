@@ -99,13 +99,9 @@ cdef class StreamTransport(Sink):
     _sendfile_compatible = TRY_NATIVE
     _sends_files = True
 
-    def __cinit__(self):
+    def __cinit__(self, Engine engine not None, sock, protocol, waiter=None, extra=None, server=None):
         drop_empty_dict(self)
-
-    def __init__(self, Engine engine, sock, protocol, waiter=None, extra=None, server=None):
         engine.check()
-        if self.engine is not None:
-            raise RuntimeError("a transport is initialised once")
         self.engine = engine
         self.loop = engine.loop
         self.sock = sock
@@ -114,7 +110,7 @@ cdef class StreamTransport(Sink):
         self.high = DEFAULT_HIGH_WATER
         self.low = DEFAULT_HIGH_WATER // 4
         self.context = PyContext_CopyCurrent()
-        self.set_protocol(protocol)
+        self.adopt(protocol)
         if extra is not None and "peername" in extra:
             self.peername = extra["peername"]
             if len(extra) == 1:
@@ -242,7 +238,7 @@ cdef class StreamTransport(Sink):
         """Transport details: "socket", "sockname", "peername", or "uring" for the engine's."""
         if name == "socket":
             # Whoever writes to it does so behind what was written here.
-            if self.stream.count and not self.engine.closed:
+            if self.stream.count and not self.engine.closed and not self.engine.is_foreign():
                 self.engine.check()
                 self.stream.offer()
             if self.transport_socket is None and self.sock is not None:
@@ -269,13 +265,19 @@ cdef class StreamTransport(Sink):
 
     def set_protocol(self, protocol):
         """Hand what arrives from now on to `protocol`, an asyncio.Protocol or BufferedProtocol."""
+        cdef Layer layer = self.layer
         self.check_usable()
-        if self.layer is not None:
-            self.engine.keep(self.layer)
-        self.protocol = protocol
-        self.buffered = isinstance(protocol, BufferedProtocol)
+        if layer is not None:
+            self.engine.keep(layer)
+            layer.gather()
+        self.adopt(protocol)
+
+    cdef int adopt(self, object protocol) except -1:
+        self.buffered = is_buffered(protocol)
         self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
         self.timed = self.layer is None and self.loop.get_debug()
+        self.protocol = protocol
+        return 0
 
     def get_protocol(self):
         return self.protocol
@@ -284,10 +286,15 @@ cdef class StreamTransport(Sink):
         return self.closing != 0
 
     def close(self):
-        """Close when all queued output has been sent."""
-        if self.closing:
+        """Close when all queued output has been sent.  On another thread it is left to the loop's."""
+        cdef Layer layer = self.layer
+        if self.closing or handed_over(self.engine, self.close):
             return
         self.check_usable()
+        if layer is not None:
+            layer.gather()
+            if self.closing:
+                return
         self.closing = True
         self.stream.stop_reading()
         if self.stream.queued:
@@ -296,11 +303,15 @@ cdef class StreamTransport(Sink):
             self.lose(None)
 
     def abort(self):
-        """Close at once; queued output is lost."""
-        if self.lost:
+        """Close at once; what the socket does not take now is lost.  On another thread it is left to the loop's."""
+        cdef Layer layer = self.layer
+        if self.lost or handed_over(self.engine, self.abort):
             return
         self.check_usable()
-        self.lose(None)
+        if layer is not None:
+            layer.gather()
+        if not self.lost:
+            self.lose(None)
 
     # --- asyncio.ReadTransport -----------------------------------------------
 
@@ -419,9 +430,14 @@ cdef class StreamTransport(Sink):
 
     def write_eof(self):
         """Send FIN after the queued output; reading goes on."""
+        cdef Layer layer = self.layer
         if self.closing or self.eof:
             return
         self.engine.check()
+        if layer is not None:
+            layer.gather()
+            if self.closing:
+                return
         self.eof = True
         if self.stream.queued:
             self.stream.expect_sent()
@@ -835,6 +851,33 @@ cdef class StreamTransport(Sink):
                 # None: transports that the garbage collector takes together leave the server's WeakSet
                 # at once, and the first one's _detach() has woken those who wait.
                 server._detach(self)
+
+
+cdef bint is_buffered(object protocol) except -1:
+    """As its own method says (aiofastnet's protocols), as asyncio takes it, or else by what it has, as uvloop does."""
+    asked = getattr(protocol, "is_buffered_protocol", None)
+    if asked is not None:
+        answer = asked()
+        if isinstance(answer, bool):  # a mock says anything
+            return answer
+    if isinstance(protocol, BufferedProtocol):
+        return True
+    return (
+        not hasattr(protocol, "data_received")
+        and hasattr(protocol, "get_buffer") and hasattr(protocol, "buffer_updated")
+    )
+
+
+cdef bint handed_over(Engine engine, object call) except -1:
+    """Whether this is another thread than the loop's, which makes the call now: the collector runs anywhere."""
+    if engine.closed or not engine.is_foreign():
+        return False
+    try:
+        engine.loop.call_soon_threadsafe(call)
+    except RuntimeError:
+        if not engine.loop.is_closed():
+            raise
+    return True
 
 
 cdef tuple limits(object high, object low, Py_ssize_t default):

@@ -1,0 +1,736 @@
+"""TLS under what peers, programs and interrupts do to it: nothing is lost, nothing hangs, the loop goes on."""
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import ssl
+import sys
+import weakref
+
+import helpers
+import pytest
+import tls
+from helpers import BufferedRecorder, Recorder, pattern
+from tls_wire import TLSPeer, echoing, meet, place, role, secure  # noqa: F401
+from wire import Boom, boom, recorder
+
+pytestmark = [
+    tls.needs_openssl,
+    pytest.mark.matrix(base="asyncio", debug=False),
+    pytest.mark.limit(15),
+]
+
+ANY_BASE = pytest.mark.matrix(base=("asyncio", "uvloop"))
+BOTH_LAYERS = pytest.mark.usefixtures("tls_engine")
+INTERRUPTS = (KeyboardInterrupt, SystemExit)
+
+
+def client_with(kind):
+    """A client's context whose TLS objects are of a class of one's own."""
+    context = tls.authority().context_client()
+    context.sslobject_class = kind
+    return context
+
+
+async def connect_to_echo(loop, place, context, factory=Recorder):
+    server = await place.serve(loop, echoing, ssl=tls.authority().context_server())
+    transport, protocol = await place.connect(loop, factory, ssl=context, server_hostname="localhost")
+    return server, transport, protocol
+
+
+async def end(server, place, *protocols):
+    for protocol in [*protocols, *place.accepted]:
+        if protocol.transport is not None:
+            protocol.transport.abort()
+            await protocol.lost
+    server.close()
+
+
+# --------------------------------------------------------------------------
+# Records without data
+
+
+@ANY_BASE
+@BOTH_LAYERS
+@pytest.mark.parametrize("kind", ["keys", "tickets"])
+async def test_a_peer_that_sends_records_without_data_only_is_sent_away_and_holds_up_nobody(loop, secure, kind):
+    w = await secure(version=tls.TLS_1_3, ktls=False)
+    if kind == "tickets" and ssl.OPENSSL_VERSION_INFO < (3,):
+        pytest.skip("SSL_new_session_ticket() came with OpenSSL 3.0")
+    for _ in range(1000):
+        w.tls.update_key() if kind == "keys" else w.tls.send_ticket()
+    iterations = 0
+
+    def count():
+        nonlocal iterations
+        iterations += 1
+        if not w.protocol.lost.done():
+            loop.call_soon(count)
+
+    count()
+    with contextlib.suppress(ConnectionError):
+        await w.tls.flush()
+    lost = await w.protocol.lost
+    assert isinstance(lost, ssl.SSLError) and "carry no data" in str(lost)
+    assert iterations >= 256 // 16  # a few at a time
+
+
+@BOTH_LAYERS
+@pytest.mark.parametrize("base", [Recorder, BufferedRecorder])
+async def test_data_between_many_records_without_data_arrives(loop, secure, role, base):
+    w = await secure(base, role, version=tls.TLS_1_3, ktls=False)
+    for _ in range(8):
+        for _ in range(100):
+            w.tls.update_key()
+        w.tls.sslobj.write(b"data")
+    sending = loop.create_task(w.tls.flush())
+    assert await w.protocol.received(8 * 4) == 8 * b"data"
+    await sending
+    w.transport.write(b"and back")
+    assert await w.receive(8) == b"and back"
+
+
+@BOTH_LAYERS
+async def test_a_goodbye_behind_many_records_without_data_ends_the_connection(loop, secure, role):
+    w = await secure(role=role, version=tls.TLS_1_3, ktls=False)
+    for _ in range(100):
+        w.tls.update_key()
+    w.transport.close()
+    await w.send_raw(w.tls.outgoing.read() + w.tls.close_notify())
+    assert await w.receive_to_end() == (b"", "close_notify")
+    assert await w.protocol.lost is None
+
+
+async def test_answers_that_a_peer_does_not_read_are_bounded(loop, secure, role, case):
+    """As those to requests for renegotiation, of which a peer may send any number."""
+
+    class Answering(ssl.SSLObject):
+        def read(self, *args):
+            data = super().read(*args)
+            super().write(bytes(1000))
+            return data
+
+    mine = tls.authority().context_client() if role == "client" else tls.authority().context_server()
+    mine.sslobject_class = Answering
+    w = await secure(role=role, **{role: mine}, ktls=False)
+    w.shrink_buffers()
+
+    async def ask():
+        for _ in range(100):
+            await w.send_raw(b"".join(w.tls.sealed(b"?") for _ in range(100)))
+            await asyncio.sleep(0.002)
+
+    asking = loop.create_task(ask())
+    size = -1
+    while size != (size := w.transport.get_write_buffer_size()):
+        await asyncio.sleep(0.05)
+    assert 100_000 < size < 2_000_000
+    assert await w.receive(10_000 * 1000) == bytes(10_000 * 1000)
+    await asking
+    assert await w.protocol.received(10_000) == 10_000 * b"?"
+
+
+# --------------------------------------------------------------------------
+# What was written goes out, whatever ends the connection
+
+
+class Below:
+    """TLS over a transport that one has in hand."""
+
+    async def begin(self, loop, place, within_tls):
+        self.server = await place.serve(loop, Recorder, ssl=tls.authority().context_server() if within_tls else None)
+        client = tls.authority().context_client()
+        options = {"ssl": client, "server_hostname": "localhost"} if within_tls else {}
+        self.below, self.protocol = await place.connect(loop, Recorder, **options)
+        self.other = place.accepted[0]
+        self.transport, self.other_transport = await asyncio.gather(
+            loop.start_tls(self.below, self.protocol, client, server_hostname="localhost"),
+            loop.start_tls(
+                await self.other.made, self.other, tls.authority().context_server(), server_side=True
+            ),
+        )
+        return self
+
+
+ENDINGS = {
+    "close below": lambda b: b.below.close(),
+    "abort below": lambda b: b.below.abort(),
+    "write_eof below": lambda b: b.below.write_eof(),
+    "another protocol below": lambda b: b.below.set_protocol(asyncio.Protocol()) or b.below.close(),
+    "abort": lambda b: b.transport.abort(),
+    "close": lambda b: b.transport.close(),
+}
+
+
+@ANY_BASE
+@BOTH_LAYERS
+@pytest.mark.parametrize(
+    "within_tls",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="the TLS of 3.10 does not nest")
+        ),
+    ],
+    ids=["tcp", "tls"],
+)
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_what_was_written_arrives_whatever_ends_the_connection(loop, place, ending, within_tls):
+    if within_tls and ending == "write_eof below":
+        pytest.skip("TLS has no half-close")
+    both = await Below().begin(loop, place, within_tls)
+    both.transport.write(b"goodbye")
+    ENDINGS[ending](both)
+    assert await both.other.received(7) == b"goodbye"
+    await both.other.lost
+    both.transport.abort()
+    if "another" not in ending:
+        await both.protocol.lost
+    both.server.close()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="Server.close_clients() came with 3.13")
+@pytest.mark.parametrize("how", ["close_clients", "abort_clients"])
+@BOTH_LAYERS
+async def test_what_was_written_arrives_when_a_server_closes_its_clients(loop, place, how):
+    server, transport, protocol = await connect_to_echo(loop, place, tls.authority().context_client())
+    (await place.accepted[0].made).write(b"goodbye")
+    getattr(server, how)()
+    assert await protocol.received(7) == b"goodbye"
+    await protocol.lost
+    await place.accepted[0].lost
+    server.close()
+
+
+@pytest.mark.parametrize("base", [Recorder, BufferedRecorder])
+@BOTH_LAYERS
+async def test_what_was_written_before_a_callback_failed_arrives(loop, secure, role, errors, base):
+    def say_why(protocol, _):
+        protocol.transport.write(b"sorry")
+        raise Boom
+
+    w = await secure(recorder(base, **{"data_received" if base is Recorder else "buffer_updated": say_why}), role)
+    await w.send(b"data")
+    assert await w.receive_to_end() == (b"sorry", "eof")
+    assert isinstance(await w.protocol.lost, Boom)
+    errors.take()
+
+
+@BOTH_LAYERS
+async def test_a_peer_that_says_goodbye_and_does_not_read_is_waited_for_no_longer_than_told(loop, secure, role):
+    w = await secure(role=role, ssl_shutdown_timeout=0.1, ktls=False)
+    await w.block_writing()
+    await w.say_goodbye()
+    lost = await asyncio.wait_for(w.protocol.lost, 5)
+    assert isinstance(lost, TimeoutError if sys.version_info >= (3, 11) else asyncio.TimeoutError)
+
+
+async def test_the_size_of_the_output_is_told_after_the_socket_was_asked(loop, secure):
+    """So who waits for 0 by asking, or goes on with blocking work, has sent it."""
+    w = await secure(ktls=False)
+    w.transport.write(b"little")
+    assert w.transport.get_write_buffer_size() == 0
+    w.peer.setblocking(True)
+    assert await w.receive(6) == b"little"
+
+
+# --------------------------------------------------------------------------
+# Programs' own TLS objects
+
+
+async def test_what_a_class_of_tls_objects_overrides_is_called(loop, place):
+    calls = []
+
+    class Traced(ssl.SSLObject):
+        pass
+
+    def traced(name):
+        def method(self, *args):
+            calls.append((name, args))
+            return getattr(ssl.SSLObject, name)(self, *args)
+
+        return method
+
+    for name in ("do_handshake", "read", "write", "unwrap"):
+        setattr(Traced, name, traced(name))
+    server, transport, protocol = await connect_to_echo(loop, place, client_with(Traced))
+    assert transport.get_extra_info("tls_engine") == "ssl"
+    transport.write(pattern(100_000))
+    assert await protocol.received(100_000) == pattern(100_000)
+    transport.close()
+    assert await protocol.lost is None
+    assert {name for name, _ in calls} == {"do_handshake", "read", "write", "unwrap"}
+    # What is kept of the arguments stays what it was: no views of memory that goes away.
+    assert {type(arg) for _, args in calls for arg in args} <= {int, bytes}
+    assert b"".join(args[0] for name, args in calls if name == "write") == pattern(100_000)
+    await end(server, place)
+
+
+async def test_a_class_of_tls_objects_that_changes_nothing_of_the_data_costs_nothing(loop, place):
+    class Named(ssl.SSLObject):
+        name = "of one's own"
+
+    server, transport, protocol = await connect_to_echo(loop, place, client_with(Named))
+    assert transport.get_extra_info("tls_engine") == "openssl"
+    assert transport.get_extra_info("ssl_object").name == "of one's own"
+    transport.write(b"data")
+    assert await protocol.received(4) == b"data"
+    await end(server, place, protocol)
+
+
+async def test_each_connection_makes_one_tls_object(loop, place):
+    made = []
+
+    class Context(ssl.SSLContext):
+        def wrap_bio(self, *args, **kwargs):
+            made.append(super().wrap_bio(*args, **kwargs))
+            return made[-1]
+
+    context = Context(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(tls.authority().cafile)
+    server, transport, protocol = await connect_to_echo(loop, place, context)
+    assert made == [transport.get_extra_info("ssl_object")]
+    transport.write(b"data")
+    assert await protocol.received(4) == b"data"
+    await end(server, place, protocol)
+
+
+class Least:
+    """A TLS object with no more than TLS needs."""
+
+    def __init__(self, sslobj):
+        self.wrapped = sslobj
+
+    def do_handshake(self):
+        self.wrapped.do_handshake()
+
+    def read(self, size):
+        return self.wrapped.read(size)
+
+    def write(self, data):
+        return self.wrapped.write(data)
+
+    def unwrap(self):
+        self.wrapped.unwrap()
+
+    def pending(self):
+        return self.wrapped.pending()
+
+
+class LeastContext(ssl.SSLContext):
+    kind = Least
+
+    def wrap_bio(self, *args, **kwargs):
+        return self.kind(super().wrap_bio(*args, **kwargs))
+
+
+def least_context(kind=Least):
+    context = LeastContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(tls.authority().cafile)
+    context.kind = kind
+    return context
+
+
+@pytest.mark.parametrize("base", [Recorder, BufferedRecorder])
+async def test_a_tls_object_need_not_be_the_ssl_modules(loop, place, base):
+    server, transport, protocol = await connect_to_echo(loop, place, least_context(), base)
+    transport.write(pattern(50_000))
+    assert await protocol.received(50_000) == pattern(50_000)
+    transport.close()
+    assert await protocol.lost is None
+    await end(server, place)
+
+
+@pytest.mark.parametrize(
+    "method, result",
+    [("read", b"x" * 100_000), ("read", None), ("write", 1 << 20), ("write", 0), ("write", -1), ("write", None)],
+    ids=str,
+)
+async def test_nonsense_of_a_tls_object_ends_the_connection(loop, place, errors, method, result):
+    class Lying(Least):
+        pass
+
+    setattr(Lying, method, lambda *_: result)
+    server, transport, protocol = await connect_to_echo(loop, place, least_context(Lying))
+    transport.write(b"data")
+    if method == "read":
+        await place.accepted[0].received(4)
+    assert isinstance(await protocol.lost, (ValueError, TypeError))
+    assert all(isinstance(each, (ValueError, TypeError)) for each in errors.exceptions()) and errors.take()
+    await end(server, place)
+
+
+VARIABLE = contextvars.ContextVar("VARIABLE", default="unset")
+
+
+@ANY_BASE
+@BOTH_LAYERS
+async def test_callbacks_in_the_handshake_run_in_the_connections_own_context(loop, place):
+    seen = []
+    context = tls.authority().context_server()
+
+    def look(*_):
+        seen.append(VARIABLE.get())
+        VARIABLE.set("the callback's")
+
+    context.sni_callback = look
+
+    async def serve():
+        VARIABLE.set("the server's")
+        return await place.serve(loop, echoing, ssl=context)
+
+    async def warm_up():
+        # Whatever the engine was made in.
+        VARIABLE.set("the first user's")
+        transport, protocol = await place.connect(
+            loop, Recorder, ssl=tls.authority().context_client(), server_hostname="localhost"
+        )
+        transport.abort()
+        await protocol.lost
+
+    server = await loop.create_task(serve())
+    for _ in range(3):
+        await loop.create_task(warm_up())
+    assert seen == ["the server's"] * 3
+    assert VARIABLE.get() == "unset"
+    for protocol in place.accepted:
+        await protocol.lost
+    server.close()
+
+
+# --------------------------------------------------------------------------
+# Failures and interrupts in the middle
+
+
+def run_until_lost(run, protocol, exception, begin=None):
+    """Begins something and runs until connection_lost(); an interrupt comes out once, on the way."""
+
+    async def until_lost():
+        if begin is not None:
+            await begin()
+        await asyncio.wait_for(asyncio.shield(protocol.lost), 5)
+        await asyncio.sleep(0.02)
+
+    if issubclass(exception, INTERRUPTS):
+        with pytest.raises(exception):
+            run(until_lost())
+    else:
+        run(until_lost())
+    return run(asyncio.wait_for(protocol.lost, 5))
+
+
+ANY_FAILURE = pytest.mark.parametrize("exception", [Boom, *INTERRUPTS, asyncio.CancelledError])
+
+
+@ANY_BASE
+@ANY_FAILURE
+@pytest.mark.parametrize("method", ["read", "write", "unwrap", "pending"])
+def test_whatever_a_tls_object_raises_ends_the_connection(loop, place, run, errors, method, exception):
+    armed = []
+
+    class Failing(ssl.SSLObject):
+        pass
+
+    def fail(self, *args):
+        if armed:
+            raise armed.pop()
+        return getattr(ssl.SSLObject, method)(self, *args)
+
+    setattr(Failing, method, fail)
+    base = BufferedRecorder if method == "pending" else Recorder
+    server, transport, protocol = run(connect_to_echo(loop, place, client_with(Failing), base))
+    armed.append(exception)
+    transport.write(b"data")
+    if method == "unwrap":
+        transport.close()
+    lost = run_until_lost(run, protocol, exception)
+    assert not armed
+    assert isinstance(lost, ConnectionAbortedError if issubclass(exception, INTERRUPTS) else exception)
+    assert protocol.log.count("lost") == 1 and protocol.log[-1] == "lost"
+    assert [type(each) for each in errors.exceptions()] == [Boom] * (exception is Boom)
+    errors.take()
+    run(end(server, place))
+
+
+def _name_of(callback):
+    return type(getattr(callback, "__self__", None)).__name__, getattr(callback, "__name__", None)
+
+
+@pytest.fixture
+def fail_at(loop, monkeypatch):
+    """fail_at(step, exception): the loop fails once when it is asked to call a transport's method of that name."""
+    armed = []
+
+    def wrapped(name):
+        real = getattr(loop, name)
+
+        def method(*args, **kwargs):
+            callback = args[name == "call_later"]
+            if armed and _name_of(callback) == armed[0][0]:
+                raise armed.pop()[1]
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(loop, name, method)
+
+    wrapped("call_soon")
+    wrapped("call_later")
+
+    def fail_at(step, exception):
+        owner = "StreamTransport" if step == "close" else "SSLStreamTransport"
+        armed[:] = [((owner, step), exception)]
+
+    yield fail_at
+    assert not armed
+
+
+@ANY_FAILURE
+def test_what_fails_before_the_handshake_fails_the_connection(loop, meet, run, errors, fail_at, exception):
+    fail_at("_check_handshake_timeout", exception())
+
+    async def connect():
+        connecting, _ = await meet(Recorder, "client", tls.authority().context_client())
+        connectings.append(connecting)
+        await asyncio.wait([connecting])
+
+    connectings = []
+    interrupts = issubclass(exception, INTERRUPTS)
+    with pytest.raises(exception) if interrupts else contextlib.nullcontext():
+        run(connect())
+        run(asyncio.sleep(0.02))
+
+    async def outcome():
+        with pytest.raises(ConnectionAbortedError if interrupts else exception):
+            await connectings[0]
+
+    run(outcome())
+    assert [type(each) for each in errors.exceptions()] == [Boom] * (exception is Boom)
+    errors.take()
+
+
+@ANY_FAILURE
+@pytest.mark.parametrize("step", ["_resume", "_check_shutdown_timeout", "close"])
+def test_whatever_fails_in_a_change_of_state_ends_the_connection(
+    loop, secure, role, run, errors, fail_at, step, exception
+):
+    """Here: what the loop is asked for. Where a signal arrives is nobody's choice."""
+    interrupts = issubclass(exception, INTERRUPTS)
+    w = run(secure(role=role))
+    fail_at(step, exception())
+    if step == "_resume":
+        w.transport.pause_reading()
+        w.transport.resume_reading()
+    elif step == "_check_shutdown_timeout":
+        w.transport.close()
+    lost = run_until_lost(run, w.protocol, exception, w.say_goodbye if step == "close" else None)
+    assert isinstance(lost, ConnectionAbortedError if interrupts else exception)
+    assert w.protocol.log.count("lost") == 1 and w.protocol.log[-1] == "lost"
+    assert [type(each) for each in errors.exceptions()] == [Boom] * (exception is Boom)
+    errors.take()
+
+
+# --------------------------------------------------------------------------
+# Callbacks that run the loop, as nest_asyncio lets them
+
+
+@pytest.fixture
+def asyncios_refusals(monkeypatch):
+    """asyncio does not call a reader whose callback runs the loop, and says so each time; pytest would keep that."""
+    monkeypatch.setattr(asyncio.log.logger, "disabled", True)
+
+
+def run_within(loop, condition, limit_s=3):
+    end_at = loop.time() + limit_s
+    while not condition():
+        assert loop.time() < end_at, "the loop that runs in a callback does not go on"
+        loop.call_later(0.01, lambda: None)
+        loop._run_once()
+
+
+@BOTH_LAYERS
+@pytest.mark.parametrize("base", [Recorder, BufferedRecorder])
+async def test_a_callback_may_run_the_loop_until_more_has_come(loop, secure, role, base, asyncios_refusals):
+    pieces = [pattern(size, seed=size) for size in (10, 40_000, 1000, 300_000)]
+    ends = [sum(map(len, pieces[: number + 1])) for number in range(len(pieces))]
+
+    def wait_for_more(protocol, _):
+        if len(protocol.data) in ends[:-1]:
+            number = ends.index(len(protocol.data)) + 1
+            loop.call_soon(protocol.transport.write, b"more, please")
+            loop.create_task(w.send(pieces[number]))
+            run_within(loop, lambda: len(protocol.data) >= ends[number])
+
+    w = await secure(recorder(base, **{"data_received" if base is Recorder else "buffer_updated": wait_for_more}), role)
+    await w.send(pieces[0])
+    whole = b"".join(pieces)
+    assert await w.protocol.received(len(whole)) == whole
+    w.transport.write(b"goes on")
+    assert await w.receive(3 * 12 + 7) == 3 * b"more, please" + b"goes on"
+
+
+@BOTH_LAYERS
+async def test_a_callback_may_run_the_loop_for_another_connection(loop, place, asyncios_refusals):
+    def ask_onward(protocol, data):
+        if data == b"onward":
+            async def ask():
+                transport, onward = await place.connect(
+                    loop, Recorder, ssl=tls.authority().context_client(), server_hostname="localhost"
+                )
+                transport.write(b"question")
+                answers.append(await onward.received(8))
+                transport.abort()
+                await onward.lost
+
+            task = loop.create_task(ask())
+            run_within(loop, task.done)
+        protocol.transport.write(data)
+
+    answers = []
+    server = await place.serve(loop, recorder(data_received=ask_onward), ssl=tls.authority().context_server())
+    transport, protocol = await place.connect(
+        loop, Recorder, ssl=tls.authority().context_client(), server_hostname="localhost"
+    )
+    transport.write(b"onward")
+    assert await protocol.received(6) == b"onward"
+    assert answers == [b"question"]
+    await end(server, place, protocol)
+
+
+@BOTH_LAYERS
+async def test_input_that_comes_while_a_callback_in_the_handshake_runs_the_loop_is_not_lost(
+    loop, meet, asyncios_refusals
+):
+    def wait(*_):
+        # Ignored in TLS 1.3, for the sake of what stands between (RFC 8446 appendix D.4).
+        sock.send(b"\x14\x03\x03\x00\x01\x01")
+        for _ in range(5):
+            loop.call_soon(int)
+            loop._run_once()
+        waited.append(True)
+
+    waited = []
+    context = tls.authority().context_server(version=tls.TLS_1_3, ktls=False)
+    context.sni_callback = wait
+    connecting, sock = await meet(Recorder, "server", context)
+    peer = TLSPeer(loop, sock, tls.authority().context_client(), False, "localhost")
+    await peer.handshake()
+    transport, protocol = await connecting
+    assert waited
+    await peer.send(b"data")
+    assert await protocol.received(4) == b"data"
+    transport.abort()
+    await protocol.lost
+
+
+@BOTH_LAYERS
+@pytest.mark.parametrize("base", [Recorder, BufferedRecorder])
+async def test_a_protocol_that_is_replaced_in_its_callback_may_be_freed_there(loop, place, base):
+    """The layer above, too, in the middle of a delivery to it."""
+
+    def replace(protocol, _):
+        transport = protocol.transport
+        protocol.transport = protocol.made = None
+        place.accepted.remove(protocol)
+        transport.set_protocol(later)
+        transports.append(transport)
+
+    later, transports = Recorder(), []
+    name = "data_received" if base is Recorder else "buffer_updated"
+    server = await place.serve(loop, recorder(base, **{name: replace}), ssl=tls.authority().context_server())
+    transport, protocol = await place.connect(
+        loop, Recorder, ssl=tls.authority().context_client(), server_hostname="localhost"
+    )
+    transport.write(b"first")
+    await helpers.eventually(lambda: transports)
+    transport.write(b"then")
+    assert await later.received(4) == b"then"
+    transports.pop().abort()
+    await later.lost
+    await end(server, place, protocol)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the TLS of 3.10 does not nest")
+@pytest.mark.parametrize("within_tls", [False, True], ids=["tcp", "tls"])
+@BOTH_LAYERS
+async def test_tls_that_another_protocol_replaces_in_a_callback_of_its_own_may_be_freed_there(
+    loop, place, within_tls
+):
+    """The layer is in the middle of a delivery when the transport below lets go of it."""
+    both = await Below().begin(loop, place, within_tls)
+    layer = weakref.ref(both.transport)
+
+    def replace(data):
+        both.below.set_protocol(later)
+        both.transport = both.protocol.transport = both.protocol.made = None
+        gc.collect()
+
+    later = Recorder()
+    both.protocol.data_received = replace
+    both.other_transport.write(pattern(300_000))
+    await helpers.eventually(lambda: both.transport is None)
+    await helpers.eventually(lambda: gc.collect() is not None and layer() is None)
+    both.below.abort()
+    await later.lost
+    await both.other.lost
+    both.server.close()
+
+
+# --------------------------------------------------------------------------
+# Calls that no program should make
+
+
+async def test_a_transport_is_made_once(loop, secure, place):
+    w = await secure()
+    for thing in (w.transport,):
+        kind = type(thing)
+        with pytest.raises(TypeError):
+            kind.__new__(kind)
+        with contextlib.suppress(TypeError):
+            thing.__init__(thing._engine, None, Recorder(), None)
+    w.transport.write(b"goes on")
+    assert await w.receive(7) == b"goes on"
+
+
+@pytest.mark.parametrize("call", ["data_received", "feed_early"])
+async def test_a_layer_takes_bytes_only(loop, secure, call):
+    w = await secure()
+    for nonsense in (5, None, "text", [b"list"]):
+        with pytest.raises(TypeError):
+            getattr(w.transport, call)(nonsense)
+    getattr(w.transport, call)(bytearray())
+    await w.forget_records()
+    w.transport.data_received(bytearray(w.tls.sealed(b"any bytes")))
+    assert await w.protocol.received(9) == b"any bytes"
+
+
+def test_connections_leave_no_references_in_openssl():
+    """A reference count is an int: one that grows with each connection overflows one day."""
+    code = """
+import ctypes, gc, ssl
+made, real = [], ssl.MemoryBIO
+ssl.MemoryBIO = lambda: made.append(real()) or made[-1]
+from aiouringnet.tls import openssl
+ssl.MemoryBIO = real
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+def numbers(bio):
+    address = ctypes.c_void_p.from_address(id(bio) + object.__basicsize__).value
+    return [ctypes.c_int.from_address(address + offset).value for offset in range(0, 128, 4)]
+
+openssl.make_records(context, False, "localhost")
+before = [numbers(bio) for bio in made]
+for _ in range(10):
+    openssl.make_records(context, False, "localhost")
+gc.collect()
+assert made and [numbers(bio) for bio in made] == before
+"""
+    if openssl_why_not():
+        pytest.skip("OpenSSL's functions cannot be called here")
+    done = helpers.run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def openssl_why_not():
+    import aiouringnet.tls
+
+    return aiouringnet.tls.why_not_openssl()
