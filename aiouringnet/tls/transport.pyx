@@ -162,7 +162,7 @@ cdef class SSLStreamTransport(Layer):
     cdef object handshake_timeout_s, shutdown_timeout_s
     cdef object started_at          # in debug mode, when the handshake started
     cdef object __weakref__
-    cdef dict __dict__
+    cdef dict __dict__              # attributes of the application's own, as on asyncio's transports
 
     # state
     cdef int state
