@@ -55,7 +55,7 @@ def test_a_patched_loop_is_of_a_subclass_with_the_same_name(make_loop):
 
 
 @one_engine
-@pytest.mark.parametrize("name", [*METHODS, "run_forever"])
+@pytest.mark.parametrize("name", [*METHODS, "run_forever", "close"])
 def test_patched_methods_look_like_the_originals(make_loop, name):
     stock, loop = make_loop(patched=False), make_loop()
     theirs, ours = getattr(stock, name), getattr(loop, name)

@@ -135,7 +135,7 @@ def _methods(base):
     if not hasattr(base, "_ensure_fd_no_transport"):
         # A loop that does not look at asyncio's table of transports: it would not know of ours.
         methods |= {name: _refusing(base, name) for name in WATCHING if hasattr(base, name)}
-    return {"run_forever": _run_forever(base), **methods}
+    return {"run_forever": _run_forever(base), "close": _close(base), **methods}
 
 
 def _refusing(base, name):
@@ -174,6 +174,18 @@ def _run_forever(base):
                 engine.flush()
 
     return run_forever
+
+
+def _close(base):
+    @functools.wraps(base.close)
+    def close(self):
+        engine = active_engine(self)
+        loops_own(self, "close")()
+        # It ends with the loop's entry for it, unless something keeps that: an exception whose traceback is kept, say.
+        if engine is not None:
+            engine.close()
+
+    return close
 
 
 # --------------------------------------------------------------------------

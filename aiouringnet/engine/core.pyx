@@ -904,19 +904,18 @@ cdef class Listener(Handle):
         try:
             conn = socket.socket(self.family, self.kind | SOCK_NONBLOCK, self.proto, fileno=fd)
             self.on_accept(conn, name_of(address, size))
-        except (SystemExit, KeyboardInterrupt) as exc:
-            if conn is None:
-                c_close(fd)
-            self.engine.interrupted(exc)
         except BaseException as exc:
             if conn is None:
                 c_close(fd)
             else:
                 conn.close()
-            self.engine.report({
-                "message": "Error on transport creation for incoming connection",
-                "exception": exc,
-            })
+            if isinstance(exc, (SystemExit, KeyboardInterrupt)):
+                self.engine.interrupted(exc)
+            else:
+                self.engine.report({
+                    "message": "Error on transport creation for incoming connection",
+                    "exception": exc,
+                })
 
     cdef int accept_ready(self) noexcept:
         """Accept what waits at the non-blocking socket; 0, MORE_WAITS, or the errno that ended it.
