@@ -51,6 +51,7 @@ from aiouringnet.engine.readiness cimport (
 
 import logging
 import socket
+import sys
 from asyncio import SendfileNotAvailableError, _get_running_loop
 from asyncio.trsock import TransportSocket
 from os import fsdecode, fsencode, strerror
@@ -88,6 +89,8 @@ cdef extern from *:
     unsigned long airn_thread_id() noexcept nogil
     long long airn_now_ns() noexcept nogil
     PyObject* airn_context() noexcept
+    int PyContext_Enter(object) except -1
+    int PyContext_Exit(object) except -1
 
 cdef extern from "pthread.h" nogil:
     int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil)
@@ -203,6 +206,9 @@ cdef enum:
     GATHER_NEVER
 
 cdef object logger = logging.getLogger("asyncio")
+# A program that imports it runs loops within callbacks.
+cdef str NEST_ASYNCIO = "nest_asyncio"
+cdef dict modules = sys.modules
 cdef dict GATHERING = {"auto": GATHER_AUTO, "always": GATHER_ALWAYS, "never": GATHER_NEVER}
 
 
@@ -907,8 +913,9 @@ cdef class Listener(Handle):
         except BaseException as exc:
             if conn is None:
                 c_close(fd)
-            else:
+            elif self.engine.transports.get(fd) is None:
                 conn.close()
+            # Else an interrupt has come just after the transport was made: it goes on, or dies and closes the socket.
             if isinstance(exc, (SystemExit, KeyboardInterrupt)):
                 self.engine.interrupted(exc)
             else:
@@ -1103,7 +1110,22 @@ cdef class Waker:
         self.engine.check()
         self.engine.on_wake()
         if not self.engine.flush_scheduled:
-            self.engine.run_pass()
+            self.run_outside_context()
+
+    cdef int run_outside_context(self) except -1:
+        """A pass, in which the loop may be run again, and call this again in the same context.
+
+        Each callback enters its connection's context anyway.
+        """
+        cdef PyObject* context = airn_context()
+        if context == NULL:
+            return self.engine.run_pass()
+        own = <object>context
+        PyContext_Exit(own)
+        try:
+            return self.engine.run_pass()
+        finally:
+            PyContext_Enter(own)
 
     def __del__(self):
         self.engine.close()
@@ -1341,8 +1363,10 @@ cdef class Engine:
             return False
         if self.gathering == GATHER_NEVER:
             return True
-        if self.depth and not self.is_nested():
-            return False  # the pass sends at its end
+        if self.depth:
+            if not self.is_nested():
+                return False  # the pass sends at its end
+            self.need_pass()  # the loop that runs in a callback is to find us
         return not self.company or not self.flush_scheduled and airn_now_ns() - self.fed_ns > COMPANY_NS
 
     # --- calls from noexcept code into Python -------------------------------
@@ -1486,7 +1510,7 @@ cdef class Engine:
         cdef PyObject* entered = self.entered
         if self.closed:
             return 0
-        if self.depth:
+        if not self.nests and (self.depth or NEST_ASYNCIO in modules):
             self.nests = True
         self.depth += 1
         self.pass_context = self.entered = airn_context()
