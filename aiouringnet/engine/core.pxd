@@ -306,6 +306,8 @@ cdef class Engine:
     cdef void flush_direct(self) noexcept
     cdef list take_dirty(self)
     cdef void give_back(self, list batch) noexcept
+    cdef object set_guard(self)
+    cdef void cancel_guard(self, object handle) noexcept
     cdef void leave(self) noexcept
     cdef void resync_all(self) noexcept
     cdef void watch(self, int fd) except *

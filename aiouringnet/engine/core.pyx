@@ -1526,10 +1526,10 @@ cdef class Engine:
                 (<Stream>stream).resyncing = True
                 (<Stream>stream).spent = False
             self.later.clear()
-        if self.nests and not self.flush_scheduled:
-            # A callback may run the loop, which then must find us.
-            self.schedule()
+        guard = self.set_guard() if self.nests else None
         self.work()
+        if guard is not None:
+            self.cancel_guard(guard)
         if self.fed:
             self.company = self.fed > 1
             if self.company:
@@ -1544,6 +1544,24 @@ cdef class Engine:
                 self.schedule()
             raise exception
         return 0
+
+    cdef object set_guard(self):
+        """What a loop that a callback runs finds, and so finds us: the watch is quiet while a pass runs."""
+        try:
+            return self.loop.call_soon(self._guard)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.interrupted(exc)
+        return None
+
+    def _guard(self):
+        if self.depth:
+            self.run_pass()
+
+    cdef void cancel_guard(self, object handle) noexcept:
+        try:
+            handle.cancel()
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.interrupted(exc)
 
     @final
     cdef void leave(self) noexcept:

@@ -1303,7 +1303,9 @@ cdef class Ring(Engine):
             c_close(self.event_fd)
             self.ring_up = self.send_ring_up = False
             return
-        if self.thread_id == current_thread() or not self.deferred:
+        if self.refused:
+            clean = not self.live
+        elif self.thread_id == current_thread() or not self.deferred:
             clean = self.drain()
         else:
             # SINGLE_ISSUER: only its own thread may enter.  What has been
