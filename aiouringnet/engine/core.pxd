@@ -159,6 +159,7 @@ cdef class Stream(Handle):
     cdef void put_back(self, const char* data, Py_ssize_t size) noexcept
     cdef void hold_rest(self) noexcept
     cdef int write(self, object owner, const char* data, size_t size) except -1
+    cdef void before_push(self) noexcept
     cdef void kick(self) noexcept
     cdef void send_now(self) noexcept
     cdef void shutdown_write(self) noexcept
@@ -324,6 +325,8 @@ cdef class Engine:
     cdef bint sends_direct(self) noexcept
     cdef void poll_sends(self) noexcept
     cdef void push_sends(self) noexcept
+    cdef void await_send(self, Stream stream) noexcept
+    cdef void finish_sends(self) noexcept
     cdef void on_urgent(self) noexcept
     cdef void on_wake(self) noexcept
     cdef void quiet(self) noexcept

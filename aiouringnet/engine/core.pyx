@@ -518,14 +518,18 @@ cdef class Stream(Handle):
 
     cdef int write(self, object owner, const char* data, size_t size) except -1:
         """Queue `size` > 0 bytes at `data`, which lie in the bytes object `owner`."""
+        self.before_push()
         self.push(owner, data, size)
         self.kick()
         return 0
 
-    cdef void kick(self) noexcept:
-        """See that what was pushed gets sent."""
+    cdef void before_push(self) noexcept:
+        """The send before may have ended unnoticed, and what is queued next is none of it."""
         if self.sending and not self.urgent:
             self.engine.poll_sends()
+
+    cdef void kick(self) noexcept:
+        """See that what was pushed gets sent."""
         if self.sending:
             self.expect_sent()
         elif self.dirty:
@@ -642,6 +646,8 @@ cdef class Stream(Handle):
         """Somebody looks at what is queued, or may use the socket: it goes now, as far as the socket takes it."""
         if self.sending:
             self.engine.poll_sends()
+        if self.sending:
+            self.engine.await_send(self)
         if self.count and not self.sending and not self.closed:
             self.send_direct()
 
@@ -1588,6 +1594,7 @@ cdef class Engine:
         """
         if not self.closed and not self.forked() and not self.depth and self.on_own_thread():
             self.depth = 1
+            self.finish_sends()
             self.flush_direct()
             self.leave()
 
@@ -1819,6 +1826,12 @@ cdef class Engine:
 
     cdef void push_sends(self) noexcept:
         """What was submitted goes now."""
+
+    cdef void await_send(self, Stream stream) noexcept:
+        """Wait a moment for a send that needs no longer, where another thread does it."""
+
+    cdef void finish_sends(self) noexcept:
+        """The loop stands still from now on: what waits behind a send that is about to end is to follow it."""
 
     cdef void on_urgent(self) noexcept:
         """Somebody waits for a send to end: its completion must wake the loop."""

@@ -121,6 +121,11 @@ cdef enum:
 
 
 cdef enum:
+    # A poller sends within microseconds what a socket takes; for one that is full the end of a run does not wait.
+    AWAIT_TRIES = 500
+    AWAIT_US = 20
+    FINISH_TRIES = 40
+    FINISH_WAIT_US = 50
     DRAIN_MS = 1000     # how long the end of a ring waits for the end of its operations
     ASK_AGAIN_MS = 100  # until those left are cancelled once more: the kernel may have been about to try them again
 
@@ -1210,6 +1215,36 @@ cdef class Ring(Engine):
         # Refused now and then: the pass that submit_send() has scheduled tries again.
         if self.send_ring_up and not self.forked():
             io_uring_submit(&self.send_ring)
+
+    cdef void await_send(self, Stream stream) noexcept:
+        cdef int tries
+        cdef pollfd state
+        if not self.send_ring_up:
+            return
+        io_uring_submit(&self.send_ring)
+        state.fd = stream.fd
+        state.events = POLLOUT
+        for tries in range(AWAIT_TRIES):
+            self.poll_sends()
+            if (<RingStream>stream).send_tag != TAG_SEND or poll(&state, 1, 0) != 1:
+                break  # it has ended, or the socket is full
+            with nogil:
+                usleep(AWAIT_US)
+
+    cdef void finish_sends(self) noexcept:
+        cdef int tries
+        if not self.send_ring_up:
+            return
+        io_uring_submit(&self.send_ring)
+        for tries in range(FINISH_TRIES):
+            self.reap_sends()
+            for handle in self.live:
+                if isinstance(handle, RingStream) and (<RingStream>handle).send_tag == TAG_SEND:
+                    break
+            else:
+                break
+            with nogil:
+                usleep(FINISH_WAIT_US)
 
     cdef void flush_output(self) noexcept:
         """Send what was written: directly for few streams, through the ring for many."""

@@ -418,6 +418,7 @@ cdef class StreamTransport(Sink):
             self.on_write_after_loss()
             return
         self.engine.check()
+        self.stream.before_push()
         for item in owned:
             if PyBytes_CheckExact(item):
                 self.stream.push(item, PyBytes_AS_STRING(item), PyBytes_GET_SIZE(item))
