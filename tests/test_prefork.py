@@ -47,6 +47,7 @@ class Says(asyncio.Protocol):
         self.word = word
 
     def connection_made(self, transport):
+        self.transport = transport
         transport.write(self.word)
         transport.close()
 
