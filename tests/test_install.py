@@ -291,8 +291,9 @@ def test_pip_shows_the_sentence(tmp_path):
 ELSEWHERE = "import sys; sys.platform = 'darwin'\n"
 
 BUILD_ELSEWHERE = f"""
-import setuptools.build_meta, sys
+import setuptools.build_meta, sys, sysconfig
 sys.modules["Cython"] = None
+sysconfig.get_config_vars()  # while this Python still finds them under its platform's name
 {ELSEWHERE}
 setuptools.build_meta.build_wheel(sys.argv[1])
 """

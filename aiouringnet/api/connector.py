@@ -216,6 +216,7 @@ class Connector:
         backlog=100,
         ssl_handshake_timeout=None,
         ssl_shutdown_timeout=None,
+        context=None,
     ):
         sock.setblocking(False)
         if self._debug:
@@ -227,8 +228,9 @@ class Connector:
             accept = functools.partial(self._accept_tls, protocol_factory, server, sslcontext, timeouts)
         else:
             accept = functools.partial(self._accept, protocol_factory, server)
-        # Each connection sees the context variables of whoever let the server serve, and sets its own, as in asyncio.
-        context = contextvars.copy_context()
+        # Each connection sees the context variables of whoever let the server serve, or made it (since Python 3.15),
+        # and sets its own, as in asyncio.
+        context = contextvars.copy_context() if context is None else context
 
         def accept_in_context(conn, peername):
             context.copy().run(accept, conn, peername)
