@@ -118,6 +118,8 @@ async def test_what_one_callback_writes_leaves_in_one_send(loop, wire):
 
 @pytest.mark.matrix(sqpoll=True)
 async def test_what_a_task_writes_in_one_iteration_leaves_in_one_send(loop, wire):
+    """Where gathering is asked for; else a connection that is alone sends at once."""
+    aiouringnet.patch_loop(loop, gather="always")
     w = await wire()
     since = Since(loop)
     for number in range(1, 11):
@@ -160,12 +162,12 @@ async def test_what_tasks_that_data_woke_write_leaves_in_one_send(loop, endpoint
 
 
 @pytest.mark.matrix(debug=False, sqpoll=True)
-async def test_bulk_is_sent_at_once(loop, wire, case):
-    """While it is in the cache, not when the pass ends; except that with a poller it is the poller's work."""
+async def test_bulk_is_sent_at_once(loop, wire):
+    """While it is in the cache, not when the pass ends; with a poller it is handed to that."""
     w = await wire()
     since = Since(loop)
     w.transport.write(pattern(65536))
-    assert since.sends() == (0 if case.sqpoll else 1)
+    assert since.sends() == 1
     assert await w.receive(65536) == pattern(65536)
 
 

@@ -136,6 +136,8 @@ cdef class Stream(Handle):
     cdef flag resyncing             # in engine.resync
     cdef flag readable              # direct reads stopped before the socket was empty
     cdef flag spent                 # its read_budget of this pass: in engine.later
+    cdef long long burst_ns         # when the first of the last writes that left at once was made, and their number
+    cdef unsigned char written
     cdef unsigned int taken_in      # the pass in which `taken` bytes were delivered
     cdef unsigned int taken
     cdef flag thorough              # a short read may leave something behind: direct reads go on until EAGAIN
@@ -247,6 +249,9 @@ cdef class Engine:
     cdef int unchecked              # work since the clock was looked at
     cdef bint over                  # the pass has used up its time: what is left is for the next one
     cdef unsigned int fed           # streams that have got data in this pass
+    # A poller hands over one stream's data at a time: several have company if another was the one before
+    cdef bint by_turns
+    cdef void* last_fed             # for comparison only
     cdef bint company               # the last pass with data had it for several: gathering pays
     cdef long long fed_ns           # when that pass ended
     cdef int gathering              # GATHER_*
@@ -295,7 +300,7 @@ cdef class Engine:
     cdef bint forked(self) noexcept
     cdef bint out_of_time(self, size_t size) noexcept
     cdef bint account(self, Stream stream, size_t size) noexcept
-    cdef bint sends_now(self) noexcept
+    cdef bint sends_now(self, Stream stream) noexcept
     # From noexcept code into Python
     cdef void soon(self, object callback, object context=*, object argument=*) noexcept
     cdef void report(self, dict context) noexcept

@@ -197,6 +197,10 @@ cdef enum:
     CLOCK_EVERY = 8
     BYTES_OF_WORK = 14  # bytes received that count as much as a completion, as a power of two
     TRIES = 3           # of a call into Python that an interrupt has hit
+    # So many writes of a stream leave at once within so many nanoseconds, as with a response's head and body; more of
+    # them are gathered.
+    WRITES_AT_ONCE = 4
+    BURST_NS = 1000000
     # For so long after several connections have got data their answers are gathered, in nanoseconds.
     COMPANY_NS = 5000000
 
@@ -535,19 +539,18 @@ cdef class Stream(Handle):
         elif self.dirty:
             if self.queued >= DIRECT_SEND_BYTES and self.engine.sends_direct():
                 self.send_direct()
-        elif (self.queued >= DIRECT_SEND_BYTES or self.engine.sends_now()) and self.file is None:
+        elif (self.queued >= DIRECT_SEND_BYTES or self.engine.sends_now(self)) and self.file is None:
             self.send_now()
         else:
             self.engine.mark_dirty(self)
 
     cdef void send_now(self) noexcept:
+        self.written = min(self.written + 1, WRITES_AT_ONCE)
         if self.engine.sends_direct():
             self.send_direct()
-        elif self.engine.sends_now():
+        else:
             self.submit_send()
             self.engine.push_sends()
-        else:
-            self.engine.mark_dirty(self)
 
     cdef void push(self, object owner, const char* data, size_t size) except *:
         cdef Chunk* chunk
@@ -1358,13 +1361,14 @@ cdef class Engine:
         self.soon(self._flush)
 
     @final
-    cdef bint sends_now(self) noexcept:
-        """Whether a write is to leave at once.
+    cdef bint sends_now(self, Stream stream) noexcept:
+        """Whether a write to `stream` is to leave at once.
 
         Gathering pays where several connections have just got something to
-        answer.  With one, and whenever it is not known who else will write,
-        the answer is on its way while Python goes on.
+        answer, and where one writes piece by piece.  Else, and whenever it is
+        not known who else will write, it is on its way while Python goes on.
         """
+        cdef long long now
         if self.gathering == GATHER_ALWAYS:
             return False
         if self.gathering == GATHER_NEVER:
@@ -1373,7 +1377,13 @@ cdef class Engine:
             if not self.is_nested():
                 return False  # the pass sends at its end
             self.need_pass()  # the loop that runs in a callback is to find us
-        return not self.company or not self.flush_scheduled and airn_now_ns() - self.fed_ns > COMPANY_NS
+        now = airn_now_ns()
+        if self.company and (self.flush_scheduled or now - self.fed_ns <= COMPANY_NS):
+            return False
+        if now - stream.burst_ns > BURST_NS:
+            stream.burst_ns = now
+            stream.written = 0
+        return stream.written < WRITES_AT_ONCE
 
     # --- calls from noexcept code into Python -------------------------------
 
@@ -1478,6 +1488,9 @@ cdef class Engine:
         if size:
             if stream.taken == 0:
                 self.fed += 1
+                if self.by_turns and self.last_fed != <void*>stream:
+                    self.fed = 2
+                self.last_fed = <void*>stream
             stream.taken += <unsigned int>size
         return stream.taken >= self.read_budget
 

@@ -40,15 +40,16 @@ cdef class Readiness:
 
     def __dealloc__(self):
         self.close()
-        while self.next < self.end:
-            Py_XDECREF(self.handles[self.next])
-            self.next += 1
         free(self.slots)
 
     cdef void close(self) noexcept:
         if self.epoll_fd >= 0:
             c_close(self.epoll_fd)
             self.epoll_fd = -1
+        # Handles lead back here, on a way that the garbage collector does not see.
+        while self.next < self.end:
+            self.next += 1
+            Py_XDECREF(self.handles[self.next - 1])
 
     cdef int register(self, object handle, int fd, unsigned int events) noexcept:
         cdef Slot* slot

@@ -803,6 +803,7 @@ cdef class Ring(Engine):
         self.buffer_size = options.buffer_size
         self.buffer_count = options.buffer_count
         self.direct_limit = 0 if self.sqpoll else 1
+        self.by_turns = self.sqpoll
         self.refused = 0
         if not self.sqpoll:
             # With a poller it is the poller that encrypts.

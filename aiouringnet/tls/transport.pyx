@@ -1711,7 +1711,7 @@ cdef class SSLStreamTransport(Layer):
                     # What came in small pieces goes on in small pieces: no runt behind a full record.
                     self.encrypt(size < RECORD_BYTES)
                 if self.queued and not self.gathering:
-                    if self.engine.sends_now():
+                    if self.stream is not None and self.engine.sends_now(self.stream.stream):
                         self.encrypt()
                     else:
                         self.engine.mark_layer(self)
