@@ -46,6 +46,7 @@ async def test_a_write_is_on_its_way_while_the_program_goes_on(loop, wire):
         assert w.receive_at_once() == message
         w.transport.writelines([b"and ", b"more"])
         assert w.receive_at_once() == b"and more"
+        await asyncio.sleep(0.002)  # many writes within a millisecond would be gathered
 
 
 async def test_what_a_stream_writer_has_drained_is_on_its_way(loop, endpoint):
