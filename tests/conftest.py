@@ -36,6 +36,9 @@ Options of the test command
         lets the suite, as root, forbid io_uring on the whole machine for an instant, by the sysctl
         kernel.io_uring_disabled. What uses io_uring there meanwhile fails, and if the suite is killed the sysctl
         stays: for machines that have nothing else to do, like those behind --kernel-runner, where it is given.
+    --whole-suites
+        runs other projects' suites whole, not just what of them uses the network;
+        see test_other_suites.py.
     --patience FACTOR
         lets each test take so much longer before it counts as hung, where programs
         are slow: under the sanitizer, in a virtual machine.
@@ -85,7 +88,7 @@ import aiouringnet.tls
 CALL_LIMIT_S = 30
 HARD_LIMIT_EXTRA_S = 30
 
-TAKES_MINUTES = ("test_kernels.py", "test_sanitizer.py", "test_install.py")
+TAKES_MINUTES = ("test_kernels.py", "test_sanitizer.py", "test_install.py", "test_other_suites.py")
 
 _stderr_fd = None
 
@@ -106,6 +109,7 @@ def pytest_addoption(parser):
         help="let the sysctl kernel.io_uring_disabled be 2 for an instant, on the whole machine",
     )
     group.addoption("--ktls", action="store_true", help="have every TLS test ask for kernel TLS, which must be there")
+    parser.addoption("--whole-suites", action="store_true", help="run other projects' test suites whole")
     parser.addoption("--patience", type=float, default=1, metavar="FACTOR", help="let each test take so much longer")
 
 
@@ -154,7 +158,7 @@ def pytest_report_header():
 def pytest_terminal_summary(terminalreporter):
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
-            if report.when == "call" and name == "other kernel":
+            if report.when == "call" and name in ("other kernel", "failed once"):
                 terminalreporter.write_line(value)
 
 

@@ -2,14 +2,12 @@
 
 import functools
 import importlib.util
-import json
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import helpers
 import pytest
+import suites
 
 LIMIT_S = 120
 TESTS = importlib.util.find_spec("test") and importlib.util.find_spec("test.test_asyncio")
@@ -65,54 +63,30 @@ pytestmark = [
 
 
 def run_module(module, mode, **env):
-    """Maps each test's id to how it ended and why; says which engines ran, and what served TLS."""
+    left_out = [f"test.test_asyncio.{name}" for name in EXCLUDED]
+    arguments = ["unittest", f"test.test_asyncio.{module}", *left_out]
     with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder, "results")
-        runner = Path(__file__).with_name("cpython_runner.py")
-        left_out = [f"test.test_asyncio.{name}" for name in EXCLUDED]
-        done = subprocess.run(
-            [sys.executable, runner, results, str(LIMIT_S), mode, f"test.test_asyncio.{module}", *left_out],
-            cwd=folder,
-            env=helpers.child_env(**env),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_S + 10,
+        return suites.run(
+            sys.executable, mode, *arguments, cwd=folder, limit_s=LIMIT_S, env=helpers.child_env(**env)
         )
-        lines = results.read_text().splitlines() if results.exists() else []
-    ended, engines, tls = {}, None, {}
-    for line in map(json.loads, lines):
-        if "engines" in line:
-            engines, tls = line["engines"], line["tls"]
-        else:
-            ended[line["test"]] = (line["how"], line["why"])
-    if engines is None:
-        # The run broke off: whatever had started and not ended is the culprit.
-        why = f"the run ended with {done.returncode}\n{done.stderr[-6000:]}"
-        ended = {test: ("broke the run", why) if how == "started" else (how, w) for test, (how, w) in ended.items()}
-        ended[module] = ("broke off", why)
-    return ended, engines or {}, tls
 
 
 @functools.cache
 def plain(module):
-    return run_module(module, "plain")[0]
+    return run_module(module, "plain")
 
 
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.matrix(base="asyncio", debug=False)
 def test_cpython_suite_fails_nowhere_that_it_does_not_fail_unpatched(case, module):
     record_engine = TLS_ENGINE[case.engine]
-    ended, engines, tls = run_module(module, "patched", AIOURINGNET_ENGINE=case.engine, AIOURINGNET_TLS=record_engine)
-    good = {"ok", "skipped", "expected failure"}
-    ours = {
-        test: why
-        for test, (how, why) in ended.items()
-        if how not in good and plain(module).get(test, ("ok",))[0] in good
-    }
-    assert not ours, "\n\n".join(f"{test}\n{why}" for test, why in ours.items())
-    missing = {test for test, (how, _) in plain(module).items() if how == "ok" and ended[test][0] != "ok"}
+    patched = run_module(module, "patched", AIOURINGNET_ENGINE=case.engine, AIOURINGNET_TLS=record_engine)
+    known = plain(module).failures()
+    ours = {test: why for test, why in patched.failures().items() if test not in known}
+    assert not ours, suites.told(ours)
+    missing = set(plain(module).how("ok")) - set(patched.how("ok"))
     assert not missing, f"these ran unpatched only: {sorted(missing)}"
     if module in CONNECTS:
-        assert set(engines) == {case.engine}, f"the loops ran on {engines}"
-    assert set(tls) == ({record_engine} if module in CONNECTS_BY_TLS else set()), f"TLS was served by {tls}"
+        assert set(patched.engines) == {case.engine}, f"the loops ran on {patched.engines}"
+    expected = {record_engine} if module in CONNECTS_BY_TLS else set()
+    assert set(patched.tls) == expected, f"TLS was served by {patched.tls}"

@@ -1,6 +1,7 @@
-"""Runs modules of CPython's own test suite, on patched loops or as they are.
+"""Runs another project's test suite, on patched loops or as they are.
 
-    python cpython_runner.py RESULTS LIMIT_S plain|patched MODULE [LEFT_OUT ...]
+    python suite_runner.py RESULTS plain|patched unittest MODULE [LEFT_OUT ...]
+    python suite_runner.py RESULTS plain|patched pytest ARGUMENT ...
 
 LEFT_OUT are ids of tests that do not run, or of classes. Each test adds a line of JSON to RESULTS when it starts and
 another when it has ended, so that the file tells how far a run came that hung
@@ -12,30 +13,42 @@ at will.
 
 import asyncio
 import collections
+import contextlib
 import faulthandler
+import gc
 import importlib
 import json
 import sys
 import unittest
 
 
-class Results(unittest.TextTestResult):
+class Results:
+    """What is written to the file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, **line):
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def test(self, test, how, why=""):
+        self.write(test=test, how=how, why=why)
+
+
+class OfUnittest(unittest.TextTestResult):
     """Notes how each test ended. A test with a failing subtest has failed."""
 
-    out = None
+    results = None
 
     def startTest(self, test):
         super().startTest(test)
         self._how, self._why = "ok", ""
-        self._write(test, "started")
+        self.results.test(test.id(), "started")
 
     def stopTest(self, test):
         super().stopTest(test)
-        self._write(test, self._how, self._why)
-
-    def _write(self, test, how, why=""):
-        self.out.write(json.dumps({"test": test.id(), "how": how, "why": why}) + "\n")
-        self.out.flush()
+        self.results.test(test.id(), self._how, self._why)
 
     def addFailure(self, test, err):
         super().addFailure(test, err)
@@ -47,7 +60,7 @@ class Results(unittest.TextTestResult):
             self._how, self._why = "failed", self.errors[-1][1]
         else:
             # setUpClass, tearDownModule and the like never start.
-            self._write(test, "failed", self.errors[-1][1])
+            self.results.test(test.id(), "failed", self.errors[-1][1])
 
     def addSubTest(self, test, subtest, err):
         super().addSubTest(test, subtest, err)
@@ -67,16 +80,53 @@ class Results(unittest.TextTestResult):
         self._how, self._why = "failed", "unexpected success"
 
 
+class OfPytest:
+    """The same, as a plugin. A test whose set-up or teardown fails has failed."""
+
+    def __init__(self, results):
+        self.results = results
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.results.test(report.nodeid, "failed", report.longreprtext)
+
+    def pytest_collection_finish(self, session):
+        # Many suites collect garbage after each test: what was imported need not be looked at again.
+        gc.collect()
+        gc.freeze()
+
+    def pytest_runtest_logstart(self, nodeid):
+        self._how, self._why = "ok", ""
+        self.results.test(nodeid, "started")
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self._how, self._why = "failed", f"{self._why}[{report.when}] {report.longreprtext}\n"
+        elif report.skipped and self._how == "ok":
+            self._how = "expected failure" if hasattr(report, "wasxfail") else "skipped"
+            self._why = str(report.longrepr)
+
+    def pytest_runtest_logfinish(self, nodeid):
+        self.results.test(nodeid, self._how, self._why)
+
+
 def patch_every_loop(engines_seen):
-    """Lets each selector loop come patched out of its constructor."""
+    """Lets each loop come patched out of its constructor: selector loops and uvloop's."""
+    patch_loops_of(asyncio.SelectorEventLoop, engines_seen)
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        patch_loops_of(uvloop.Loop, engines_seen)
+
+
+def patch_loops_of(cls, engines_seen):
     import aiouringnet
     from aiouringnet import engine as engines
 
-    original_init = asyncio.SelectorEventLoop.__init__
-    original_close = asyncio.SelectorEventLoop.close
+    original_init, original_close = cls.__init__, cls.close
 
-    def __init__(self, selector=None):
-        original_init(self, selector)
+    def __init__(self, *args, **kwargs):
+        original_init(self, *args, **kwargs)
         aiouringnet.patch_loop(self)
 
     def close(self):
@@ -85,8 +135,7 @@ def patch_every_loop(engines_seen):
             engines_seen[engine.kind] += 1
         original_close(self)
 
-    asyncio.SelectorEventLoop.__init__ = __init__
-    asyncio.SelectorEventLoop.close = close
+    cls.__init__, cls.close = __init__, close
 
 
 def count_tls(tls_seen):
@@ -125,22 +174,37 @@ def without(tests, left_out):
             yield test
 
 
-def main(results_path, limit_s, mode, module, *left_out):
-    faulthandler.dump_traceback_later(float(limit_s), exit=True)
-    engines_seen, tls_seen = collections.Counter(), collections.Counter()
-    if mode == "patched":
-        patch_every_loop(engines_seen)
-        count_tls(tls_seen)
-
+def run_unittest(results, module, *left_out):
     from test import support
 
     # No network beyond this machine; what merely takes long may run.
     support.use_resources = ["walltime", "cpu"]
     tests = unittest.defaultTestLoader.loadTestsFromModule(importlib.import_module(module))
     tests = unittest.TestSuite(without(tests, set(left_out)))
-    with open(results_path, "w") as Results.out:
-        unittest.TextTestRunner(resultclass=Results, verbosity=0).run(tests)
-        Results.out.write(json.dumps({"engines": dict(engines_seen), "tls": dict(tls_seen)}) + "\n")
+    OfUnittest.results = results
+    unittest.TextTestRunner(resultclass=OfUnittest, verbosity=0).run(tests)
+
+
+def run_pytest(results, *arguments):
+    import pytest
+
+    # What lies beside this file is another suite's.
+    del sys.path[0]
+    pytest.main(list(arguments), plugins=[OfPytest(results)])
+
+
+def main(results_path, mode, framework, *arguments):
+    # Whoever waits for this process in vain ends it by SIGABRT, and learns where it was.
+    faulthandler.enable()
+    engines_seen, tls_seen = collections.Counter(), collections.Counter()
+    if mode == "patched":
+        patch_every_loop(engines_seen)
+        count_tls(tls_seen)
+    run = {"unittest": run_unittest, "pytest": run_pytest}[framework]
+    with open(results_path, "w") as file:
+        results = Results(file)
+        run(results, *arguments)
+        results.write(engines=engines_seen, tls=tls_seen)
 
 
 if __name__ == "__main__":
