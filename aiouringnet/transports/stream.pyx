@@ -136,6 +136,7 @@ cdef class StreamTransport(Sink):
         return Transport
 
     def _begin(self, waiter):
+        self.in_context = True
         try:
             if not self.finished:
                 if self.timed:
@@ -143,6 +144,7 @@ cdef class StreamTransport(Sink):
                 else:
                     self.protocol.connection_made(self)
         finally:
+            self.in_context = False
             if waiter is None:
                 self._start_reading()
             else:
@@ -790,7 +792,8 @@ cdef class StreamTransport(Sink):
             self.stream.close()
             return
         self.stream.close()
-        self.engine.soon(self._connection_lost, self.context, exc)
+        # A context that is entered cannot be run in again, should this callback run the loop: a copy can.
+        self.engine.soon(self._connection_lost, None if self.in_context else self.context, exc)
 
     cdef void leave_table(self) noexcept:
         try:
