@@ -526,6 +526,8 @@ cdef class Stream(Handle):
         """See that what was pushed gets sent."""
         if self.sending and not self.urgent:
             self.engine.poll_sends()
+            if self.closed:
+                return  # the send that was in flight has failed, or a callback has ended the connection
         if self.sending:
             self.expect_sent()
         elif self.dirty:

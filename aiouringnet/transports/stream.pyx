@@ -136,6 +136,7 @@ cdef class StreamTransport(Sink):
         return Transport
 
     def _begin(self, waiter):
+        self.in_context = True  # by the loop
         try:
             if not self.finished:
                 if self.timed:
@@ -143,6 +144,7 @@ cdef class StreamTransport(Sink):
                 else:
                     self.protocol.connection_made(self)
         finally:
+            self.in_context = False
             if waiter is None:
                 self._start_reading()
             else:
