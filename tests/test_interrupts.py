@@ -95,7 +95,6 @@ CALLBACKS = {
 @pytest.mark.parametrize("exc_type", INTERRUPTS)
 @pytest.mark.parametrize("name", CALLBACKS)
 @pytest.mark.matrix(debug=False, sqpoll=True)
-@over("tcp")
 def test_an_interrupt_in_a_callback_comes_out_once_and_the_loop_goes_on(loop, run, wire, name, exc_type):
     base, provoke = CALLBACKS[name]
     other = run(wire())

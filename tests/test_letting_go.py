@@ -9,11 +9,14 @@ import contextlib
 import gc
 import socket
 import tempfile
+import time
+import warnings
 import weakref
 
 import helpers
 import pytest
-from helpers import pattern
+from helpers import Recorder, pattern
+from wire import over, recorder, wire  # noqa: F401
 
 MIB = 1 << 20
 CONNECTIONS = 3
@@ -497,3 +500,65 @@ def the_loop_ends_first(make_loop):
 @pytest.mark.matrix(debug=False, sqpoll=True)
 def test_a_loop_is_closed_with_connections_that_nobody_keeps(case):
     assert helpers.in_child(case, the_loop_ends_first, PYTHONWARNINGS="ignore::ResourceWarning") == "closed\n"
+
+
+# --------------------------------------------------------------------------
+# Found by random protocols
+
+
+@pytest.mark.matrix(debug=False, sqpoll=True)
+@over("tcp")
+async def test_a_write_that_finds_the_one_before_it_refused_is_dropped(loop, wire):
+    """With a poller it is another thread of the kernel's that has met the reset."""
+    for gap_s in (0, 0.002, 0.01):
+        w = await wire(Recorder)
+        w.transport.write(b"hello")
+        await w.receive(5)
+        w.reset()
+        for _ in range(3):
+            w.transport.write(b"anybody there?")
+            time.sleep(gap_s)
+        assert isinstance(await asyncio.wait_for(w.protocol.lost, 5), (ConnectionResetError, BrokenPipeError))
+
+
+@pytest.mark.matrix(debug=False, engine=(), sqpoll=True)
+async def test_connection_made_may_wait_for_what_it_has_written(loop, wire):
+    """resume_writing() comes while connection_made() is running, in its context."""
+
+    def wait(protocol, transport):
+        transport.set_write_buffer_limits(high=0)
+        transport.write(b"hello")
+        deadline = time.monotonic() + 5
+        while transport.get_write_buffer_size() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert not transport.get_write_buffer_size()
+
+    w = await wire(recorder(connection_made=wait))
+    assert await w.receive(5) == b"hello"
+    assert w.protocol.log == ["made", "pause", "resume"]
+
+
+@pytest.mark.matrix(debug=False)
+async def test_connections_that_are_collected_together_wake_a_closed_server_once(loop, endpoint):
+    """Each leaves the server's WeakSet before any of them says goodbye."""
+
+    made = []
+
+    class Paused(asyncio.Protocol):
+        def connection_made(self, transport):
+            transport.pause_reading()
+            self.transport = transport  # a cycle: for the collector
+            made.append(weakref.ref(transport))
+
+    endpoint.accepted = Forgetful()
+    server = await endpoint.serve(loop, Paused)
+    peers = [endpoint.peer() for _ in range(3)]
+    await helpers.eventually(lambda: len(made) == 3)
+    server.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        await helpers.eventually(lambda: gc.collect() is not None and not any(ref() for ref in made))
+    await asyncio.wait_for(server.wait_closed(), 5)
+    for peer in peers:
+        assert peer.recv(1) == b""
+        peer.close()

@@ -1,7 +1,7 @@
 """The compiled core under AddressSanitizer: no byte is touched that is not ours, on any path that the suite takes.
 
 The extensions are built once more with `-fsanitize=address`, in a folder of
-their own, and the tests of streams, of TLS and of reliability run on them in a process
+their own, and the tests of streams, of TLS, of reliability and random protocols run on them in a process
 where Python's objects come from malloc, so that each has its own fenced block.
 """
 
@@ -36,6 +36,8 @@ SELECTED = {
         "((asyncio-uring and not unix) or (uvloop-epoll and not tcp) or (uvloop-sqpoll and not unix))"
         " and not debug and not floods"
     ),
+    "test_letting_go.py": "asyncio-uring or uvloop-epoll or uvloop-sqpoll",
+    "test_random_protocols.py": "(asyncio-uring or uvloop-epoll or uvloop-sqpoll) and let_go",
 }
 
 

@@ -523,6 +523,8 @@ cdef class Stream(Handle):
     cdef int write(self, object owner, const char* data, size_t size) except -1:
         """Queue `size` > 0 bytes at `data`, which lie in the bytes object `owner`."""
         self.before_push()
+        if self.closed:
+            return 0  # the send that was in flight has failed, or a callback has ended the connection
         self.push(owner, data, size)
         self.kick()
         return 0

@@ -136,7 +136,7 @@ cdef class StreamTransport(Sink):
         return Transport
 
     def _begin(self, waiter):
-        self.in_context = True
+        self.in_context = True  # by the loop
         try:
             if not self.finished:
                 if self.timed:
@@ -421,6 +421,8 @@ cdef class StreamTransport(Sink):
             return
         self.engine.check()
         self.stream.before_push()
+        if self.lost:
+            return
         for item in owned:
             if PyBytes_CheckExact(item):
                 self.stream.push(item, PyBytes_AS_STRING(item), PyBytes_GET_SIZE(item))
