@@ -522,20 +522,27 @@ async def test_a_write_that_finds_the_one_before_it_refused_is_dropped(loop, wir
 
 
 @pytest.mark.matrix(debug=False, engine=(), sqpoll=True)
-async def test_connection_made_may_wait_for_what_it_has_written(loop, wire):
-    """resume_writing() comes while connection_made() is running, in its context."""
+async def test_connection_made_may_wait_for_what_it_has_written(loop, endpoint):
+    """resume_writing() does not come in the middle of it, nor is it forgotten."""
+    listener = endpoint.listener()
 
     def wait(protocol, transport):
-        transport.set_write_buffer_limits(high=0)
-        transport.write(b"hello")
-        deadline = time.monotonic() + 5
-        while transport.get_write_buffer_size() and time.monotonic() < deadline:
-            time.sleep(0.001)
+        shrink(transport)
+        transport.write(pattern(MUCH))
+        peer, _ = listener.accept()
+        received = 0
+        while received < MUCH:
+            received += len(peer.recv(1 << 16))
+            transport.get_write_buffer_size()
+        peer.close()
         assert not transport.get_write_buffer_size()
+        protocol.note("waited")
 
-    w = await wire(recorder(connection_made=wait))
-    assert await w.receive(5) == b"hello"
-    assert w.protocol.log == ["made", "pause", "resume"]
+    transport, protocol = await endpoint.connect(loop, recorder(connection_made=wait))
+    await helpers.eventually(lambda: protocol.log[-1] in ("resume", "eof", "lost"))
+    assert protocol.log[:4] == ["made", "pause", "waited", "resume"]
+    transport.abort()
+    await protocol.lost
 
 
 @pytest.mark.matrix(debug=False)

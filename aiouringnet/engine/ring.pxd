@@ -73,6 +73,7 @@ cdef class Ring(Engine):
     cdef io_uring send_ring         # with a poller: sends, whose completions rarely need to wake anybody
     cdef io_uring* sends            # one of the two
     cdef bint ring_up, send_ring_up
+    cdef bint polling               # poll_sends() is under way
     cdef readonly bint sqpoll
     cdef bint deferred              # DEFER_TASKRUN: completions are posted only while we are in the kernel
     cdef object flag_names

@@ -420,6 +420,7 @@ cdef class RingStream(Stream):
 
     cdef void on_send(self, int result) noexcept:
         cdef Ring engine = <Ring>self.engine
+        cdef bint awaited = self.awaited
         self.end_send()
         self.send_tag = 0
         if self.gather != NULL:
@@ -437,7 +438,13 @@ cdef class RingStream(Stream):
                 engine.n_short_sends += 1
                 if not self.dirty:
                     engine.mark_dirty(self)
-            self.sink.on_sent()
+            if not engine.polling:
+                self.sink.on_sent()
+            elif awaited:
+                # The pass to come calls it, or what it sends is waited for, too.
+                self.awaited = True
+                if not self.dirty:
+                    engine.mark_dirty(self)
         elif result == -EAGAIN and not engine.sqpoll:
             self.await_writable()
         elif result == -EAGAIN or result == -EINTR or result == -ENOMEM or result == -ECANCELED:
@@ -1199,8 +1206,11 @@ cdef class Ring(Engine):
     cdef void poll_sends(self) noexcept:
         if not self.send_ring_up:
             return
+        # Somebody is in the middle of a transport's method: protocols are called when a pass comes.
         self.depth += 1
+        self.polling = True
         self.reap_sends()
+        self.polling = False
         self.leave()
         if self.dirty or self.layers or self.resync:
             self.need_pass()
