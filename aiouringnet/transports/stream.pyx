@@ -502,7 +502,8 @@ cdef class StreamTransport(Sink):
         """Copy into the BufferedProtocol's buffers, as many as it takes."""
         cdef Room room
         cdef Py_ssize_t n
-        while size > 0:
+        # In a child that a callback has forked the ring's memory is not there.
+        while size > 0 and not self.engine.forked():
             if not self.stream.reading:
                 # Paused or closed between two buffers.
                 self.stream.put_back(data, size)
@@ -513,7 +514,7 @@ cdef class StreamTransport(Sink):
                 return
             protocol = self.protocol
             if not self.lend(&room, size):
-                if self.closing:
+                if self.closing or self.engine.forked():
                     return
                 if self.protocol is protocol:
                     # An interrupt: it is asked again.
@@ -521,6 +522,9 @@ cdef class StreamTransport(Sink):
                     self.engine.mark_resync(self.stream)
                     return
                 continue
+            if self.engine.forked():
+                PyBuffer_Release(&room.view)
+                return
             n = min(room.size, size)
             memcpy(room.data, data, n)
             PyBuffer_Release(&room.view)
