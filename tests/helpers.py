@@ -592,7 +592,7 @@ def in_child(case, scenario, *arguments, timeout_s=25, **env):
     """
     done = run_file(
         "scenario.py", scenario.__module__, scenario.__name__, case.base, case.engine, case.debug, case.sqpoll,
-        *arguments, timeout_s=timeout_s * patience, AIOURINGNET_ENGINE=case.engine, PYTHONMALLOC="debug", **env
+        *arguments, timeout_s=timeout_s * patience, **{"AIOURINGNET_ENGINE": case.engine, "PYTHONMALLOC": "debug", **env}
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), f"{done.returncode}: {done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done.stdout

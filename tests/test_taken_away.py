@@ -1,0 +1,238 @@
+"""What a process had when its connections began and has no more: io_uring, memory, the time to close thousands of them."""
+
+import asyncio
+import contextlib
+import errno
+import gc
+import resource
+import socket
+import time
+
+import helpers
+import pytest
+import seccomp
+from helpers import Recorder, pattern
+
+IO_URING_ENTER = 426  # on every architecture
+CONNECTIONS = 8
+
+# --------------------------------------------------------------------------
+# io_uring: a process that sandboxes itself when its server is up
+
+
+def forbid_io_uring():
+    seccomp.install([
+        (seccomp.LOAD_WORD, 0, 0, 0),
+        (seccomp.JUMP_IF_EQUAL, 0, 1, IO_URING_ENTER),
+        (seccomp.RETURN, 0, 0, seccomp.ERRNO | errno.EPERM),
+        (seccomp.RETURN, 0, 0, seccomp.ALLOW),
+    ])  # fmt: skip
+
+
+class States:
+    """Connections in whatever is under way when the ring is refused."""
+
+    def __init__(self, loop, kind):
+        self.loop = loop
+        self.endpoint = helpers.Endpoint(kind)
+
+    async def begin(self):
+        loop = self.loop
+        self.endpoint.__enter__()
+        self.server = await self.endpoint.serve(loop, Recorder)
+        self.peers = [self.endpoint.peer() for _ in range(CONNECTIONS)]
+        await helpers.eventually(
+            lambda: len(self.endpoint.accepted) == CONNECTIONS and all(p.transport for p in self.endpoint.accepted)
+        )
+        for peer in self.peers:
+            peer.setblocking(False)
+            await loop.sock_sendall(peer, b"who")
+        for protocol in self.endpoint.accepted:
+            await protocol.received(3)
+            protocol.data.clear()
+            protocol.transport.write(b"%d" % self.endpoint.accepted.index(protocol))
+        # In which order they were accepted
+        numbers = [int(await loop.sock_recv(peer, 10)) for peer in self.peers]
+        self.protocols = [self.endpoint.accepted[number] for number in numbers]
+        self.protocols[1].transport.pause_reading()
+        self.protocols[2].transport.write(pattern(1 << 22))
+        self.protocols[3].transport.write(pattern(1 << 22))
+        self.protocols[3].transport.close()
+        await loop.sock_sendall(self.peers[4], pattern(100_000))
+        await self.protocols[4].received(100_000)
+        self.protocols[4].data.clear()
+
+    async def go_on(self):
+        """Nothing is lost, and new ones are served."""
+        loop, protocols, peers = self.loop, self.protocols, self.peers
+        for number in (0, 1, 4, 5):
+            await loop.sock_sendall(peers[number], pattern(5000))
+        protocols[1].transport.resume_reading()
+        for number in (0, 1, 4, 5):
+            assert await protocols[number].received(5000) == pattern(5000)
+            protocols[number].transport.write(b"answer")
+            assert await loop.sock_recv(peers[number], 10) == b"answer"
+        for number in (2, 3):
+            data = bytearray()
+            while len(data) < 1 << 22:
+                data += await loop.sock_recv(peers[number], 1 << 20)
+            assert data == pattern(1 << 22)
+        assert await loop.sock_recv(peers[3], 1) == b""
+        assert await protocols[3].lost is None
+        transport, protocol = await self.endpoint.connect(loop, Recorder)
+        transport.write(b"new")
+        await helpers.eventually(lambda: self.endpoint.accepted[-1].data == b"new")
+        transport.close()
+        await protocol.lost
+        for peer in peers:
+            peer.close()
+        for protocol in self.endpoint.accepted:
+            if not protocol.lost.done():
+                protocol.transport.abort()
+                await protocol.lost
+            assert protocol.log.count("lost") == 1
+        self.server.close()
+        self.endpoint.__exit__()
+
+
+def refused_later(make_loop):
+    loop = make_loop()
+    reports = []
+    loop.set_exception_handler(lambda _, context: reports.append(context["message"]))
+    states = [States(loop, kind) for kind in ("tcp", "unix")]
+
+    async def main():
+        for each in states:
+            await each.begin()
+        forbid_io_uring()
+        for each in states:
+            await each.go_on()
+        cpu = time.process_time()
+        await asyncio.sleep(0.1)
+        assert time.process_time() - cpu < 0.06, "busy waiting"
+
+    helpers.run_on(loop, main(), 15)
+    assert len(reports) <= 1 and all("io_uring" in report for report in reports), reports
+    loop.close()
+    print("all went on")
+
+
+# libuv has a ring of its own, too, and ends the process when it is refused.
+@pytest.mark.matrix(base="asyncio", engine="uring", debug=False, sqpoll=True)
+def test_connections_go_on_when_io_uring_is_refused_after_their_start(case):
+    assert helpers.in_child(case, refused_later) == "all went on\n"
+
+
+# --------------------------------------------------------------------------
+# Memory
+
+
+BIG = 800_000
+
+
+def out_of_memory(make_loop):
+    """A message that cannot be handed over: whoever reads on would take what follows for its continuation."""
+    loop = make_loop(buffer_size=1 << 20, buffer_count=4)
+    reports = []
+    loop.set_exception_handler(lambda _, context: reports.append(context))
+
+    class Reads(Recorder):
+        def data_received(self, data):
+            self.chunks.append(len(data))
+
+    async def main():
+        made = []
+
+        def factory():
+            made.append(Reads())
+            return made[-1]
+
+        server = await loop.create_server(factory, "127.0.0.1", 0)
+        peer = socket.create_connection(server.sockets[0].getsockname())
+        peer.sendall(b"one")
+        await helpers.eventually(lambda: made and made[0].chunks)
+        big = bytes(BIG)
+        with open("/proc/self/status") as status:
+            size = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmSize")][0]
+        resource.setrlimit(resource.RLIMIT_AS, (size + 100_000, -1))
+        try:
+            peer.setblocking(False)
+            sent = peer.send(big)
+            await asyncio.sleep(0.05)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+        with contextlib.suppress(ConnectionError):
+            peer.send(b"three")
+        await asyncio.sleep(0.02)
+        protocol = made[0]
+        if protocol.lost.done():
+            assert isinstance(await protocol.lost, MemoryError)
+            assert sum(protocol.chunks) < 3 + sent
+        else:
+            # There was enough, in pieces.
+            assert sum(protocol.chunks) == 3 + sent + 5, (protocol.chunks, sent)
+            protocol.transport.abort()
+            await protocol.lost
+        peer.close()
+        server.close()
+        return len(reports)
+
+    count = helpers.run_on(loop, main(), 10)
+    assert count <= 1, reports
+    loop.close()
+    print("no hole in the stream")
+
+
+@pytest.mark.matrix(debug=False, sqpoll=True)
+def test_a_message_for_which_there_is_no_memory_ends_its_connection(case):
+    # With memory that comes from the system for each object, or there would always be some.
+    out = helpers.in_child(case, out_of_memory, PYTHONMALLOC="malloc")
+    assert out == "no hole in the stream\n"
+
+
+# --------------------------------------------------------------------------
+# Time
+
+
+def thousands(make_loop, kind):
+    """What loop.close() costs with so many connections, and with four times as many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    few = 500
+    if hard < 9 * few:
+        print("too few descriptors")
+        return
+
+    async def connect(loop, count):
+        with helpers.Endpoint(kind) as endpoint:
+            server = await endpoint.serve(loop, asyncio.Protocol, backlog=1024)
+            peers = []
+            while len(peers) < count:
+                peers += [endpoint.peer() for _ in range(200)]
+                await helpers.eventually(lambda: len(endpoint.accepted) == len(peers))
+            await asyncio.sleep(0.01)
+            server.close()
+            await asyncio.sleep(0)
+            return peers
+
+    took = []
+    for count in (few, 4 * few):
+        loop = make_loop()
+        peers = helpers.run_on(loop, connect(loop, count), 20)
+        cpu = time.thread_time()
+        loop.close()
+        took.append(time.thread_time() - cpu)
+        del loop
+        gc.collect()
+        for peer in peers:
+            assert peer.recv(1) == b""
+            peer.close()
+    # Linear would be 4; each connection looked through for each other would be 16.
+    assert took[1] < max(9 * took[0], 0.1), took
+    print("closed")
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+@pytest.mark.matrix(debug=False, sqpoll=True)
+def test_closing_a_loop_takes_time_in_proportion_to_its_connections(case, kind):
+    assert helpers.in_child(case, thousands, kind, PYTHONWARNINGS="ignore") in ("closed\n", "too few descriptors\n")
