@@ -894,9 +894,10 @@ cdef class Ring(Engine):
         cdef unsigned int i
         cdef int code
         self.pool_bytes = <size_t>self.buffer_size * self.buffer_count
-        self.pool = <char*>map_anonymous(self.pool_bytes)
+        # A child that is forked in a callback has what that was given before its eyes: pages of its own.
+        self.pool = <char*>map_anonymous(self.pool_bytes, False)
         self.buf_ring_bytes = 16 * <size_t>self.buffer_count  # sizeof(struct io_uring_buf)
-        self.buf_ring = <io_uring_buf_ring*>map_anonymous(self.buf_ring_bytes)
+        self.buf_ring = <io_uring_buf_ring*>map_anonymous(self.buf_ring_bytes, True)
         memset(&reg, 0, sizeof(reg))
         reg.ring_addr = <uint64_t><uintptr_t>self.buf_ring
         reg.ring_entries = self.buffer_count
@@ -1464,12 +1465,13 @@ cdef class Ring(Engine):
         return result
 
 
-cdef void* map_anonymous(size_t size) except NULL:
-    """Zeroed pages that fork() does not copy."""
+cdef void* map_anonymous(size_t size, bint pinned) except NULL:
+    """Zeroed pages; those that the kernel pins are not for children, fork() would give the parent others."""
     cdef void* address = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if address == MAP_FAILED:
         raise MemoryError(f"no {size} bytes for receive buffers")
-    madvise(address, size, MADV_DONTFORK)
+    if pinned:
+        madvise(address, size, MADV_DONTFORK)
     return address
 
 
@@ -1545,7 +1547,7 @@ cdef int receive_twice(io_uring* ring) except -1:
     cdef int[2] pair
     cdef int i, code
     cdef bint over = True       # nothing is in flight: the memory may go
-    cdef char* memory = <char*>map_anonymous(8192)
+    cdef char* memory = <char*>map_anonymous(8192, True)
     cdef io_uring_buf_ring* buf_ring = <io_uring_buf_ring*>memory
     if socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, pair) < 0:
         code = errno
