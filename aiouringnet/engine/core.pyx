@@ -813,6 +813,8 @@ cdef class Stream(Handle):
         if self.closed and self.in_flight == 0 and sink is not None:
             self.engine.keep(sink)
             self.sink = None
+            if self.engine.last_fed == <void*>self:
+                self.engine.last_fed = NULL  # no company for whoever comes next
             self.engine.n_streams -= 1
             sink.on_detached()
 
@@ -1490,7 +1492,7 @@ cdef class Engine:
         if size:
             if stream.taken == 0:
                 self.fed += 1
-                if self.by_turns and self.last_fed != <void*>stream:
+                if self.by_turns and self.last_fed != NULL and self.last_fed != <void*>stream:
                     self.fed = 2
                 self.last_fed = <void*>stream
             stream.taken += <unsigned int>size
