@@ -324,8 +324,9 @@ async def test_the_protocol_is_paused_and_resumed_once_per_backlog(loop, wire, l
         assert w.protocol.log == ["pause"]
         assert sizes["pause"] > high
         await w.receive(20 * MIB)
-        await helpers.eventually(lambda: w.transport.get_write_buffer_size() == 0)
-        assert w.protocol.log == ["pause", "resume"]
+        # Who asks for the size may learn of it before the protocol does, where a poller sends.
+        await helpers.eventually(lambda: w.protocol.log == ["pause", "resume"])
+        assert w.transport.get_write_buffer_size() == 0
         assert sizes["resume"] <= low
 
 
