@@ -304,3 +304,64 @@ def with_nest_asyncio(make_loop, when):
 def test_nest_asyncio(case, when):
     """Applied to the loop before it is patched, or after."""
     assert helpers.in_child(case, with_nest_asyncio, when) == "all answered\n"
+
+
+class Interrupted:
+    """An epoll object whose poll() does what it does when a signal handler raises: it drops what it has fetched."""
+
+    def __init__(self, epoll):
+        self.epoll = epoll
+        self.armed = False
+
+    def __getattr__(self, name):
+        return getattr(self.epoll, name)
+
+    def poll(self, *args):
+        events = self.epoll.poll(*args)
+        if self.armed and events:
+            self.armed = False
+            raise KeyboardInterrupt
+        return events
+
+
+def interrupted_with_nest_asyncio(make_loop, when):
+    """A notebook's cell that is interrupted: nobody begins to run the loop, which goes on."""
+    import nest_asyncio
+
+    loop = make_loop()
+    loop._selector._selector = epoll = Interrupted(loop._selector._selector)
+    if when == "first":
+        nest_asyncio.apply(loop)
+    accepted = []
+
+    def factory():
+        accepted.append(Recorder())
+        return accepted[-1]
+
+    async def main():
+        server = await loop.create_server(factory, "127.0.0.1", 0)
+        peer = socket.create_connection(server.sockets[0].getsockname())
+        await helpers.eventually(lambda: accepted and accepted[0].transport)
+        if when == "then":
+            nest_asyncio.apply(loop)
+        size = 0
+        for _ in range(5):
+            for armed in (False, True):
+                peer.sendall(b"message")
+                size += 7
+                epoll.armed = armed
+                with contextlib.suppress(KeyboardInterrupt):
+                    loop.run_until_complete(asyncio.sleep(0.005))
+                await helpers.eventually(lambda: len(accepted[0].data) == size)  # noqa: B023
+        peer.close()
+        server.close()
+        await accepted[0].lost
+
+    loop.run_until_complete(main())
+    loop.close()
+    print("went on")
+
+
+@pytest.mark.parametrize("when", ["first", "then"])
+def test_an_interrupted_cell_of_a_notebook_leaves_a_loop_that_works(case, when):
+    assert helpers.in_child(case, interrupted_with_nest_asyncio, when) == "went on\n"

@@ -319,6 +319,7 @@ cdef class Engine:
     cdef void watch(self, int fd) except *
     cdef bint watch_instead(self, Readiness ready) noexcept
     cdef void tune_wake(self) noexcept
+    cdef void watch_level(self) noexcept
     cdef int run_pass(self) except -1
 
     # what the engines implement

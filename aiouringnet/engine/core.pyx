@@ -1535,6 +1535,7 @@ cdef class Engine:
             return 0
         if not self.nests and (self.depth or NEST_ASYNCIO in modules):
             self.nests = True
+            self.watch_level()
         self.depth += 1
         self.pass_context = self.entered = airn_context()
         self.n_passes += 1
@@ -1599,7 +1600,8 @@ cdef class Engine:
 
         Python's epoll.poll() drops the events that it has fetched when a
         signal handler raises, and an edge is not told twice.  So a selector
-        loop's watch is edge-triggered only where `told` promises this call.
+        loop's watch is edge-triggered only where `told` promises this call,
+        and not where callbacks run the loop: what they catch nobody tells us.
         """
         if not self.closed and not self.forked() and not self.depth and not self.flush_scheduled:
             self.schedule()
@@ -1731,7 +1733,7 @@ cdef class Engine:
             get_backend_id = getattr(self.loop, "_get_backend_id", None)  # uvloop
             if get_backend_id is not None:
                 fd = get_backend_id()
-            elif self.told:
+            elif self.told and not self.nests:
                 fd = self.loop._selector.fileno()  # selectors.EpollSelector
             else:
                 return  # see resumed()
@@ -1744,12 +1746,14 @@ cdef class Engine:
             self.loop_epoll_fd = fd
 
     def before_fork(self):
-        """Watch level-triggered from now on.
+        """Parent and child share the loop's epoll set, and an edge is told to one of them.
 
-        Parent and child share the loop's epoll set, and an edge is told to
-        one of them: a child that runs its loop once more before it exits
-        would take the parent's.
+        A child that runs its loop once more before it exits would take the parent's.
         """
+        self.watch_level()
+
+    cdef void watch_level(self) noexcept:
+        """Watch level-triggered from now on."""
         cdef epoll_event event
         if self.loop_epoll_fd < 0:
             return
