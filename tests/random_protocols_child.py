@@ -691,6 +691,7 @@ class Protocol(asyncio.Protocol):
         program.eof_seen = True
         if not program.closed:  # else what still came was for nobody
             program.inlet.at_end()
+        program.asked |= program.secure  # it ends, whatever happens here
         program.act("eof", self)
         if program.secure or not program.stays_open:
             program.asked = program.closed = True
@@ -958,7 +959,7 @@ def sends_a_file(program, transport, protocol, where):
         if transport is not None and not transport.is_closing() and not program.busy and not program.eof_sent:
             await send(transport, program.rng.choice(SIZES))
 
-    if program.round.can_send_files:
+    if program.round.can_send_files and (program.file_task is None or program.file_task.done()):
         program.file_task = program.round.start(send_when_possible())
         if program.rng.random() < 0.1:
             program.round.loop.call_later(0.001, program.file_task.cancel)
@@ -1250,10 +1251,14 @@ class Round:
             program.patience = 31
         for server in self.servers:
             server.close()
-            # It has no connections any more, then.
-            self.start(server.wait_closed())
+            self.start(self.wait_closed(server))
         if not self.complaints:
             await self.reach("something does not end", self.end_connections)
+
+    async def wait_closed(self, server):
+        """It has no connections any more."""
+        with contextlib.suppress(AttributeError):  # asyncio's, if that is so before it has made its future
+            await server.wait_closed()
 
     async def open(self):
         await self.open_server()
@@ -1456,10 +1461,12 @@ async def a_program_gets_a_socket(round):
 
 @act(1, MOVES)
 async def connecting_is_cancelled(round):
-    task = round.start(round.connect(Program(round, True), round.rng.choice((round.address, round.listener.getsockname()))))
+    program = Program(round, True)
+    task = round.start(round.connect(program, round.rng.choice((round.address, round.listener.getsockname()))))
     for _ in range(round.rng.randrange(8)):
         await asyncio.sleep(0)
     if not task.done():  # else its exception would not be reported
+        program.asked = program.closed = True
         task.cancel()
 
 

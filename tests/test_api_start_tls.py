@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import socket
 import ssl
 import sys
 
@@ -252,3 +253,21 @@ async def test_a_closing_transport_is_upgraded_to_none(loop, endpoint, contexts,
         assert await protocol.lost is None
         with pytest.raises(ConnectionAbortedError):
             await loop.start_tls(transport, protocol, client_context, **name)
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["", "paused"])
+async def test_an_upgrade_after_the_peers_end_fails_at_once(loop, endpoint, contexts, paused):
+    """The protocol has been told of the end, and has kept the connection open; or, paused, has not."""
+    listener = endpoint.listener()
+    transport, protocol = await endpoint.connect(loop, lambda: helpers.Recorder(keep_open=True))
+    peer, _ = listener.accept()
+    if paused:
+        transport.pause_reading()
+    peer.shutdown(socket.SHUT_WR)
+    if not paused:
+        await protocol.eof
+    with pytest.raises(ConnectionResetError):
+        upgrading = loop.start_tls(transport, protocol, contexts[1], server_hostname="localhost")
+        await asyncio.wait_for(upgrading, 5)
+    assert isinstance(await protocol.lost, ConnectionResetError)
+    peer.close()

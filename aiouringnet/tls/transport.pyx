@@ -345,6 +345,10 @@ cdef class SSLStreamTransport(Layer):
             self.keep_input()
         if not transport.is_reading() and not transport.is_closing():
             transport.resume_reading()
+        if self.state == HANDSHAKE and self.stream is not None and self.stream.stream.ended:
+            if not self.stream.stream.held_end:
+                # An upgrade after the protocol before us was told, and kept the connection open: nobody says so again.
+                self.eof_received()
         return 0
 
     def begin_paused(self):
