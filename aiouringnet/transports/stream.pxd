@@ -32,6 +32,7 @@ cdef class StreamTransport(Sink):
 
     # flow control
     cdef flag protocol_paused
+    cdef flag pausing               # pause_writing() is told of a queue that has just been offered
     cdef size_t high, low
 
     # loop.sendfile() waits with it for the queue to drain; no write meanwhile

@@ -354,7 +354,7 @@ cdef class StreamTransport(Sink):
     def get_write_buffer_size(self):
         """Bytes that the socket has not taken: queued or in flight."""
         self.check_usable()
-        if self.stream.queued and not self.engine.closed:
+        if self.stream.queued and not self.engine.closed and not self.pausing:
             self.stream.offer()
         return self.stream.queued
 
@@ -706,7 +706,9 @@ cdef class StreamTransport(Sink):
             return
         self.protocol_paused = True
         self.stream.expect_sent()
+        self.pausing = True
         self.call_flow_control("pause_writing", False)
+        self.pausing = False
 
     cdef void resume_writing(self) noexcept:
         self.protocol_paused = False
