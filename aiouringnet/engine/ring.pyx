@@ -124,7 +124,8 @@ cdef enum:
     # A poller sends within microseconds what a socket takes; for one that is full the end of a run does not wait.
     AWAIT_TRIES = 500
     AWAIT_US = 20
-    FINISH_TRIES = 40
+    # Where the poller has to wait for a processor, the end of a run waits for it: 0.2 s in all.
+    FINISH_TRIES = 4000
     FINISH_WAIT_US = 50
     DRAIN_MS = 1000     # how long the end of a ring waits for the end of its operations
     ASK_AGAIN_MS = 100  # until those left are cancelled once more: the kernel may have been about to try them again
@@ -134,6 +135,14 @@ GATE_RETRY_S = 0.05
 
 cdef inline uint64_t user_data(Handle handle, int tag) noexcept:
     return <uint64_t><uintptr_t><void*>handle | <uint64_t>tag
+
+
+cdef bint has_room(int fd) noexcept:
+    """Whether a socket takes output, or has an error to tell."""
+    cdef pollfd state
+    state.fd = fd
+    state.events = POLLOUT
+    return poll(&state, 1, 0) == 1
 
 
 cdef class RingStream(Stream):
@@ -1230,33 +1239,32 @@ cdef class Ring(Engine):
 
     cdef void await_send(self, Stream stream) noexcept:
         cdef int tries
-        cdef pollfd state
         if not self.send_ring_up:
             return
         io_uring_submit(&self.send_ring)
-        state.fd = stream.fd
-        state.events = POLLOUT
         for tries in range(AWAIT_TRIES):
             self.poll_sends()
-            if (<RingStream>stream).send_tag != TAG_SEND or poll(&state, 1, 0) != 1:
+            if (<RingStream>stream).send_tag != TAG_SEND or not has_room(stream.fd):
                 break  # it has ended, or the socket is full
             with nogil:
                 usleep(AWAIT_US)
 
     cdef void finish_sends(self) noexcept:
-        cdef int tries
+        cdef int tries = FINISH_TRIES
+        cdef RingStream stream
         if not self.send_ring_up:
             return
         io_uring_submit(&self.send_ring)
-        for tries in range(FINISH_TRIES):
-            self.reap_sends()
-            for handle in self.live:
-                if isinstance(handle, RingStream) and (<RingStream>handle).send_tag == TAG_SEND:
-                    break
-            else:
-                break
-            with nogil:
-                usleep(FINISH_WAIT_US)
+        self.reap_sends()
+        for handle in list(self.live):
+            if not isinstance(handle, RingStream):
+                continue
+            stream = <RingStream>handle
+            while stream.send_tag == TAG_SEND and tries and has_room(stream.fd) and not self.forked():
+                tries -= 1
+                with nogil:
+                    usleep(FINISH_WAIT_US)
+                self.reap_sends()
 
     cdef void flush_output(self) noexcept:
         """Send what was written: directly for few streams, through the ring for many."""
