@@ -191,7 +191,8 @@ def echo(protocol, what):
 
 
 @versions
-async def test_what_one_callback_writes_is_one_record(meet, version):
+async def test_what_one_callback_writes_is_one_record(loop, meet, version):
+    aiouringnet.patch_loop(loop, gather="always")  # a task writes here
     met = await meet(version=version)
     for _ in range(3):
         met.transport.write(b"head")
