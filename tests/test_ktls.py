@@ -643,11 +643,13 @@ async def test_such_keys_end_a_connection_with_data_under_way_in_both_directions
     data = pattern(16 * MIB)  # more than two sockets hold at their largest
     transport.write(data)
     await helpers.eventually(lambda: "pause" in protocol.log)
-    # The sockets are full in both directions, and the new keys are in the middle.
-    await asyncio.wait([sending := loop.create_task(peer.send(data))], timeout=0.1)
+    # The new keys are in the middle of what comes in, and arrive while the socket is full of what goes out:
+    # an answer has to precede what is still to be written.
+    sending = loop.create_task(peer.send(data))
+    await helpers.eventually(lambda: protocol.data)
     peer.update_key(and_yours)
-    # Not behind all that we have: an answer has to precede what is still to be written.
     updating = loop.create_task(peer.flush())
+    await asyncio.gather(sending, updating, return_exceptions=True)
     received = await received_at(peer)
     assert_explained(await protocol.lost)
     genuine = data.startswith(received), data.startswith(protocol.data)
@@ -655,7 +657,6 @@ async def test_such_keys_end_a_connection_with_data_under_way_in_both_directions
     if all(ktls.expected(tls.TLS_1_3)):
         # All that preceded the new keys; the peer sends a MiB at a time.
         assert protocol.data and len(protocol.data) % MIB == 0
-    await asyncio.gather(sending, updating, return_exceptions=True)
 
 
 @rekeying
