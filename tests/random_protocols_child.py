@@ -150,6 +150,11 @@ class Inlet:
         self.owner.round.whole += sender.owed > 0
 
 
+def wire_between(client, server):
+    """What both ends of a connection know of it: with TCP two may have the same client's port."""
+    return (client, server) if isinstance(client, tuple) else client
+
+
 class End:
     """One end of a connection."""
 
@@ -159,7 +164,7 @@ class End:
         self.rng = round.new_rng()
         self.out = round.new_flow(self)
         self.inlet = Inlet(self)
-        self.wire = None  # the client's address, which both ends know
+        self.wire = None  # what both ends know
         self.broken = False  # what was sent need not arrive
         self.frozen = False  # nothing more is sent until TLS is on
 
@@ -502,7 +507,8 @@ class Program(End):
         self.made = True
         self.remember(transport)
         if self.wire is None:
-            self.attach(transport.get_extra_info("sockname" if self.is_client else "peername"))
+            names = [transport.get_extra_info(name) for name in ("sockname", "peername")]
+            self.attach(wire_between(*(names if self.is_client else reversed(names))))
 
     def remember(self, transport):
         self.ref = weakref.ref(transport, self.on_collected)
@@ -627,6 +633,10 @@ class Program(End):
         self.note(f"{name}({', '.join(map(str, details))})")
         if self.round.over:
             self.wrong(f"{name} after the loop was closed")
+        elif (
+            name != "pause_writing" and asyncio._get_running_loop() is None and (self.round.patched or not self.secure)
+        ):
+            self.wrong(f"{name} while the loop does not run")
         if not self.made:
             self.wrong(f"{name} before connection_made")
         if self.lost:
@@ -1000,6 +1010,7 @@ class Round:
     def __init__(self, settings, seed):
         self.base, self.engine, self.kind = settings.configuration.split("-")
         self.verbose, self.contexts = settings.verbose, settings.contexts
+        self.seed = seed
         self.rng = random.Random(f"{self.kind} {seed}")
         self.patched = self.engine != "stock"
         self.wild = self.kind == "wild"
@@ -1208,7 +1219,7 @@ class Round:
     def check_nothing_is_left(self, fds):
         for _ in range(3):
             gc.collect()
-        if self.complaints:
+        if self.complaints or self.seed is None:
             return
         for ref, name in self.watched:
             thing = ref()
@@ -1293,7 +1304,7 @@ class Round:
         with contextlib.suppress(BlockingIOError):
             while True:
                 sock, name = self.listener.accept()
-                Peer(self, sock, name, False)
+                Peer(self, sock, wire_between(name, self.listener.getsockname()), False)
 
     def move_peer(self, rng):
         if self.peers:
@@ -1327,10 +1338,10 @@ class Round:
             program.act("connected", protocol)
 
     def client_socket(self, address):
-        """A connected socket, and the name by which the other side knows it."""
+        """A connected socket, and the wire that the other side knows."""
         if not self.unix:
             sock = socket.create_connection(address)
-            return sock, sock.getsockname()
+            return sock, wire_between(sock.getsockname(), address)
         sock = socket.socket(socket.AF_UNIX)
         name = f"\0aiouringnet-{os.getpid()}-{next(self.serials)}"
         sock.bind(name)
@@ -1624,7 +1635,7 @@ def main():
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     # What a loop opens once and keeps.
-    Round(settings, "warm up").run()
+    Round(settings, None).run()
     gc.collect()
     gc.freeze()
     deadline = time.monotonic() + settings.seconds

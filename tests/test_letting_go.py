@@ -18,6 +18,8 @@ import pytest
 from helpers import Recorder, pattern
 from wire import over, recorder, wire  # noqa: F401
 
+import aiouringnet
+
 MIB = 1 << 20
 CONNECTIONS = 3
 MUCH = 500_000  # more than the small send buffer and the peer's receive buffer hold
@@ -569,3 +571,39 @@ async def test_connections_that_are_collected_together_wake_a_closed_server_once
     for peer in peers:
         assert peer.recv(1) == b""
         peer.close()
+
+
+@pytest.mark.parametrize("how", ["stop", "close"])
+@pytest.mark.matrix(debug=False, engine=(), sqpoll=True)
+def test_nobody_is_told_while_the_loop_does_not_run(make_loop, endpoint, how):
+    """What a poller has sent meanwhile, protocols hear of when the loop runs again, and not when it has been closed."""
+    loop = make_loop()
+    listener = endpoint.listener()
+    heard = []
+
+    class Paused(asyncio.Protocol):
+        def resume_writing(self):
+            heard.append(asyncio.get_running_loop())
+
+    async def fill():
+        transport, _ = await endpoint.connect(loop, Paused)
+        shrink(transport)
+        transport.write(pattern(MUCH))
+        return transport
+
+    transport = loop.run_until_complete(fill())
+    peer, _ = listener.accept()
+    helpers.receive_exactly(peer, MUCH)
+    assert transport.get_write_buffer_size() == 0
+    if how == "stop":
+        aiouringnet.engine.active_engine(loop).flush()
+        assert not heard
+        loop.run_until_complete(asyncio.sleep(0.01))
+        assert heard == [loop]
+        transport.abort()
+        loop.run_until_complete(asyncio.sleep(0))
+    else:
+        loop.close()
+        assert not heard
+        transport.abort()
+    peer.close()

@@ -266,6 +266,25 @@ async def test_the_protocol_hears_of_what_is_left_to_send(loop, place):
     await helpers.eventually(lambda: calls == ["pause", "resume"])
 
 
+async def test_after_connection_lost_the_protocol_hears_nothing(loop, place):
+    calls = []
+    lost = place.protocol.connection_lost
+    place.protocol.pause_writing = lambda: calls.append("pause")
+    place.protocol.resume_writing = lambda: calls.append("resume")
+    place.protocol.connection_lost = lambda exc: (calls.append("lost"), lost(exc))
+    place.peer.transport.pause_reading()
+    place.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    place.transport.set_write_buffer_limits(1 << 16)
+    place.transport.write(pattern(20 << 20))
+    assert calls == ["pause"]
+    sending = loop.create_task(aiouringnet.sendfile(loop, place.transport, io.BytesIO(b"more")))
+    await asyncio.sleep(0)
+    place.transport.abort()
+    with pytest.raises((ConnectionError, RuntimeError)):
+        await sending
+    assert calls == ["pause", "lost"]
+
+
 async def test_a_pipe_is_read_and_written(loop, place):
     reader, writer = os.pipe()
     with open(reader, "rb") as file:

@@ -120,8 +120,12 @@ async def _read_and_write(loop, transport, file, offset, count):
     finally:
         if seekable:
             file.seek(offset + total)
+        lost = transport.get_protocol() is None
+        if lost:
+            # After connection_lost() there is nothing to resume.
+            protocol._should_resume_writing = False
         await protocol.restore()
-        if transport._protocol_paused:
+        if transport._protocol_paused and not lost:
             # asyncio's class forgets it; the protocol would hear of resume_writing() alone.
             transport.get_protocol().pause_writing()
 

@@ -263,6 +263,7 @@ cdef class Engine:
     cdef list later                 # streams that have used up their read_budget of this pass
     cdef set live                   # handles with operations in flight: their owner
     cdef set cancelled              # those of them that were asked to end
+    cdef bint silent                # no protocol is called now: the loop does not run
     cdef object interrupt           # SystemExit or KeyboardInterrupt to raise when the pass ends
     cdef size_t read_budget
     cdef size_t worker_bytes        # kernel TLS sends of so much are left to a worker thread; 0: none are

@@ -1613,8 +1613,10 @@ cdef class Engine:
         """
         if not self.closed and not self.forked() and not self.depth and self.on_own_thread():
             self.depth = 1
+            self.silent = True
             self.finish_sends()
             self.flush_direct()
+            self.silent = False
             self.leave()
 
     cdef void gather_layers(self) noexcept:

@@ -1001,16 +1001,19 @@ cdef class SSLStreamTransport(Layer):
     cdef int control_writing(self) except -1:
         """Tell the protocol to pause or to resume."""
         cdef Py_ssize_t size
-        if self.state == OVER or self.protocol is None:
+        if self.state == OVER or self.protocol is None or self.engine.closed:
             return 0
         size = self.queued + self.lower_queued()
-        if size > self.high and not self.protocol_paused:
-            self.protocol_paused = True
-            self.call_flow_control("pause_writing")
-        elif size <= self.low and self.protocol_paused:
-            self.protocol_paused = False
-            self.call_flow_control("resume_writing")
+        if size <= self.low if self.protocol_paused else size > self.high:
+            if self.engine.silent:
+                self.engine.soon(self._control_writing)
+                return 0
+            self.protocol_paused = not self.protocol_paused
+            self.call_flow_control("pause_writing" if self.protocol_paused else "resume_writing")
         return 0
+
+    def _control_writing(self):
+        self.control_writing()
 
     cdef void call_flow_control(self, str name) noexcept:
         cdef PyObject* before = NULL

@@ -671,10 +671,14 @@ cdef class StreamTransport(Sink):
 
     cdef void on_sent(self) noexcept:
         cdef Layer layer
+        cdef bint over = self.engine.closed  # nobody is told any more
         if self.lost:
             return
-        if self.protocol_paused and self.stream.queued <= self.low:
-            self.resume_writing()
+        if self.protocol_paused and self.stream.queued <= self.low and not over:
+            if self.engine.silent:
+                self.engine.soon(self._resume_writing)
+            else:
+                self.resume_writing()
             if self.lost:
                 return
         if self.stream.queued == 0:
@@ -683,7 +687,7 @@ cdef class StreamTransport(Sink):
                 layer.drained()
                 if self.lost:
                     return
-            if self.empty_waiter is not None:
+            if self.empty_waiter is not None and not over:
                 self.engine.settle(self.empty_waiter, None)
             if self.closing:
                 self.lose(None)
@@ -694,6 +698,10 @@ cdef class StreamTransport(Sink):
             or (self.layer is not None and self.layer.waiting)
         ):
             self.stream.expect_sent()
+
+    def _resume_writing(self):
+        if self.protocol_paused and not self.lost and self.stream.queued <= self.low and not self.engine.closed:
+            self.resume_writing()
 
     cdef void on_high_water(self) noexcept:
         # Queued is not yet "the peer is slow": offer it to the socket first.
