@@ -9,11 +9,14 @@ import os
 import random
 import socket
 import sys
+import time
 
 import helpers
 import pytest
 from helpers import BufferedRecorder, Recorder, bytes_likes, pattern
 from wire import Boom, barrier, boom, over, recorder, serve, wire  # noqa: F401
+
+import aiouringnet
 
 pytestmark = [
     pytest.mark.limit(15),
@@ -1484,6 +1487,48 @@ async def test_small_and_bulk_messages_in_turn_keep_every_byte_in_order(loop, wi
             assert await receiving == message
     if (case.engine, case.sqpoll, endpoint.kind) == ("uring", False, "tcp"):
         assert helpers.engines.active_engine(loop).stats()["mode_switches"] >= 4
+
+
+class Hesitating(helpers.Recorder):
+    """Stops reading in every callback: until the next iteration, or for an instant."""
+
+    stops = stops_briefly = sleeps = False
+
+    def data_received(self, data):
+        super().data_received(data)
+        if self.sleeps:
+            self.sleeps = False
+            time.sleep(0.05)  # what is on its way arrives, to be taken in one pass
+        if self.stops:
+            self.transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self.transport.resume_reading)
+        elif self.stops_briefly:
+            self.transport.pause_reading()
+            self.transport.resume_reading()
+
+
+@pytest.mark.matrix(sqpoll=True)
+@pytest.mark.parametrize("read_budget", [4096, 1 << 18])
+async def test_direct_reads_do_not_overtake_what_a_receive_has_taken(loop, wire, read_budget):
+    """What a direct read left, because the protocol stopped, was remembered until after the way of reading changed."""
+    aiouringnet.patch_loop(loop, read_budget=read_budget)
+    w = await wire(Hesitating)
+    sent = bytearray()
+
+    async def send(message):
+        sent.extend(message)
+        await w.send(message)
+        await w.protocol.received(len(sent))
+
+    for turn in range(3):
+        await send(pattern(65536, seed=turn))
+        w.protocol.stops = True
+        for seed in range(40):
+            await send(pattern(10, seed=seed))
+        w.protocol.stops, w.protocol.stops_briefly, w.protocol.sleeps = False, True, True
+        await send(pattern(600_000, seed=turn))
+        w.protocol.stops_briefly = False
+        assert w.protocol.data == sent
 
 
 @pytest.mark.matrix(sqpoll=True)

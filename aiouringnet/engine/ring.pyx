@@ -169,7 +169,8 @@ cdef class RingStream(Stream):
                 self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
                 if not self.cancelling:
                     engine.mark_resync(self)
-            elif self.readable and want == TAG_POLL and not self.spent:
+            elif self.readable and self.read_tag == TAG_POLL and want == TAG_POLL and not self.spent:
+                # (Not past a RECV that is to end: what it has taken comes first.)
                 self.read_bulk()
             return
         if want == 0:
@@ -189,6 +190,7 @@ cdef class RingStream(Stream):
                 # Nothing is there yet, or the poll says so at once.
                 sqe.ioprio |= IORING_RECVSEND_POLL_FIRST
             self.receives = 0
+            self.readable = False  # it looks by itself
             sqe.flags |= IOSQE_BUFFER_SELECT
             sqe.buf_group = BUFFER_GROUP
         sqe.user_data = user_data(self, want)
