@@ -93,8 +93,10 @@ def mypy(folder, source):
     pytest.importorskip("mypy", reason="mypy is not installed")
     (folder / "user.py").write_text(source)
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--no-color-output", "--no-error-summary"]
-        + ["--cache-dir", folder / "cache", STUB, "user.py"],
+        [
+            *(sys.executable, "-m", "mypy", "--strict", "--no-color-output", "--no-error-summary"),
+            *("--cache-dir", folder / "cache", STUB, "user.py"),
+        ],
         cwd=folder,
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ from aiouringnet.options import Options
 
 import_error = None
 try:
-    import aiouringnet.transports.stream
+    import aiouringnet.transports.stream  # noqa: F401  (what engines need must be there, too)
     from aiouringnet.engine.core import NotWatched
     from aiouringnet.engine.epoll import Epoll
 except ImportError as exc:
