@@ -129,13 +129,6 @@ def pytest_configure(config):
         "kernel(**parameters): runs on other kernels, too (--kernel-runner), with these parameters only",
     ):
         config.addinivalue_line("markers", line)
-    for line in (
-        # What a callback in C or a forgotten object has to say is a failure too.
-        "error::pytest.PytestUnraisableExceptionWarning",
-        "error::pytest.PytestUnhandledThreadExceptionWarning",
-        "error::ResourceWarning",
-    ):
-        config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_sessionstart(session):
