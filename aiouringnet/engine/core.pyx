@@ -166,6 +166,14 @@ cdef extern from *:
 cdef extern from "netinet/tcp.h" nogil:
     int TCP_NODELAY
 
+cdef extern from "poll.h" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd* fds, unsigned long count, int timeout_ms)
+    int POLLIN, POLLPRI, POLLRDHUP
+
 cdef extern from "sys/epoll.h" nogil:
     int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
     int EPOLL_CTL_ADD, EPOLL_CTL_MOD
@@ -353,6 +361,14 @@ cdef class FileRange:
 cdef tuple CONNECTION_BROKEN = (ECONNRESET, ENOTCONN, EPIPE, ETIMEDOUT, EHOSTUNREACH, ENETUNREACH)
 
 
+cdef bint has_input(int fd) noexcept:
+    """Whether a socket has anything to tell a reader: data, urgent data, its end or an error."""
+    cdef pollfd state
+    state.fd = fd
+    state.events = POLLIN | POLLPRI | POLLRDHUP
+    return poll(&state, 1, 0) != 0
+
+
 cdef class Stream(Handle):
     def __cinit__(self):
         self.chunks = self.small
@@ -472,8 +488,11 @@ cdef class Stream(Handle):
             return 0
         while self.reading and not engine.forked():
             if engine.account(self, 0):
-                # Others get their turn.
-                self.put_off()
+                # Others get their turn. (A message as large as the budget needs no further pass to find nothing.)
+                if self.mute or has_input(self.fd):
+                    self.put_off()
+                else:
+                    self.readable = False
                 break
             engine.n_direct_reads += 1
             n = c_recv(self.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK) if sink.buffered else 1
