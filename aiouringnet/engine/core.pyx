@@ -127,6 +127,7 @@ cdef extern from "sys/socket.h" nogil:
     int c_shutdown "shutdown"(int fd, int how)
     int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, unsigned int size)
     int accept4(int fd, void* address, unsigned int* size, int flags)
+    int sockatmark(int fd)
     int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK
     int AF_INET_ "AF_INET", AF_INET6_ "AF_INET6", AF_UNIX_ "AF_UNIX"
 
@@ -165,6 +166,14 @@ cdef extern from *:
 
 cdef extern from "netinet/tcp.h" nogil:
     int TCP_NODELAY
+
+cdef extern from "poll.h" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd* fds, unsigned long count, int timeout_ms)
+    int POLLIN, POLLPRI, POLLRDHUP
 
 cdef extern from "sys/epoll.h" nogil:
     int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
@@ -353,6 +362,14 @@ cdef class FileRange:
 cdef tuple CONNECTION_BROKEN = (ECONNRESET, ENOTCONN, EPIPE, ETIMEDOUT, EHOSTUNREACH, ENETUNREACH)
 
 
+cdef bint has_input(int fd) noexcept:
+    """Whether a socket has anything to tell a reader: data, urgent data, its end or an error."""
+    cdef pollfd state
+    state.fd = fd
+    state.events = POLLIN | POLLPRI | POLLRDHUP
+    return poll(&state, 1, 0) != 0
+
+
 cdef class Stream(Handle):
     def __cinit__(self):
         self.chunks = self.small
@@ -453,9 +470,10 @@ cdef class Stream(Handle):
         """Receive until the socket is empty or the budget is spent.
 
         A short read means that it is empty (epoll(7), question 9), except
-        for a `thorough` stream: where the peer's end or urgent data was
-        announced, which no further event does, or on a Unix socket, where
-        recv() stops at passed descriptors.  Returns the bytes received.
+        where it has stopped at urgent data, and for a `thorough` stream:
+        where the peer's end was announced, which no further event does, or
+        on a Unix socket, where recv() stops at passed descriptors.  Returns
+        the bytes received.
         `readable` stays set when there may be more: the engine comes back.
         """
         cdef Engine engine = self.engine
@@ -472,8 +490,11 @@ cdef class Stream(Handle):
             return 0
         while self.reading and not engine.forked():
             if engine.account(self, 0):
-                # Others get their turn.
-                self.put_off()
+                # Others get their turn. (A message as large as the budget needs no further pass to find nothing.)
+                if self.mute or has_input(self.fd):
+                    self.put_off()
+                else:
+                    self.readable = False
                 break
             engine.n_direct_reads += 1
             n = c_recv(self.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK) if sink.buffered else 1
@@ -491,10 +512,14 @@ cdef class Stream(Handle):
                     engine.n_bytes_in += n
                     engine.account(self, n)
                     # Stays set when the sink stops reading now.
-                    self.readable = n == size or self.thorough
+                    self.readable = n == size or self.thorough or self.told_urgent
                     sink.release_room(&room, n)
                     if n == size or self.thorough or n >= STREAMING_BYTES:
                         continue
+                    if self.told_urgent and self.reading:
+                        if sockatmark(self.fd) == 1:
+                            continue
+                        self.readable = False
                     break
                 sink.release_room(&room, 0)
             else:
@@ -853,8 +878,10 @@ cdef class Stream(Handle):
                 self.sink.on_sent()
         if self.closed:
             return
-        if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP | EPOLLPRI):
+        if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
             self.thorough = True
+        if events & EPOLLPRI:
+            self.told_urgent = True
         if events & ~EPOLLOUT:
             if self.reading and self.held is None and not self.spent:
                 self.read()
