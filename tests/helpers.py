@@ -548,6 +548,18 @@ def free_port():
 
 
 # --------------------------------------------------------------------------
+# Compilers
+
+
+def compiler(folder, *options):
+    """A C compiler that takes these options after all that setup.py wants, -O3 among it; for the variable CC."""
+    path = Path(folder, "cc")
+    path.write_text(f'#!/bin/sh\nexec {shutil.which("gcc") or "cc"} "$@" {" ".join(options)}\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+# --------------------------------------------------------------------------
 # Child processes
 
 
