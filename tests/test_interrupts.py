@@ -358,6 +358,14 @@ def test_interrupts_under_load_never_stop_the_engine(make_loop, endpoint, case):
     served = 0
 
     class Served(helpers.Echo):
+        def __init__(self):
+            super().__init__()
+            self.made = loop.create_future()
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.made.set_result(None)
+
         def data_received(self, data):
             nonlocal served
             served += 1
@@ -373,6 +381,9 @@ def test_interrupts_under_load_never_stop_the_engine(make_loop, endpoint, case):
     peers = [endpoint.peer() for _ in range(4)]
     for peer in peers:
         peer.setblocking(False)
+    # An interrupt while a connection is accepted costs that connection, as in asyncio.
+    helpers.run_on(loop, helpers.eventually(lambda: len(endpoint.accepted) == 4))
+    helpers.run_on(loop, asyncio.gather(*(protocol.made for protocol in endpoint.accepted)))
     go, stop = threading.Event(), threading.Event()
     target = threading.get_ident()
 
