@@ -10,7 +10,7 @@ from openssl_command import EchoOf, connect, s_client, s_client_args, s_server, 
 from wire import over
 
 pytestmark = [
-    pytest.mark.kernel,
+    pytest.mark.kernel(engine="uring"),  # test_ktls.py has the other
     pytest.mark.matrix(debug=False),
     pytest.mark.usefixtures("tls_engine"),
     tls.needs_openssl,
