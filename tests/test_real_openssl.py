@@ -13,6 +13,7 @@ pytestmark = [
     pytest.mark.kernel(engine="uring"),  # test_ktls.py has the other
     pytest.mark.matrix(debug=False),
     pytest.mark.usefixtures("tls_engine"),
+    pytest.mark.pairs(tls_engine="ssl"),
     tls.needs_openssl,
 ]
 
