@@ -843,6 +843,7 @@ def test_little_lockable_memory(case):
 
 def fill_descriptors():
     """Takes every descriptor that the limit leaves."""
+    "localhost".encode("idna")  # uvloop's addresses are: the first import of that codec opens a file
     fillers = []
     with contextlib.suppress(OSError):
         while True:
