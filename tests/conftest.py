@@ -5,8 +5,9 @@ the matrix
 
     base loop (asyncio, uvloop)  x  engine (uring, epoll)  x  debug (off, on)
 
-but in debug mode on two of the four only, `helpers.DEBUGGED`, with ids such as `uvloop-epoll-debug`; `-k` selects among them. Where io_uring
-cannot be used, the uring half is skipped and says why.
+but in debug mode on two of the four only, `helpers.DEBUGGED`, with ids such as
+`uvloop-epoll-debug`; `-k` selects among them. Where io_uring cannot be used,
+the uring half is skipped and says why.
 
     @pytest.mark.matrix(base="asyncio", engine="uring", debug=False)
         narrows a dimension (a value or a tuple) for a test, class or module.
