@@ -169,7 +169,8 @@ cdef class RingStream(Stream):
                 self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
                 if not self.cancelling:
                     engine.mark_resync(self)
-            elif self.readable and want == TAG_POLL and not self.spent:
+            elif self.readable and self.read_tag == want == TAG_POLL and not self.spent:
+                # Not while a receive that is being cancelled has completions to come: they were first.
                 self.read_bulk()
             return
         if want == 0:
