@@ -15,10 +15,19 @@ from setuptools import Extension, setup
 
 # Each extension module and the C headers it needs rebuilt for.
 MODULES = [
-    "aiouringnet.engine.core",
+    "aiouringnet.engine.connection",
+    "aiouringnet.engine.descriptors",
+    "aiouringnet.engine.engine",
     "aiouringnet.engine.epoll",
+    "aiouringnet.engine.files",
+    "aiouringnet.engine.interface",
+    "aiouringnet.engine.listener",
+    "aiouringnet.engine.loop",
+    "aiouringnet.engine.output",
     "aiouringnet.engine.readiness",
     "aiouringnet.engine.ring",
+    "aiouringnet.engine.socket_file",
+    "aiouringnet.engine.stream",
     "aiouringnet.tls.openssl",
     "aiouringnet.tls.records",
     "aiouringnet.tls.transport",

@@ -310,7 +310,7 @@ def test_the_report_explains_a_bad_variable(name, value):
 
 UNBUILT = """
 import asyncio, json, sys, types
-for name in ("engine.ring", "engine.epoll", "engine.core", "transports.stream"):
+for name in ("engine.ring", "engine.epoll", "engine.engine", "transports.stream"):
     sys.modules["aiouringnet." + name] = None
 {before}
 import aiouringnet
@@ -374,7 +374,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("missing", ["engine.core", "engine.epoll", "engine.ring", "transports.stream"])
+@pytest.mark.parametrize("missing", ["engine.engine", "engine.epoll", "engine.ring", "transports.stream"])
 def test_without_one_extension_connections_still_work(missing):
     """A library that the module is linked with may be absent where it was not built."""
     done = helpers.run_python(PARTLY_BUILT.format(missing=missing), AIOURINGNET_ENGINE="auto")

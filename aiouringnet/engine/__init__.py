@@ -18,8 +18,8 @@ from aiouringnet.options import Options
 import_error = None
 try:
     import aiouringnet.transports.stream
-    from aiouringnet.engine.core import NotWatched
     from aiouringnet.engine.epoll import Epoll
+    from aiouringnet.engine.loop import NotWatched
 except ImportError as exc:
     ring = Epoll = None
     import_error = exc

@@ -1,4 +1,6 @@
-from aiouringnet.engine.core cimport Engine, Handle, Stream, flag
+from aiouringnet.engine.engine cimport Engine
+from aiouringnet.engine.interface cimport Handle, flag
+from aiouringnet.engine.stream cimport Stream
 from aiouringnet.engine.readiness cimport Readiness
 from aiouringnet.engine.liburing cimport io_uring, io_uring_buf_ring, io_uring_cqe, io_uring_sqe, msghdr
 
@@ -58,6 +60,7 @@ cdef class RingStream(Stream):
 
 
 cdef class Gate(Handle):
+    cdef Engine engine
     cdef Readiness ready
     cdef Py_ssize_t waiting
     cdef bint armed

@@ -38,9 +38,13 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from aiouringnet.engine.core cimport (
-    Chunk, Connection, Engine, Handle, Listener, Sink, Stream, EOF_HELD, MORE_WAITS, current_thread,
-)
+from aiouringnet.engine.connection cimport Connection
+from aiouringnet.engine.engine cimport Engine
+from aiouringnet.engine.interface cimport EOF_HELD, Flow, Handle, Sink
+from aiouringnet.engine.listener cimport Listener, MORE_WAITS, sockaddr_storage
+from aiouringnet.engine.loop cimport current_thread
+from aiouringnet.engine.output cimport Chunk
+from aiouringnet.engine.stream cimport Stream
 from aiouringnet.engine.liburing cimport *
 from aiouringnet.engine.readiness cimport EPOLLOUT, Readiness
 
@@ -75,8 +79,6 @@ cdef extern from "sys/mman.h" nogil:
     int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MADV_DONTFORK
 
 cdef extern from "sys/socket.h" nogil:
-    struct sockaddr_storage:
-        pass
     ssize_t c_send "send"(int fd, const void* data, size_t size, int flags)
     int c_shutdown "shutdown"(int fd, int how)
     int socketpair(int family, int kind, int protocol, int* pair)
@@ -1239,14 +1241,15 @@ cdef class Ring(Engine):
         if self.send_ring_up and not self.forked():
             io_uring_submit(&self.send_ring)
 
-    cdef void await_send(self, Stream stream) noexcept:
+    cdef void await_send(self, Flow flow) noexcept:
+        cdef RingStream stream = <RingStream>flow
         cdef int tries
         if not self.send_ring_up:
             return
         io_uring_submit(&self.send_ring)
         for tries in range(AWAIT_TRIES):
             self.poll_sends()
-            if (<RingStream>stream).send_tag != TAG_SEND or not has_room(stream.fd):
+            if stream.send_tag != TAG_SEND or not has_room(stream.fd):
                 break  # it has ended, or the socket is full
             with nogil:
                 usleep(AWAIT_US)
@@ -1290,9 +1293,9 @@ cdef class Ring(Engine):
 
     # --- streams, listeners, connections -------------------------------------
 
-    cdef Stream open_stream(self, int fd, Sink sink):
+    cdef Flow open_stream(self, int fd, Sink sink):
         cdef RingStream stream = RingStream.__new__(RingStream)
-        self.adopt(stream, fd, sink)
+        stream.attach(self, fd, sink)
         # A Unix socket's queue says nothing of the peer's end that follows the
         # data, and a multishot recv that has emptied it then waits for ever.
         stream.bulk = not stream.tcp
