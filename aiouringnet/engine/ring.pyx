@@ -253,8 +253,11 @@ cdef class RingStream(Stream):
 
     cdef void on_poll(self, int result, unsigned int flags) noexcept:
         if result >= 0:
-            if result & (POLLRDHUP | POLLHUP | POLLERR | POLLPRI):
+            if result & (POLLRDHUP | POLLHUP | POLLERR):
                 self.thorough = True
+            if result & POLLPRI:
+                # The wake-up of any data says so (sock_def_readable() in the kernel).
+                self.told_urgent = True
             if self.reading and self.held is None and not self.spent:
                 self.read_bulk()
             else:

@@ -15,6 +15,7 @@ mind of its socket:
     readable    there is, or may be, more to read: no event says so again
     spent       its share of this pass is used up (engine.later); goes with `readable`
     thorough    a short read does not mean that the socket is empty
+    told_urgent nor where it may have stopped at urgent data
 
 By readiness is how the epoll engine works.  Everything is watched
 edge-triggered; a ring overrides the methods of that section while it works.
@@ -32,6 +33,7 @@ from aiouringnet.engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, 
 cdef extern from "sys/socket.h" nogil:
     ssize_t c_recv "recv"(int fd, void* data, size_t size, int flags)
     int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, unsigned int size)
+    int sockatmark(int fd)
     int MSG_DONTWAIT, MSG_PEEK
 
 cdef extern from "netinet/in.h" nogil:
@@ -40,10 +42,26 @@ cdef extern from "netinet/in.h" nogil:
 cdef extern from "netinet/tcp.h" nogil:
     int TCP_NODELAY
 
+cdef extern from "poll.h" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd* fds, unsigned long count, int timeout_ms)
+    int POLLIN, POLLPRI, POLLRDHUP
+
 
 cdef enum:
     # After a read of so much, the next piece has probably come meanwhile.
     STREAMING_BYTES = 32768
+
+
+cdef bint has_input(int fd) noexcept:
+    """Whether a socket has anything to tell a reader: data, urgent data, its end or an error."""
+    cdef pollfd state
+    state.fd = fd
+    state.events = POLLIN | POLLPRI | POLLRDHUP
+    return poll(&state, 1, 0) != 0
 
 
 cdef class Stream(Output):
@@ -156,9 +174,10 @@ cdef class Stream(Output):
         """Receive until the socket is empty or the budget is spent.
 
         A short read means that it is empty (epoll(7), question 9), except
-        for a `thorough` stream: where the peer's end or urgent data was
-        announced, which no further event does, or on a Unix socket, where
-        recv() stops at passed descriptors.  Returns the bytes received.
+        where it has stopped at urgent data, and for a `thorough` stream:
+        where the peer's end was announced, which no further event does, or
+        on a Unix socket, where recv() stops at passed descriptors.  Returns
+        the bytes received.
         `readable` stays set when there may be more: the engine comes back.
         """
         cdef Engine engine = self.engine
@@ -175,8 +194,11 @@ cdef class Stream(Output):
             return 0
         while self.reading and not engine.forked():
             if engine.account(self, 0):
-                # Others get their turn.
-                self.put_off()
+                # Others get their turn. (A message as large as the budget needs no further pass to find nothing.)
+                if self.mute or has_input(self.fd):
+                    self.put_off()
+                else:
+                    self.readable = False
                 break
             engine.n_direct_reads += 1
             n = c_recv(self.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK) if sink.buffered else 1
@@ -194,10 +216,14 @@ cdef class Stream(Output):
                     engine.n_bytes_in += n
                     engine.account(self, n)
                     # Stays set when the sink stops reading now.
-                    self.readable = n == size or self.thorough
+                    self.readable = n == size or self.thorough or self.told_urgent
                     sink.release_room(&room, n)
                     if n == size or self.thorough or n >= STREAMING_BYTES:
                         continue
+                    if self.told_urgent and self.reading:
+                        if sockatmark(self.fd) == 1:
+                            continue
+                        self.readable = False
                     break
                 sink.release_room(&room, 0)
             else:
@@ -303,8 +329,10 @@ cdef class Stream(Output):
                 self.sink.on_sent()
         if self.closed:
             return
-        if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP | EPOLLPRI):
+        if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
             self.thorough = True
+        if events & EPOLLPRI:
+            self.told_urgent = True
         if events & ~EPOLLOUT:
             if self.reading and self.held is None and not self.spent:
                 self.read()
