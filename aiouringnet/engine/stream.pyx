@@ -27,6 +27,7 @@ from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, errno
 from aiouringnet.engine.engine cimport Engine
 from aiouringnet.engine.interface cimport EOF_HELD, Room, Sink
 from aiouringnet.engine.output cimport Output
+from aiouringnet.engine.poll cimport POLLIN, POLLPRI, POLLRDHUP, poll, pollfd
 from aiouringnet.engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 
 
@@ -41,14 +42,6 @@ cdef extern from "netinet/in.h" nogil:
 
 cdef extern from "netinet/tcp.h" nogil:
     int TCP_NODELAY
-
-cdef extern from "poll.h" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd* fds, unsigned long count, int timeout_ms)
-    int POLLIN, POLLPRI, POLLRDHUP
 
 
 cdef enum:
