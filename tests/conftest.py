@@ -5,13 +5,16 @@ the matrix
 
     base loop (asyncio, uvloop)  x  engine (uring, epoll)  x  debug (off, on)
 
-with ids such as `uvloop-epoll-debug`; `-k` selects among them. Where io_uring
+but in debug mode on two of the four only, `helpers.DEBUGGED`, with ids such as `uvloop-epoll-debug`; `-k` selects among them. Where io_uring
 cannot be used, the uring half is skipped and says why.
 
     @pytest.mark.matrix(base="asyncio", engine="uring", debug=False)
         narrows a dimension (a value or a tuple) for a test, class or module.
     @pytest.mark.matrix(sqpoll=True)
         adds `asyncio-sqpoll` and `uvloop-sqpoll` (uring, debug off).
+    @pytest.mark.pairs(tls_engine="ssl")
+        lets each base loop meet each engine, and each of the two each value of that parameter (the one
+        that is named, and the others), but not all three each other.
     @pytest.mark.limit(seconds)
         replaces the 30 s after which a hanging test fails with every thread's
         traceback. Ten seconds later the process is ended, in case the hang is
@@ -125,6 +128,7 @@ def pytest_configure(config):
     for line in (
         "matrix(base, engine, debug, sqpoll): narrows or widens the loops that a test runs on",
         "limit(seconds): how long the test may take before it counts as hung",
+        "pairs(parameter=value): base loop, engine and that parameter meet in pairs",
         "slow: left out by -m 'not slow'",
         "kernel(**parameters): runs on other kernels, too (--kernel-runner), with these parameters only",
     ):
@@ -188,7 +192,21 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if not _is_of_kernel_part(item)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if _is_of_kernel_part(item)]
+    elif not config.getoption("whole_suites"):
+        config.hook.pytest_deselected(items=[item for item in items if not _is_of_pairs(item)])
+        items[:] = [item for item in items if _is_of_pairs(item)]
     items[:] = _spread(items)
+
+
+def _is_of_pairs(item):
+    """Of eight combinations of three times two values the four in which each two values meet once."""
+    mark = item.get_closest_marker("pairs")
+    here = item.callspec.params if mark and hasattr(item, "callspec") else {}
+    if "case" not in here:
+        return True
+    [(name, value)] = mark.kwargs.items()
+    seconds = (here["case"].base == "uvloop", here["case"].engine == "epoll", here[name] == value)
+    return sum(seconds) % 2 == 0
 
 
 def _spread(items):

@@ -58,9 +58,15 @@ class Case:
         return child_env(AIOURINGNET_ENGINE=self.engine)
 
 
+DEBUGGED = ("asyncio-uring-debug", "uvloop-epoll-debug")
+
+
 def cases(base=("asyncio", "uvloop"), engine=("uring", "epoll"), debug=(False, True), sqpoll=False):
     bases, engine_kinds, debugs = (v if isinstance(v, tuple) else (v,) for v in (base, engine, debug))
     chosen = [Case(b, e, d) for b, e, d in itertools.product(bases, engine_kinds, debugs)]
+    if len(bases) == len(engine_kinds) == len(debugs) == 2:
+        # Debug mode meets each base and each engine; what it does depends on neither, so not each of both.
+        chosen = [case for case in chosen if not case.debug or str(case) in DEBUGGED]
     if sqpoll:
         chosen += [Case(b, "uring", sqpoll=True) for b in bases]
     return chosen
@@ -545,6 +551,18 @@ def free_port():
     while True:
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(10_000, 30_000))) as sock:
             return sock.getsockname()[1]
+
+
+# --------------------------------------------------------------------------
+# Compilers
+
+
+def compiler(folder, *options):
+    """A C compiler that takes these options after all that setup.py wants, -O3 among it; for the variable CC."""
+    path = Path(folder, "cc")
+    path.write_text(f'#!/bin/sh\nexec {shutil.which("gcc") or "cc"} "$@" {" ".join(options)}\n')
+    path.chmod(0o755)
+    return str(path)
 
 
 # --------------------------------------------------------------------------

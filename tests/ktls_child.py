@@ -1,14 +1,17 @@
-"""A process whose kernel refuses a part of kernel TLS; it exchanges data over TLS all the same, and reports.
+"""Processes whose kernel refuses a part of kernel TLS; they exchange data over TLS all the same, and report.
 
-    python ktls_child.py ENGINE CALL ERRNO         CALL, "ulp", "send" or "receive", fails with ERRNO
+    python ktls_child.py ENGINE CALL ERRNO [CALL ERRNO ...]     CALL, "ulp", "send" or "receive", fails with ERRNO
 
-Prints a line of JSON for each version of TLS, about both ends of a connection.
+Each refusal has a process of its own, which this one forks: a filter cannot be taken back. Each prints a line of JSON
+for each version of TLS, about both ends of a connection.
 """
 
 import json
 import logging
+import os
 import platform
 import sys
+import traceback
 
 import helpers
 import ktls
@@ -73,11 +76,30 @@ async def exchange(loop, version, log):
     return {**found, "log": [line for line in log.lines if "kernel TLS" in line]}
 
 
-def main(engine, call, errno_to_give):
+def main(engine, *refusals):
+    tls.authority().pair()
+    for call, errno_to_give in zip(refusals[::2], refusals[1::2], strict=True):
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            # Not by sys.exit(): the certificates' folder is its parent's to remove.
+            status = 1
+            try:
+                report(engine, call, errno_to_give)
+                sys.stdout.flush()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            sys.exit(f"{call} {errno_to_give}: ended with {status}")
+
+
+def report(engine, call, errno_to_give):
     logger, log = logging.getLogger("aiouringnet"), Lines()
     logger.setLevel(logging.DEBUG)
     logger.addHandler(log)
-    tls.authority().pair()
     install(refusing(call, int(errno_to_give)))
     for version in (tls.TLS_1_2, tls.TLS_1_3):
         log.lines.clear()

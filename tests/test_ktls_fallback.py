@@ -1,6 +1,7 @@
 """Kernel TLS that is asked for and cannot be had: the connection works in user space, and a line of the log says why."""
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -160,16 +161,28 @@ REFUSALS = [
 ]
 
 
+@functools.cache
+def refused(engine):
+    """What the two versions' reports say of each refusal."""
+    arguments = [word for call, number, _ in REFUSALS for word in (call, number)]
+    child = helpers.run_file(
+        "ktls_child.py", engine, *arguments, timeout_s=30 * helpers.patience, AIOURINGNET_ENGINE=engine
+    )
+    assert (child.returncode, child.stderr) == (0, "")
+    reports = [json.loads(line) for line in child.stdout.splitlines()]
+    return {
+        (call, number): pair
+        for (call, number, _), pair in zip(REFUSALS, zip(reports[::2], reports[1::2], strict=True), strict=True)
+    }
+
+
 @pytest.mark.skipif(SETSOCKOPT is None, reason="the number of setsockopt() is not known for this machine")
 @pytest.mark.usefixtures("kernel_tls")
 @pytest.mark.parametrize(
     "call, number, reason", REFUSALS, ids=[f"{call}-{errno.errorcode[number]}" for call, number, _ in REFUSALS]
 )
 def test_what_the_kernel_refuses_is_done_in_user_space(case, call, number, reason):
-    child = helpers.run_file("ktls_child.py", case.engine, call, number, AIOURINGNET_ENGINE=case.engine)
-    assert (child.returncode, child.stderr) == (0, "")
-    for version, line in zip((tls.TLS_1_2, tls.TLS_1_3), child.stdout.splitlines(), strict=True):
-        said = json.loads(line)
+    for version, said in zip((tls.TLS_1_2, tls.TLS_1_3), refused(case.engine)[call, number], strict=True):
         assert said["echoed"] and said["ended_with"] == ["None", "None"]
         possible = ktls.expected(version)
         granted = [possible[0] and call == "receive", possible[1] and call == "send"]

@@ -122,6 +122,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.limit(SET_UP_S + 3 * WHOLE_S),
     pytest.mark.matrix(debug=False),
+    # Unless they run whole: each of the two suites on each base loop and each engine, not on each of both.
+    pytest.mark.pairs(name="anyio"),
 ]
 
 

@@ -203,6 +203,7 @@ async def test_files_and_parts_of_files_are_sent_by_sendfile(loop, site, ways, t
 
 @tls.needs_openssl
 @pytest.mark.usefixtures("tls_engine")
+@pytest.mark.pairs(tls_engine="ssl")
 @pytest.mark.matrix(debug=False, sqpoll=False)
 class TestOverTLS:
     """The same tests once more."""

@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.kernel(engine="uring"),
     pytest.mark.matrix(debug=False),
     pytest.mark.usefixtures("tls_engine"),
+    pytest.mark.pairs(tls_engine="ssl"),
     tls.needs_openssl,
 ]
 

@@ -10,9 +10,10 @@ from openssl_command import EchoOf, connect, s_client, s_client_args, s_server, 
 from wire import over
 
 pytestmark = [
-    pytest.mark.kernel,
+    pytest.mark.kernel(engine="uring"),  # test_ktls.py has the other
     pytest.mark.matrix(debug=False),
     pytest.mark.usefixtures("tls_engine"),
+    pytest.mark.pairs(tls_engine="ssl"),
     tls.needs_openssl,
 ]
 

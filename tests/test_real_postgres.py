@@ -192,6 +192,7 @@ async def test_a_connection_that_the_server_ends_is_reported(loop, where):
 
 @pytest.mark.matrix(debug=False, sqpoll=False)
 @pytest.mark.usefixtures("tls_engine")
+@pytest.mark.pairs(tls_engine="ssl")
 @pytest.mark.parametrize("where", ["tls"], indirect=True)
 class TestOverTLS:
     """Once more with each of the engines that make TLS records."""

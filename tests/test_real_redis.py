@@ -129,6 +129,7 @@ async def test_a_connection_that_the_server_kills_is_reported(loop, where):
 
 @tls.needs_openssl
 @pytest.mark.usefixtures("tls_engine")
+@pytest.mark.pairs(tls_engine="ssl")
 @pytest.mark.matrix(debug=False, sqpoll=False)
 class TestOverTLS:
     """The same tests once more."""

@@ -12,6 +12,7 @@ pytestmark = [
     pytest.mark.kernel,
     pytest.mark.matrix(debug=False),
     pytest.mark.usefixtures("tls_engine"),
+    pytest.mark.pairs(tls_engine="ssl"),
     tls.needs_openssl,
 ]
 

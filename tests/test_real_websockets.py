@@ -114,6 +114,7 @@ async def test_backpressure_reaches_the_sender(loop, endpoint):
 
 @tls.needs_openssl
 @pytest.mark.usefixtures("tls_engine")
+@pytest.mark.pairs(tls_engine="ssl")
 @pytest.mark.matrix(debug=False, sqpoll=False)
 class TestOverTLS:
     """The same tests once more."""

@@ -643,8 +643,9 @@ async def test_a_slow_peer_with_a_backlog_of_100_megabytes(loop, wire, piece_byt
         # Slow: something else happens between any two reads, and the socket is full in between.
         await asyncio.sleep(0)
         assert await w.receive(MIB) == pattern(MIB, seed=number), number
-    await helpers.eventually(lambda: w.transport.get_write_buffer_size() == 0)
-    assert w.protocol.log == ["made", "pause", "resume"]
+    # Who asks for the size may learn of it before the protocol does, where a poller sends.
+    await helpers.eventually(lambda: w.protocol.log == ["made", "pause", "resume"])
+    assert w.transport.get_write_buffer_size() == 0
     assert resident_bytes() - before < 16e6
     # And the connection is as good as new.
     await w.send(b"ping")
@@ -775,9 +776,12 @@ def test_a_tiny_submission_queue_serves_many_connections(make_loop, endpoint):
 
 @pytest.mark.matrix(engine="uring", sqpoll=True)
 def test_more_completions_than_the_queue_holds_are_all_delivered(make_loop, endpoint):
-    loop = make_loop(queue_depth=8)
+    loop = make_loop(queue_depth=8, gather="always")
 
     async def main():
+        def receive_replies(expected):
+            return all(helpers.receive_exactly(peer, 5) == expected for peer in peers)
+
         async with await endpoint.serve(loop, Recorder, backlog=512):
             peers = [endpoint.peer() for _ in range(300)]
             await helpers.eventually(lambda: len(endpoint.accepted) == 300)
@@ -786,6 +790,11 @@ def test_more_completions_than_the_queue_holds_are_all_delivered(make_loop, endp
                     peer.sendall(b"%05d" % (number + turn))
                 for protocol in endpoint.accepted:
                     await protocol.received(5 * (turn + 1))
+                # What arrives the kernel may turn into completions twenty at a time (Linux 6.14); sends that end
+                # at once, 300 before anybody looks, always overflow the queue.
+                for protocol in endpoint.accepted:
+                    protocol.transport.write(b"%05d" % turn)
+                assert await loop.run_in_executor(None, receive_replies, b"%05d" % turn)
             assert sorted(protocol.data for protocol in endpoint.accepted) == [
                 b"".join(b"%05d" % (number + turn) for turn in range(5)) for number in range(300)
             ]
@@ -834,6 +843,7 @@ def test_little_lockable_memory(case):
 
 def fill_descriptors():
     """Takes every descriptor that the limit leaves."""
+    "localhost".encode("idna")  # uvloop's addresses are: the first import of that codec opens a file
     fillers = []
     with contextlib.suppress(OSError):
         while True:

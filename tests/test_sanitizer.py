@@ -59,14 +59,12 @@ def instrumented(tmp_path_factory):
         shutil.copytree(helpers.ROOT / name, folder / name, ignore=built)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(helpers.ROOT / name, folder)
-    # After all that setup.py wants, -O3 among it, which takes twice as long here.
-    compiler = folder / "cc"
-    compiler.write_text('#!/bin/sh\nexec gcc "$@" -fsanitize=address -fno-omit-frame-pointer -g -O1\n')
-    compiler.chmod(0o755)
+    # -O3 takes twice as long here.
+    compiler = helpers.compiler(folder, "-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O1")
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "-j2"],
         cwd=folder,
-        env=os.environ | {"CC": str(compiler)},
+        env=os.environ | {"CC": compiler},
         capture_output=True,
         text=True,
     )

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.matrix(debug=False, sqpoll=True)]
 
 SIZE = 3_000_000  # bytes
 MUCH = 200 << 20  # bytes: more than the buffers of two sockets take
+ENOUGH = 8 << 20  # bytes: the same, of small buffers
 
 
 @pytest.fixture
@@ -41,6 +42,12 @@ class Place:
         self.peer = self.endpoint.accepted[0]
         await self.peer.made
         return self
+
+    def shrink_buffers(self, size_bytes=1 << 18):
+        for transport in (self.transport, self.peer.transport):
+            sock = transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size_bytes)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size_bytes)
 
     async def close(self):
         self.transport.abort()
@@ -119,7 +126,8 @@ async def test_nothing_is_written_into_the_middle(loop, place, path):
 async def test_two_files_at_once_are_not_mixed(loop, place, path):
     if not place.transport._sends_files:
         pytest.skip("files that are read and written share the transport like any two writers, as in asyncio")
-    os.truncate(path, MUCH // 4)
+    place.shrink_buffers()
+    os.truncate(path, ENOUGH)
     place.peer.transport.pause_reading()
     with open(path, "rb") as file, open(path, "rb") as other:
         sending = asyncio.ensure_future(loop.sendfile(place.transport, file))
@@ -131,9 +139,9 @@ async def test_two_files_at_once_are_not_mixed(loop, place, path):
         with pytest.raises(RuntimeError, match="sendfile is in progress"):
             place.transport.write(b"not now")
         place.peer.transport.resume_reading()
-        assert await sending == MUCH // 4
-    await place.peer.received(MUCH // 4)
-    assert len(place.peer.data) == MUCH // 4
+        assert await sending == ENOUGH
+    await place.peer.received(ENOUGH)
+    assert len(place.peer.data) == ENOUGH
 
 
 async def test_a_coroutine_that_is_closed_sends_no_more(loop, place, path, tmp_path):
@@ -232,16 +240,18 @@ async def test_a_file_that_shrinks_meanwhile(loop, place, path):
 
 async def test_a_file_that_grows_meanwhile(loop, place, path):
     # What is there when its end is reached counts.
-    os.truncate(path, MUCH // 4)
+    place.shrink_buffers()
+    os.truncate(path, ENOUGH)
     place.peer.transport.pause_reading()
     with open(path, "rb") as file, open(path, "ab") as other:
         sending = asyncio.ensure_future(loop.sendfile(place.transport, file))
         await asyncio.sleep(0.05)
+        assert not sending.done()
         other.write(b"more")
         other.flush()
         place.peer.transport.resume_reading()
-        assert await sending == MUCH // 4 + 4
-    assert (await place.peer.received(MUCH // 4 + 4))[-4:] == b"more"
+        assert await sending == ENOUGH + 4
+    assert (await place.peer.received(ENOUGH + 4))[-4:] == b"more"
 
 
 async def test_a_file_without_a_descriptor_is_read_and_written(loop, place):

@@ -998,7 +998,11 @@ cdef class SSLStreamTransport(Layer):
 
     cdef Py_ssize_t all_queued(self) except -1:
         """Plaintext and ciphertext, here and below."""
-        return self.queued + self.records.unsent() + self.lower_queued()
+        return self.queued + self.control_queued() + self.lower_queued()
+
+    cdef Py_ssize_t control_queued(self) noexcept:
+        """Control records that wait for the kernel; those that still do when the connection is over nobody sends."""
+        return 0 if self.state == OVER else self.records.unsent()
 
     cdef int control_writing(self) except -1:
         """Tell the protocol to pause or to resume."""
@@ -1661,7 +1665,7 @@ cdef class SSLStreamTransport(Layer):
         if self.queued and not self.engine.closed:
             self.engine.check()
             self.gather()
-        size = self.queued + self.records.unsent()
+        size = self.queued + self.control_queued()
         return size + (0 if self.lower is None else self.lower.get_write_buffer_size())
 
     def can_write_eof(self):
