@@ -15,16 +15,32 @@ from setuptools import Extension, setup
 
 # Each extension module and the C headers it needs rebuilt for.
 MODULES = [
-    "aiouringnet.engine.core",
+    "aiouringnet.engine.connection",
+    "aiouringnet.engine.descriptors",
+    "aiouringnet.engine.engine",
     "aiouringnet.engine.epoll",
+    "aiouringnet.engine.files",
+    "aiouringnet.engine.interface",
+    "aiouringnet.engine.listener",
+    "aiouringnet.engine.loop",
+    "aiouringnet.engine.output",
     "aiouringnet.engine.readiness",
-    "aiouringnet.engine.ring",
+    "aiouringnet.engine.ring.connection",
+    "aiouringnet.engine.ring.gate",
+    "aiouringnet.engine.ring.listener",
+    "aiouringnet.engine.ring.probing",
+    "aiouringnet.engine.ring.queues",
+    "aiouringnet.engine.ring.ring",
+    "aiouringnet.engine.ring.setup",
+    "aiouringnet.engine.ring.stream",
+    "aiouringnet.engine.socket_file",
+    "aiouringnet.engine.stream",
     "aiouringnet.tls.openssl",
     "aiouringnet.tls.records",
     "aiouringnet.tls.transport",
     "aiouringnet.transports.stream",
 ]
-NEEDS_LIBURING = {"aiouringnet.engine.ring"}
+NEEDS_LIBURING = "aiouringnet.engine.ring."
 MIN_LIBURING = "2.3"
 
 INSTALL_HINT = (
@@ -64,7 +80,7 @@ def extensions():
     headers = [str(p) for p in Path("aiouringnet").glob("**/*.h")]
     built = []
     for name in MODULES:
-        uses_ring = name in NEEDS_LIBURING
+        uses_ring = name.startswith(NEEDS_LIBURING)
         built.append(
             Extension(
                 name,

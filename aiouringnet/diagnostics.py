@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import errno
 import os
 import platform
 import sys
@@ -12,9 +11,8 @@ from aiouringnet import tls
 from aiouringnet._version import __version__
 from aiouringnet.api.call import expect_loop
 from aiouringnet.api.patch import is_patched
+from aiouringnet.engine import remedies
 from aiouringnet.options import ENGINE_VARIABLE, Options
-
-CALLS = "io_uring_setup, io_uring_enter and io_uring_register"
 
 
 def status(loop=None):
@@ -106,46 +104,7 @@ def _remedy(loop, options, found):
         return "Leave out the option engine, or pass engine='auto'."
     # The refusal that this loop met weighs more than what is possible now.
     refusal = None if loop is None else engines.refusal_of(loop)
-    return remedy_for(found["errno"] if refusal is None else refusal.errno)
-
-
-def remedy_for(error):
-    """What to do about an errno of io_uring's system calls: a sentence, or None."""
-    if error in (errno.EPERM, errno.EACCES):
-        return _remedy_for_forbidden()
-    if error == errno.ENOSYS:
-        return (
-            "The kernel has no io_uring (Linux 6.0 or newer with CONFIG_IO_URING is needed), or a seccomp filter "
-            f"hides it: run with a profile that allows {CALLS}."
-        )
-    if error in (errno.EINVAL, errno.EOPNOTSUPP):
-        return f"Linux 6.0 or newer is needed; this is {platform.release()}."
-    if error == errno.ENOMEM:
-        return (
-            "Memory for the ring was refused: raise the limit on locked memory, which all processes of a user share "
-            "(ulimit -l), or the cgroup's, or choose a smaller queue_depth, buffer_count or buffer_size."
-        )
-    if error in (errno.EMFILE, errno.ENFILE):
-        return "Raise the limit on open files (ulimit -n)."
-    return None
-
-
-def _remedy_for_forbidden():
-    disabled = _sysctl("kernel.io_uring_disabled")
-    if disabled == 2:
-        return (
-            "The sysctl kernel.io_uring_disabled is 2: set it to 0, or to 1 with the user's group in "
-            "kernel.io_uring_group."
-        )
-    if disabled == 1:
-        return (
-            "The sysctl kernel.io_uring_disabled is 1: set it to 0, or add the user to the group in "
-            f"kernel.io_uring_group (now {_sysctl('kernel.io_uring_group')})."
-        )
-    return (
-        "A seccomp filter, as in Docker's and Kubernetes' default profiles, or a security module forbids io_uring: "
-        f"run with a profile that allows {CALLS}."
-    )
+    return remedies.remedy_for(found["errno"] if refusal is None else refusal.errno)
 
 
 # --------------------------------------------------------------------------
@@ -164,8 +123,8 @@ def machine():
         "ktls_available": ktls_why_not is None,
         "ktls_why_not": ktls_why_not,
         "ktls_remedy": ktls_remedy,
-        "io_uring_disabled": _sysctl("kernel.io_uring_disabled"),
-        "io_uring_group": _sysctl("kernel.io_uring_group"),
+        "io_uring_disabled": remedies.sysctl("kernel.io_uring_disabled"),
+        "io_uring_group": remedies.sysctl("kernel.io_uring_group"),
         "memlock_bytes": _limit("RLIMIT_MEMLOCK"),
         "open_files": _limit("RLIMIT_NOFILE"),
     }
@@ -183,7 +142,7 @@ def _ktls():
     reason, remedy = tls.why_not_ktls()
     if reason is not None:
         return reason, remedy
-    protocols = _read("/proc/sys/net/ipv4/tcp_available_ulp")
+    protocols = remedies.read("/proc/sys/net/ipv4/tcp_available_ulp")
     if protocols is None:
         return "the kernel has no TCP upper layer protocols", None
     if "tls" not in protocols.split():
@@ -197,25 +156,6 @@ def _ssl():
     except ImportError:
         return None
     return ssl
-
-
-def _read(path):
-    # status() is for running loops, too: of the kernel's own files, which have all they hold at once.
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return None
-    try:
-        return os.read(fd, 4096).decode().strip()
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-
-
-def _sysctl(name):
-    text = _read("/proc/sys/" + name.replace(".", "/"))
-    return None if text is None else int(text)
 
 
 def _limit(name):

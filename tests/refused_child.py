@@ -16,7 +16,7 @@ import helpers
 import seccomp
 
 import aiouringnet
-from aiouringnet import diagnostics
+from aiouringnet.engine import remedies
 
 IO_URING_CALLS = (425, 426, 427)  # setup, enter, register: the same on every architecture
 
@@ -34,8 +34,8 @@ def refusing(errno_to_give):
 
 def forbid(errno_to_give, disabled):
     seccomp.install(refusing(errno_to_give))
-    read = diagnostics._read
-    diagnostics._read = lambda path: disabled if path == "/proc/sys/kernel/io_uring_disabled" else read(path)
+    read = remedies.read
+    remedies.read = lambda path: disabled if path == "/proc/sys/kernel/io_uring_disabled" else read(path)
 
 
 async def echo_some(loop):

@@ -14,6 +14,7 @@ import pytest
 import aiouringnet
 from aiouringnet import diagnostics
 from aiouringnet import engine as engines
+from aiouringnet.engine import remedies
 
 KEYS = {
     "version",
@@ -197,13 +198,13 @@ def test_the_default_limit_of_locked_memory_suffices_for_many_loops():
 )
 def test_each_refusal_has_a_remedy(monkeypatch, number, disabled, words):
     sysctls = {"kernel.io_uring_disabled": disabled, "kernel.io_uring_group": 4711}
-    monkeypatch.setattr(diagnostics, "_sysctl", sysctls.get)
-    remedy = diagnostics.remedy_for(number)
+    monkeypatch.setattr(remedies, "sysctl", sysctls.get)
+    remedy = remedies.remedy_for(number)
     assert all(word in remedy for word in words), remedy
 
 
 def test_unknown_errors_have_no_remedy():
-    assert diagnostics.remedy_for(errno.EXDEV) is None and diagnostics.remedy_for(None) is None
+    assert remedies.remedy_for(errno.EXDEV) is None and remedies.remedy_for(None) is None
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_unknown_errors_have_no_remedy():
     ],
 )
 def test_kernel_tls_is_found_or_a_remedy_named(monkeypatch, protocols, available, words):
-    monkeypatch.setattr(diagnostics, "_read", lambda path: protocols if path.endswith("ulp") else None)
+    monkeypatch.setattr(remedies, "read", lambda path: protocols if path.endswith("ulp") else None)
     found = diagnostics.machine()
     assert found["ktls_available"] is available
     assert (found["ktls_why_not"] is None) is available
@@ -310,7 +311,7 @@ def test_the_report_explains_a_bad_variable(name, value):
 
 UNBUILT = """
 import asyncio, json, sys, types
-for name in ("engine.ring", "engine.epoll", "engine.core", "transports.stream"):
+for name in ("engine.ring", "engine.epoll", "engine.engine", "transports.stream"):
     sys.modules["aiouringnet." + name] = None
 {before}
 import aiouringnet
@@ -374,7 +375,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("missing", ["engine.core", "engine.epoll", "engine.ring", "transports.stream"])
+@pytest.mark.parametrize("missing", ["engine.engine", "engine.epoll", "engine.ring", "transports.stream"])
 def test_without_one_extension_connections_still_work(missing):
     """A library that the module is linked with may be absent where it was not built."""
     done = helpers.run_python(PARTLY_BUILT.format(missing=missing), AIOURINGNET_ENGINE="auto")

@@ -21,50 +21,33 @@ BUILD_S = 360
 # What a checkout has: no generated C, no extension modules, no build folder.
 FOLDERS = ("aiouringnet", "benchmarks", "examples", "tests")
 FILES = ("HISTORY.rst", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
-GENERATED = shutil.ignore_patterns(
-    *("core.c", "epoll.c", "ring.c", "stream.c", "openssl.c", "records.c", "transport.c"),
-    *("*.so", "__pycache__", "results"),
-)
+
+
+def generated(folder, names):
+    """What building leaves behind."""
+    built = {name for name in names if name.endswith(".c") and name[:-1] + "pyx" in names}
+    return built | {name for name in names if name.endswith(".so") or name in ("__pycache__", "results")}
+
+
+def package_files(*endings):
+    paths = (helpers.ROOT / "aiouringnet").rglob("*")
+    return [str(path.relative_to(helpers.ROOT)) for path in paths if path.name.endswith(endings)]
+
 
 # What others compile against or check types with.
-SOURCES = [
-    "aiouringnet/__init__.pyi",
-    "aiouringnet/py.typed",
-    "aiouringnet/engine/compat.h",
-    "aiouringnet/engine/core.pxd",
-    "aiouringnet/engine/core.pyx",
-    "aiouringnet/engine/epoll.pyx",
-    "aiouringnet/engine/liburing.pxd",
-    "aiouringnet/engine/ring.pxd",
-    "aiouringnet/engine/ring.pyx",
-    "aiouringnet/tls/openssl.pyx",
-    "aiouringnet/tls/records.pxd",
-    "aiouringnet/tls/records.pyx",
-    "aiouringnet/tls/transport.pyx",
-    "aiouringnet/transports/stream.pxd",
-    "aiouringnet/transports/stream.pyx",
-]
-EXTENSIONS = [
-    "engine/core",
-    "engine/epoll",
-    "engine/readiness",
-    "engine/ring",
-    "tls/openssl",
-    "tls/records",
-    "tls/transport",
-    "transports/stream",
-]
+SOURCES = package_files(".pyx", ".pxd", ".h", ".pyi", "py.typed")
+EXTENSIONS = [path.removesuffix(".pyx").removeprefix("aiouringnet/") for path in package_files(".pyx")]
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is compiled")
 
 
 def python_modules():
-    return [str(path.relative_to(helpers.ROOT)) for path in (helpers.ROOT / "aiouringnet").rglob("*.py")]
+    return package_files(".py")
 
 
 def checkout(folder):
     for name in FOLDERS:
-        shutil.copytree(helpers.ROOT / name, folder / name, ignore=GENERATED)
+        shutil.copytree(helpers.ROOT / name, folder / name, ignore=generated)
     for name in FILES:
         if (helpers.ROOT / name).exists():
             shutil.copy(helpers.ROOT / name, folder / name)

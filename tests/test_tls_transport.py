@@ -44,7 +44,7 @@ ANY_BASE = pytest.mark.matrix(base=("asyncio", "uvloop"))
 
 MIB = 1 << 20
 RECORD_BYTES = 16384
-WRITES_AT_ONCE = 4  # engine/core.pyx
+WRITES_AT_ONCE = 4  # engine/engine.pxd
 KINDS = pytest.mark.parametrize("base", [Recorder, BufferedRecorder])
 VERSIONS = pytest.mark.parametrize("version", [tls.TLS_1_2, tls.TLS_1_3], ids=["1.2", "1.3"])
 

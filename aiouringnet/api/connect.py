@@ -1,6 +1,7 @@
 """Outgoing connections, and sockets that are connected already."""
 
-from aiouringnet.api.call import call, like
+from aiouringnet.api.call import call
+from aiouringnet.api.signatures import like
 
 
 @like("create_connection")

@@ -18,9 +18,10 @@ import socket
 import sys
 import types
 
-from aiouringnet.api.call import SSLStreamTransport, StreamTransport, ensure_no_transport, parameters_of
 from aiouringnet.api.handed_in import tell_when_closed
-from aiouringnet.engine.core import inode_of, unlink
+from aiouringnet.api.ours import SSLStreamTransport, StreamTransport, ensure_no_transport
+from aiouringnet.api.signatures import parameters_of
+from aiouringnet.engine.socket_file import inode_of, unlink
 from aiouringnet.tls import record_layer
 from aiouringnet.transports.slow import timed
 

@@ -6,7 +6,8 @@ finds them here.
 
 import sys
 
-from aiouringnet.api.call import expect_loop, like, loops_own
+from aiouringnet.api.call import expect_loop, loops_own
+from aiouringnet.api.signatures import like
 
 
 def _passed_on(name):

@@ -15,8 +15,9 @@ import types
 import warnings
 import weakref
 
-from aiouringnet.api.call import PATCHED, ensure_no_transport, expect_loop, loops_own
+from aiouringnet.api.call import PATCHED, expect_loop, loops_own
 from aiouringnet.api.connect import connect_accepted_socket, create_connection, create_unix_connection
+from aiouringnet.api.ours import ensure_no_transport
 from aiouringnet.api.sendfile import sendfile
 from aiouringnet.api.serve import create_server, create_unix_server
 from aiouringnet.api.start_tls import start_tls

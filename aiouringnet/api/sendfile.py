@@ -6,7 +6,9 @@ import os
 import stat
 from asyncio import SendfileNotAvailableError
 
-from aiouringnet.api.call import OURS, expect_loop, like, loops_own
+from aiouringnet.api.call import expect_loop, loops_own
+from aiouringnet.api.ours import OURS
+from aiouringnet.api.signatures import like
 
 # Read and written at a time where the kernel cannot send the file by itself.
 BLOCK_BYTES = 1 << 18

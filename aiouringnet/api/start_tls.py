@@ -1,6 +1,8 @@
 """Upgrading a connection to TLS."""
 
-from aiouringnet.api.call import OURS, SSLStreamTransport, expect_loop, like, loops_own, understood
+from aiouringnet.api.call import expect_loop, loops_own
+from aiouringnet.api.ours import OURS, SSLStreamTransport
+from aiouringnet.api.signatures import like, understood
 from aiouringnet.tls import record_layer
 
 try:

@@ -13,13 +13,13 @@ import os
 import sys
 import weakref
 
+from aiouringnet.engine.remedies import remedy_for
 from aiouringnet.options import Options
 
 import_error = None
 try:
-    import aiouringnet.transports.stream  # noqa: F401  (what engines need must be there, too)
-    from aiouringnet.engine.core import NotWatched
     from aiouringnet.engine.epoll import Epoll
+    from aiouringnet.engine.loop import NotWatched
 except ImportError as exc:
     ring = Epoll = None
     import_error = exc
@@ -46,6 +46,13 @@ Refusal = collections.namedtuple("Refusal", "reason errno")
 # What a ring is refused with when a limit is reached.
 LIMITS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 _limit_was_told = False
+
+
+def cannot_serve(exc):
+    """What connections need above the engines cannot be imported: every loop uses its own implementation."""
+    global Epoll, import_error, ring
+    Epoll = ring = None
+    import_error = import_error or exc
 
 
 def configure(loop, options):
@@ -143,8 +150,6 @@ def _say_that_epoll_takes_over(refusal):
     """To the operator where a limit is the cause, once: the next loops meet it, too."""
     global _limit_was_told
     if refusal.errno in LIMITS and not _limit_was_told:
-        from aiouringnet.diagnostics import remedy_for
-
         _limit_was_told = True
         logger.warning(
             "no io_uring for an event loop, the epoll engine takes over (said once): %s. %s",

@@ -3,15 +3,19 @@
 An epoll instance of our own, watched by the loop, so that here too one wake
 of the loop serves all connections.  Reads and sends are direct, sends are
 gathered until the pass ends: all that is what streams, listeners and
-connections do where nothing overrides it (core.pyx, "by readiness").
+connections do where nothing overrides it.
 
 Everything is watched edge-triggered: a direct read goes on until the socket
 is empty, and what it leaves behind (budget spent, reading stopped) is kept in
 mind by the stream.  Changing a registration reports readiness anew.
 """
 
-from aiouringnet.engine.core cimport Connection, Engine, Listener, Sink, Stream
+from aiouringnet.engine.connection cimport Connection
+from aiouringnet.engine.engine cimport Engine
+from aiouringnet.engine.interface cimport Flow, Sink
+from aiouringnet.engine.listener cimport Listener
 from aiouringnet.engine.readiness cimport Readiness
+from aiouringnet.engine.stream cimport Stream
 
 from aiouringnet.engine.address import pack_address
 
@@ -32,9 +36,9 @@ cdef class Epoll(Engine):
     cdef void work(self) noexcept:
         self.work_without_ring()
 
-    cdef Stream open_stream(self, int fd, Sink sink):
+    cdef Flow open_stream(self, int fd, Sink sink):
         cdef Stream stream = Stream.__new__(Stream)
-        self.adopt(stream, fd, sink)
+        stream.attach(self, fd, sink)
         return stream
 
     def listen(self, sock, on_accept):

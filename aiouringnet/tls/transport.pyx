@@ -53,7 +53,9 @@ from cpython.ref cimport Py_DECREF
 from libc.errno cimport EAGAIN, EBADMSG, EINTR, EINVAL, EMSGSIZE
 from libc.string cimport memcpy
 
-from aiouringnet.engine.core cimport EOF_HELD, Engine, Layer, Stream, flag
+from aiouringnet.engine.engine cimport Engine
+from aiouringnet.engine.interface cimport EOF_HELD, Layer, flag
+from aiouringnet.engine.stream cimport Stream
 from aiouringnet.tls.records cimport FAILED, NO_DATA, Records, WANTS_MORE
 from aiouringnet.transports.stream cimport StreamTransport, drop_empty_dict, handed_over, is_buffered, limits, own
 

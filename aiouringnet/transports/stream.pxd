@@ -2,7 +2,9 @@
 
 from cpython.object cimport PyObject
 
-from aiouringnet.engine.core cimport Engine, Layer, Room, Sink, Stream, flag
+from aiouringnet.engine.engine cimport Engine
+from aiouringnet.engine.interface cimport Layer, Room, Sink, flag
+from aiouringnet.engine.stream cimport Stream
 
 
 cdef void drop_empty_dict(object instance) noexcept

@@ -33,9 +33,9 @@ from cpython.ref cimport Py_DECREF
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from aiouringnet.engine.core cimport (
-    Engine, FileRange, Layer, ROOM_BYTES, ROOM_VIEW, ROOM_WIDE, Room, Sink, Stream,
-)
+from aiouringnet.engine.engine cimport Engine
+from aiouringnet.engine.files cimport FileRange
+from aiouringnet.engine.interface cimport Layer, ROOM_BYTES, ROOM_VIEW, ROOM_WIDE, Room, Sink
 
 from aiouringnet.transports.slow import timed
 
@@ -120,7 +120,7 @@ cdef class StreamTransport(Sink):
                 self.peername = sock.getpeername()
             except OSError:
                 pass
-        self.stream = engine.open_stream(self.fileno, self)
+        self.stream = <Stream>engine.open_stream(self.fileno, self)
         # Loops refuse add_reader() for a transport's descriptor.
         engine.transports[self.fileno] = self
         self.server = server

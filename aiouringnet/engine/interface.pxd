@@ -1,0 +1,102 @@
+# Read interface.pyx first.
+
+from cpython.object cimport PyObject
+
+
+cdef enum:
+    EOF_HELD = -1       # Stream.held_end and deliver_end(): end of file rather than an errno
+
+
+# A bint of one byte, for what programs have ten thousands of.
+ctypedef unsigned char flag
+
+
+# Where one direct read receives into, and whose that is: decided once, when it is handed out.
+cdef struct Room:
+    char* data
+    Py_ssize_t size
+    int kind                        # ROOM_*
+    Py_buffer view                  # ROOM_VIEW
+    PyObject* spare                 # ROOM_BYTES: the bytes object, owned
+
+cdef enum:
+    ROOM_VIEW                       # a BufferedProtocol's own buffer
+    ROOM_WIDE                       # memory of the engine's, for layers, which keep nothing of it
+    ROOM_BYTES                      # a bytes object that is handed over, or kept for the next read
+
+
+# Whatever the engine calls back with the result of an operation.
+cdef class Handle:
+    cdef int in_flight              # operations that the kernel has not finished
+    cdef unsigned int watched       # events of its descriptor that engine.readiness reports, 0: it is not there
+
+    # What was submitted has a result
+    cdef void complete(self, int tag, int result, unsigned int flags) noexcept
+    # The descriptor is ready
+    cdef void on_ready(self, unsigned int events) noexcept
+    cdef void rearm(self) noexcept
+    # A request to end an operation of this handle did not find it
+    cdef void cancel_again(self) noexcept
+    # The engine ends: ask for the end of all operations
+    cdef void cancel_operations(self) noexcept
+
+
+# What a pass knows of a stream: what it is there for, and its share of the pass.
+cdef class Flow(Handle):
+    cdef flag reading               # the sink wants data
+    cdef flag resyncing             # in engine.resync
+    cdef flag dirty                 # in engine.dirty
+    cdef flag spent                 # its read_budget of this pass: in engine.later
+    cdef unsigned char written      # writes that left at once since burst_ns
+    cdef unsigned int taken_in      # the pass in which `taken` bytes were delivered
+    cdef unsigned int taken
+    cdef long long burst_ns         # when the first of the last writes that left at once was made
+
+    # It was dirty: what was written until now is to go
+    cdef void flush(self) noexcept
+    # Its reading state has changed, or it was put off: what was held, and what the socket has, is to be delivered
+    cdef void resync(self) noexcept
+    # Whether that was the last operation in flight of a closed one: its sink is told
+    cdef void maybe_detached(self) noexcept
+
+
+# Where a stream delivers what it reads.  A transport subclasses it.
+cdef class Sink:
+    cdef flag buffered              # asking for a buffer is noticed: only when there is something to read
+    cdef flag reads_itself          # on_readable() does the reading
+
+    # size > 0 bytes at data, valid during the call only
+    cdef void on_data(self, const char* data, Py_ssize_t size) noexcept
+    # Something to receive into; false when there is none (the sink has dealt with that)
+    cdef bint acquire_room(self, Room* room) noexcept
+    # The first `size` bytes of it were filled (0: nothing was)
+    cdef void release_room(self, Room* room, Py_ssize_t size) noexcept
+    # For a sink that reads itself: read until the socket is empty; 0, EOF_HELD or an errno
+    cdef int on_readable(self) noexcept
+    # The kernel's TLS met a record that is not data (EIO): true when it has been dealt with
+    cdef bint on_control_record(self) noexcept
+    cdef void on_eof(self) noexcept
+    cdef void on_error(self, int error, bint writing) noexcept
+    # Output left the queue
+    cdef void on_sent(self) noexcept
+    # No operation is in flight any more: the descriptor may be closed
+    cdef void on_detached(self) noexcept
+
+
+# What stands between a transport and a protocol and changes the bytes: TLS.
+cdef class Layer:
+    cdef flag gathering             # in engine.layers
+    cdef flag waiting               # for drained()
+
+    # size > 0 bytes at data from the transport below, valid during the call only
+    cdef void received(self, const char* data, Py_ssize_t size) noexcept
+    # Read from the descriptor itself until it is empty; 0, EOF_HELD or an errno
+    cdef int readable(self) noexcept
+    # A record that is not data waits in the kernel: true when it has been dealt with
+    cdef bint control_record(self) noexcept
+    # Reading has met an errno; the transport below ends with it
+    cdef void read_failed(self, int error) noexcept
+    # What was written to the transport below has been sent; called when it was asked for
+    cdef void drained(self) noexcept
+    # Pass on what was written since the last time
+    cdef void gather(self) noexcept
