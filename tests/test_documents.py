@@ -9,9 +9,8 @@ import pytest
 PACKAGE = helpers.ROOT / "aiouringnet"
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "*/*.md", ".github/**/*.md")
-    for path in helpers.ROOT.glob(pattern)
-    if not path.relative_to(helpers.ROOT).parts[0].startswith((".pytest", ".venv", ".cache"))
+    for folder in ("", ".github", "aiouringnet", "benchmarks", "examples", "tests")
+    for path in (helpers.ROOT / folder).glob("*.md")
 )
 MAP = PACKAGE / "README.md"
 
