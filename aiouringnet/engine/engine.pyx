@@ -28,7 +28,7 @@ from cpython.ref cimport Py_XDECREF
 from libc.stdlib cimport free
 
 from aiouringnet.engine.interface cimport Flow, Handle, Layer, Sink
-from aiouringnet.engine.loop cimport LoopBound, airn_context, current_generation, current_thread
+from aiouringnet.engine.loop cimport LoopBound, airn_context, current_thread, fork_generation
 from aiouringnet.engine.readiness cimport READY_BATCH, Readiness
 
 import sys
@@ -84,7 +84,7 @@ cdef class Engine(LoopBound):
         if self.transports is None:
             self.transports = Descriptors()
         self.thread_id = current_thread()
-        self.generation = current_generation()
+        self.generation = fork_generation
         self.gathering = GATHERING[getattr(options, "gather", "auto")]
         self.pass_context = self.entered = <PyObject*>self  # which is no context
         self.departed = []

@@ -1,6 +1,8 @@
 """A listening socket: by readiness and accept4(), which take a connection only when the loop runs."""
 
-from libc.errno cimport EAGAIN, EBADF, EINTR, EINVAL, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC, ENOTSOCK, EOPNOTSUPP, errno
+from libc.errno cimport (
+    EAGAIN, EBADF, EINTR, EINVAL, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC, ENOTSOCK, EOPNOTSUPP, errno,
+)
 
 from aiouringnet.engine.engine cimport Engine
 from aiouringnet.engine.interface cimport Handle

@@ -1,5 +1,6 @@
 # Read loop.pyx first.
 
+from cython cimport final
 from cpython.object cimport PyObject
 
 from aiouringnet.engine.readiness cimport Readiness
@@ -15,7 +16,7 @@ cdef extern from *:
     """
     PyObject* airn_context() noexcept
 
-cdef unsigned int current_generation() noexcept
+cdef unsigned int fork_generation   # see loop.pyx
 cdef unsigned long current_thread() noexcept
 
 
@@ -35,11 +36,15 @@ cdef class LoopBound:
     cdef bint nests                 # a callback has run the loop
     cdef unsigned long long n_wakes
 
+    # Whether this is a child that was forked from the engine's process: nothing of it may be touched
+    @final
+    cdef inline bint forked(self) noexcept:
+        return self.generation != fork_generation
+
     cdef int check(self) except -1
     cdef bint on_own_thread(self) noexcept
     # Whether this is a thread from which nothing may be called: another than the loop's, and the loop does not run here
     cdef bint is_foreign(self) except -1
-    cdef bint forked(self) noexcept
     cdef int move_thread(self) except -1
     # From noexcept code into Python
     cdef void soon(self, object callback, object context=*, object argument=*) noexcept

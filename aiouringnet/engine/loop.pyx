@@ -11,7 +11,6 @@ The loop watches one descriptor of ours.  Only its reader entry refers to the
 Waker that it calls, and that to the engine.
 """
 
-from cython cimport final
 from libc.string cimport memset
 
 from aiouringnet.engine.readiness cimport EPOLLET, EPOLLIN, Readiness, epoll_event
@@ -60,10 +59,6 @@ cdef void _in_forked_child() noexcept nogil:
     fork_generation += 1
 
 pthread_atfork(NULL, NULL, _in_forked_child)
-
-cdef unsigned int current_generation() noexcept:
-    return fork_generation
-
 
 cdef unsigned long current_thread() noexcept:
     return airn_thread_id()
@@ -151,11 +146,6 @@ cdef class LoopBound:
 
     cdef bint is_foreign(self) except -1:
         return not self.forked() and not self.on_own_thread() and _get_running_loop() is not self.loop
-
-    @final
-    cdef bint forked(self) noexcept:
-        """Whether this is a child that was forked from the engine's process: nothing of it may be touched."""
-        return self.generation != fork_generation
 
     cdef int move_thread(self) except -1:
         """The loop runs on another thread than before."""

@@ -1,17 +1,17 @@
 """What a stream has to send: a queue of pieces, then perhaps a file, by direct calls.
 
 Each piece lies in an immutable bytes object that the queue owns.  At most one
-send is in flight per stream, since sends are not ordered.  Of an open stream
-with something to send, one is true:
+send is in flight per stream, since sends are not ordered.  With something to
+send, an open stream whose socket is not in error is
 
-    dirty       it is in engine.dirty: sent when the pass ends, or the loop's iteration
-    sending     a send is in flight, or the socket is full and waited for; what is written meanwhile follows
+    dirty       in engine.dirty: sent when the pass ends, or the loop's iteration, unless it is `sending` by then
+    sending     a send is in flight, or the socket is full and waited for: what is written meanwhile follows it
 
-(None after an error, which ends it.)  While it is `sending`:
+or both.  While it is `sending`, it may be
 
-    awaited     the sink, or what else is queued, waits for its end: on_sent() is to come as soon as can be
-    urgent      its end must wake the loop, for that reason: counted in engine.n_urgent, for a ring whose sends
-                usually end in silence (SQPOLL).  It follows from `awaited` and lasts as long as `sending`.
+    awaited     somebody waits for on_sent()
+    urgent      for that reason, or since more is queued than is in flight, its end must wake the loop: counted in
+                engine.n_urgent, for a ring whose sends usually end in silence (SQPOLL)
 
 end_send() ends all three.
 """

@@ -7,15 +7,8 @@ through the Python object, and whatever the ssl module offers (sni_callback,
 keylog_filename, sessions, getpeercert ...) works on it.  SSL_read and
 SSL_write are called on the pointer.
 
-Nothing here is linked against OpenSSL.  Its functions are looked up, when this
-module is imported, in the library that `_ssl` depends on: 1.1.1 to 3.x, and
-never a second copy in the process.  Where the pointer lies in the objects of
-the ssl module (CPython's Modules/_ssl.c: PySSLSocket, PySSLContext) is
-checked on a live object before it is trusted; if anything is not as expected,
-`why_not` says what, and SSLRecords does the work.
-
-The BIO's callbacks run without the GIL, since the ssl module releases it in
-do_handshake(): they touch nothing but a Link.
+Where its functions are found is symbols.pyx's matter, the BIO bio.pyx's.  If
+anything is not as expected, `why_not` says what, and SSLRecords does the work.
 
 Threads.  An SSL is no thing to use on two threads at once (ssl(7)), and with
 the GIL nobody does: our calls keep it, and what other threads ask the
@@ -27,116 +20,30 @@ program's own mistake in both cases, as on asyncio.
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.object cimport PyObject
-from libc.errno cimport EAGAIN, EALREADY, EBUSY, EEXIST, EINTR, ENOENT, EOPNOTSUPP, errno
-from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memmove, memset
+from libc.errno cimport EALREADY, EBUSY, ENOENT
+from libc.stdlib cimport free
+from libc.string cimport memcpy
 from posix.types cimport off_t
 
 import os
 import ssl
 
+from aiouringnet.tls.bio cimport (
+    Link, RECORD_BYTES, discard_spill, flush_to_socket, make_method, new_bio, send_control, take_record,
+)
 from aiouringnet.tls.records cimport FAILED, is_overridden, NO_DATA, Records, WANTS_MORE
+from aiouringnet.tls.symbols cimport further, load, openssl, ssl_of, unknown_layout
 
 from aiouringnet.tls.records import SSLRecords
 
 
-cdef extern from "dlfcn.h" nogil:
-    void* dlopen(const char* path, int flags)
-    void* dlsym(void* handle, const char* name)
-    int RTLD_LAZY, RTLD_NOLOAD
-
 cdef extern from "sys/socket.h" nogil:
     ctypedef unsigned int socklen_t
-    struct iovec:
-        void* iov_base
-        size_t iov_len
-    struct msghdr:
-        void* msg_name
-        socklen_t msg_namelen
-        iovec* msg_iov
-        size_t msg_iovlen
-        void* msg_control
-        size_t msg_controllen
-        int msg_flags
-    struct cmsghdr:
-        size_t cmsg_len
-        int cmsg_level
-        int cmsg_type
-    cmsghdr* CMSG_FIRSTHDR(msghdr* message)
-    size_t CMSG_SPACE(size_t size)
-    size_t CMSG_LEN(size_t size)
-    unsigned char* CMSG_DATA(cmsghdr* header)
     ssize_t c_recv "recv"(int fd, void* data, size_t size, int flags)
-    ssize_t c_recvmsg "recvmsg"(int fd, msghdr* message, int flags)
-    ssize_t c_sendmsg "sendmsg"(int fd, const msghdr* message, int flags)
-    ssize_t c_send "send"(int fd, const void* data, size_t size, int flags)
     int c_getsockopt "getsockopt"(int fd, int level, int name, void* value, socklen_t* size)
-    int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, socklen_t size)
     int SOL_SOCKET, SO_ERROR
-    int MSG_DONTWAIT, MSG_NOSIGNAL
+    int MSG_DONTWAIT
 
-cdef extern from "netinet/in.h" nogil:
-    int IPPROTO_TCP
-
-cdef extern from "unistd.h" nogil:
-    ssize_t c_write "write"(int fd, const void* data, size_t size)
-
-cdef extern from "string.h" nogil:
-    void explicit_bzero(void* memory, size_t size)
-
-
-# --------------------------------------------------------------------------
-# OpenSSL's functions (openssl/ssl.h, bio.h, err.h); its structures stay opaque
-
-ctypedef int (*read_callback)(void* bio, char* data, size_t size, size_t* done) noexcept nogil
-ctypedef int (*write_callback)(void* bio, const char* data, size_t size, size_t* done) noexcept nogil
-ctypedef long (*ctrl_callback)(void* bio, int command, long number, void* pointer) noexcept nogil
-ctypedef int (*create_callback)(void* bio) noexcept nogil
-
-cdef struct Symbols:
-    unsigned long (*OpenSSL_version_num)() noexcept nogil
-    unsigned long (*SSL_get_options)(void* ssl) noexcept nogil
-    void* (*SSL_get_SSL_CTX)(void* ssl) noexcept nogil
-    void (*SSL_set_bio)(void* ssl, void* rbio, void* wbio) noexcept nogil
-    long (*SSL_ctrl)(void* ssl, int command, long number, void* pointer) noexcept nogil
-    int (*SSL_read_ex)(void* ssl, void* data, size_t size, size_t* done) noexcept nogil
-    int (*SSL_peek_ex)(void* ssl, void* data, size_t size, size_t* done) noexcept nogil
-    int (*SSL_write_ex)(void* ssl, const void* data, size_t size, size_t* done) noexcept nogil
-    int (*SSL_pending)(void* ssl) noexcept nogil
-    int (*SSL_has_pending)(void* ssl) noexcept nogil
-    int (*SSL_in_init)(void* ssl) noexcept nogil
-    int (*SSL_get_key_update_type)(const void* ssl) noexcept nogil
-    int (*SSL_shutdown)(void* ssl) noexcept nogil
-    int (*SSL_get_error)(void* ssl, int result) noexcept nogil
-    void (*ERR_clear_error)() noexcept nogil
-    unsigned long (*ERR_peek_error)() noexcept nogil
-    unsigned long (*ERR_peek_last_error)() noexcept nogil
-    void (*ERR_error_string_n)(unsigned long error, char* text, size_t size) noexcept nogil
-    int (*BIO_get_new_index)() noexcept nogil
-    void* (*BIO_meth_new)(int type, const char* name) noexcept nogil
-    int (*BIO_meth_set_read_ex)(void* method, read_callback) noexcept nogil
-    int (*BIO_meth_set_write_ex)(void* method, write_callback) noexcept nogil
-    int (*BIO_meth_set_ctrl)(void* method, ctrl_callback) noexcept nogil
-    int (*BIO_meth_set_create)(void* method, create_callback) noexcept nogil
-    void* (*BIO_new)(void* method) noexcept nogil
-    int (*BIO_up_ref)(void* bio) noexcept nogil
-    int (*BIO_free)(void* bio) noexcept nogil
-    void (*BIO_set_data)(void* bio, void* data) noexcept nogil
-    void* (*BIO_get_data)(void* bio) noexcept nogil
-    void (*BIO_set_init)(void* bio, int init) noexcept nogil
-    void (*BIO_set_flags)(void* bio, int flags) noexcept nogil
-    void (*BIO_clear_flags)(void* bio, int flags) noexcept nogil
-
-# In the order of Symbols' fields.
-cdef tuple NAMES = (
-    b"OpenSSL_version_num", b"SSL_get_options", b"SSL_get_SSL_CTX", b"SSL_set_bio", b"SSL_ctrl", b"SSL_read_ex",
-    b"SSL_peek_ex", b"SSL_write_ex", b"SSL_pending", b"SSL_has_pending", b"SSL_in_init", b"SSL_get_key_update_type", b"SSL_shutdown",
-    b"SSL_get_error", b"ERR_clear_error", b"ERR_peek_error", b"ERR_peek_last_error", b"ERR_error_string_n",
-    b"BIO_get_new_index", b"BIO_meth_new", b"BIO_meth_set_read_ex", b"BIO_meth_set_write_ex", b"BIO_meth_set_ctrl",
-    b"BIO_meth_set_create", b"BIO_new", b"BIO_up_ref", b"BIO_free", b"BIO_set_data", b"BIO_get_data", b"BIO_set_init",
-    b"BIO_set_flags", b"BIO_clear_flags",
-)
 
 cdef enum:
     # openssl/ssl.h
@@ -147,51 +54,16 @@ cdef enum:
     SSL_KEY_UPDATE_NONE = -1
     SSL_CTRL_CLEAR_MODE = 78
     SSL_MODE_AUTO_RETRY = 4
-    # openssl/bio.h
-    BIO_TYPE_SOURCE_SINK = 0x0400
-    BIO_FLAGS_READ = 1
-    BIO_FLAGS_RWS = 7
-    BIO_FLAGS_SHOULD_RETRY = 8
-    BIO_CTRL_FLUSH = 11
-    # The same, for kernel TLS; since OpenSSL 3.0
-    BIO_CTRL_SET_KTLS = 72
-    BIO_CTRL_GET_KTLS_SEND = 73
-    BIO_CTRL_SET_KTLS_TX_SEND_CTRL_MSG = 74
-    BIO_CTRL_CLEAR_KTLS_TX_CTRL_MSG = 75
-    BIO_CTRL_GET_KTLS_RECV = 76
     SSL_OP_ENABLE_KTLS = 8
-    # linux/tls.h, linux/tcp.h, linux/socket.h
-    TCP_ULP = 31
-    SOL_TLS = 282
-    TLS_TX = 1
-    TLS_RX = 2
-    TLS_SET_RECORD_TYPE = 1
-    TLS_GET_RECORD_TYPE = 2
-    TLS_CIPHER_AES_GCM_128 = 51
-    TLS_CIPHER_AES_GCM_256 = 52
-    TLS_CIPHER_AES_CCM_128 = 53
-    TLS_CIPHER_CHACHA20_POLY1305 = 54
-    # Content types, RFC 8446 section 5.1, and a level of section 6
+    # Content type, RFC 8446 section 5.1, and a level of section 6
     ALERT_RECORD = 21
     FATAL_ALERT = 2
-    HANDSHAKE_RECORD = 22
-    DATA_RECORD = 23
-    RECORD_HEADER = 5
-    # Of a handshake message, RFC 8446 section 4
-    KEY_UPDATE = 24
-    # Among the control records that wait for the kernel: not one of them, but the keys for those that follow.
-    NEW_KEYS = -1
 
-    RECORD_BYTES = 16384        # plaintext of a full record, RFC 8446 section 5.1
     MAX_STALLED = 8             # reads in a row that find input and use none
     MAX_DRAINED = 16            # records that are read to be dropped
     # What a record may add: header 5, explicit nonce or IV 16, MAC 48 (HMAC-SHA384), padding 16, content type 1.
     RECORD_OVERHEAD = 96
 
-cdef Symbols openssl
-cdef void* bio_method = NULL
-
-cdef void* library = NULL               # what dlsym() looks into
 ctypedef int (*read_function)(void* ssl, void* data, size_t size, size_t* done) noexcept nogil
 ctypedef ssize_t (*sendfile_function)(void* ssl, int fd, off_t offset, size_t size, int flags) noexcept nogil
 
@@ -199,411 +71,6 @@ ctypedef ssize_t (*sendfile_function)(void* ssl, int fd, off_t offset, size_t si
 why_not = "not loaded"
 # Whether OpenSSL was built with kernel TLS.
 knows_ktls = False
-
-
-# --------------------------------------------------------------------------
-# The BIO
-
-cdef struct Link:
-    # ciphertext received and not yet read
-    const char* input
-    size_t input_size
-    # ciphertext to send: into the room that expect_output() made, then into `spill`
-    char* room
-    size_t room_size, room_used
-    char* spill                 # spill_used bytes of it, from spill_head on
-    size_t spill_size, spill_head, spill_used
-    # kernel TLS
-    int fd                      # of the socket; -1: none was offered
-    char* record                # what was received in that way
-    bint reads                  # the handshake reads from the socket, not only from `input`
-    bint idle                   # nothing is queued for the socket: it may be written to here
-    bint ended                  # end of file was read
-    bint stuck                  # the kernel would not change keys
-    bint kernel_sends, kernel_receives
-    bint asked                  # whether the kernel sends: by an OpenSSL that knows kernel TLS
-    bint asked_send, asked_receive
-    int updates                 # KeyUpdates of ours whose keys OpenSSL has yet to hand over
-    int send_errno, receive_errno
-    int control_type            # of the next record, 0: data
-
-
-cdef int on_create(void* bio) noexcept nogil:
-    openssl.BIO_set_init(bio, 1)
-    return 1
-
-
-cdef int take_record(int fd, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept nogil:
-    """Receive what the kernel has decrypted, with the header in front that OpenSSL expects (as in its bss_sock.c).
-
-    Returns the record's type, 0 at the end of the stream, or -errno.
-    """
-    cdef iovec vector
-    cdef msghdr message
-    cdef unsigned long long control[4]      # aligned as a cmsghdr is
-    cdef cmsghdr* header
-    cdef ssize_t n
-    cdef int kind = DATA_RECORD
-    memset(&message, 0, sizeof(message))
-    vector.iov_base = buffer + RECORD_HEADER
-    vector.iov_len = min(room - RECORD_HEADER, RECORD_BYTES)
-    message.msg_iov = &vector
-    message.msg_iovlen = 1
-    message.msg_control = control
-    message.msg_controllen = sizeof(control)
-    n = c_recvmsg(fd, &message, MSG_DONTWAIT)
-    if n <= 0:
-        return -errno if n < 0 else 0
-    header = CMSG_FIRSTHDR(&message)
-    if header != NULL and header.cmsg_level == SOL_TLS and header.cmsg_type == TLS_GET_RECORD_TYPE:
-        kind = CMSG_DATA(header)[0]
-    buffer[0] = <char>kind
-    buffer[1] = buffer[2] = 3  # TLS 1.2, which TLS 1.3 claims to be
-    buffer[3] = <char>(n >> 8)
-    buffer[4] = <char>(n & 0xff)
-    size[0] = n + RECORD_HEADER
-    return kind
-
-
-cdef void receive_record(Link* link) noexcept nogil:
-    """The kernel decrypts since the middle of the handshake: the rest of it comes in records."""
-    cdef Py_ssize_t size = 0
-    cdef int kind
-    if link.record == NULL:
-        link.record = <char*>malloc(RECORD_HEADER + RECORD_BYTES)
-        if link.record == NULL:
-            return
-    kind = take_record(link.fd, link.record, RECORD_HEADER + RECORD_BYTES, &size)
-    if kind > 0:
-        link.input = link.record
-        link.input_size = size
-    elif kind != -EAGAIN and kind != -EINTR:
-        link.ended = True
-
-
-cdef int on_read(void* bio, char* data, size_t size, size_t* done) noexcept nogil:
-    cdef Link* link = <Link*>openssl.BIO_get_data(bio)
-    cdef ssize_t n
-    openssl.BIO_clear_flags(bio, BIO_FLAGS_RWS | BIO_FLAGS_SHOULD_RETRY)
-    done[0] = 0
-    if link != NULL and link.input_size == 0 and link.kernel_receives and link.reads:
-        receive_record(link)
-    elif link != NULL and link.input_size == 0 and link.reads:
-        # Never more than OpenSSL asks for, a record: what follows may be the kernel's to decrypt.
-        n = c_recv(link.fd, data, size, MSG_DONTWAIT)
-        if n > 0:
-            done[0] = n
-            return 1
-        if n == 0 or (errno != EAGAIN and errno != EINTR):
-            link.ended = True
-    if link == NULL or link.input_size == 0:
-        openssl.BIO_set_flags(bio, BIO_FLAGS_READ | BIO_FLAGS_SHOULD_RETRY)
-        return 0
-    if size > link.input_size:
-        size = link.input_size
-    memcpy(data, link.input, size)
-    link.input += size
-    link.input_size -= size
-    done[0] = size
-    return 1
-
-
-cdef bint spill(Link* link, const void* data, size_t size) noexcept nogil:
-    cdef size_t wanted
-    cdef char* grown
-    if link.spill_size - link.spill_head - link.spill_used < size:
-        if link.spill_used + size <= link.spill_size // 2:
-            memmove(link.spill, link.spill + link.spill_head, link.spill_used)
-        else:
-            wanted = 2 * (link.spill_used + size)
-            grown = <char*>malloc(wanted)
-            if grown == NULL:
-                return False
-            if link.spill_used:
-                memcpy(grown, link.spill + link.spill_head, link.spill_used)
-            discard_spill(link)
-            link.spill = grown
-            link.spill_size = wanted
-        link.spill_head = 0
-    memcpy(link.spill + link.spill_head + link.spill_used, data, size)
-    link.spill_used += size
-    return True
-
-
-cdef void discard_spill(Link* link) noexcept nogil:
-    """Free it; not its counters."""
-    if link.spill != NULL and link.kernel_sends:
-        explicit_bzero(link.spill, link.spill_size)  # there may be keys
-    free(link.spill)
-    link.spill = NULL
-    link.spill_size = 0
-
-
-cdef void consume_spill(Link* link, size_t size) noexcept nogil:
-    """Its first bytes have gone."""
-    link.spill_head += size
-    link.spill_used -= size
-    if link.spill_used == 0:
-        link.spill_head = 0
-
-
-cdef int on_write(void* bio, const char* data, size_t size, size_t* done) noexcept nogil:
-    cdef Link* link = <Link*>openssl.BIO_get_data(bio)
-    cdef ControlHeader header
-    openssl.BIO_clear_flags(bio, BIO_FLAGS_RWS | BIO_FLAGS_SHOULD_RETRY)
-    done[0] = 0
-    if link == NULL:
-        return 0  # the connection is gone, its SSLObject is still used
-    if link.kernel_sends:
-        # A record in the clear: the kernel encrypts it, and wants to be told its type.
-        header.type = link.control_type or DATA_RECORD
-        header.size = <unsigned int>size
-        link.control_type = 0
-        if not (spill(link, &header, sizeof(header)) and spill(link, data, size)):
-            return 0
-        if header.type == HANDSHAKE_RECORD and size and data[0] == KEY_UPDATE:
-            link.updates += 1
-    elif link.spill_used == 0 and link.room_size - link.room_used >= size:
-        memcpy(link.room + link.room_used, data, size)
-        link.room_used += size
-    elif not spill(link, data, size):
-        return 0
-    done[0] = size
-    return 1
-
-
-cdef struct ControlHeader:
-    int type
-    unsigned int size
-
-
-cdef socklen_t size_of_keys(void* keys) noexcept nogil:
-    """Of a linux/tls.h tls12_crypto_info_*: 4 bytes of version and cipher, then what that cipher needs."""
-    cdef unsigned short cipher = (<unsigned short*>keys)[1]
-    if cipher == TLS_CIPHER_AES_GCM_128 or cipher == TLS_CIPHER_AES_CCM_128:
-        return 40
-    if cipher == TLS_CIPHER_AES_GCM_256 or cipher == TLS_CIPHER_CHACHA20_POLY1305:
-        return 56
-    return 0
-
-
-cdef ssize_t send_control(int fd, int type, const char* data, size_t size) noexcept nogil:
-    """Let the kernel make a record of that type; as sendmsg(2)."""
-    cdef iovec vector
-    cdef msghdr message
-    cdef unsigned long long control[4]      # aligned as a cmsghdr is
-    cdef cmsghdr* header
-    memset(&message, 0, sizeof(message))
-    memset(control, 0, sizeof(control))
-    vector.iov_base = <void*>data
-    vector.iov_len = size
-    message.msg_iov = &vector
-    message.msg_iovlen = 1
-    message.msg_control = control
-    message.msg_controllen = CMSG_SPACE(1)
-    header = CMSG_FIRSTHDR(&message)
-    header.cmsg_level = SOL_TLS
-    header.cmsg_type = TLS_SET_RECORD_TYPE
-    header.cmsg_len = CMSG_LEN(1)
-    CMSG_DATA(header)[0] = <unsigned char>type
-    return c_sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
-
-
-cdef bint flush_to_socket(Link* link) noexcept nogil:
-    """Send what waits; false: the socket did not take it all, or the kernel not the new keys."""
-    cdef ssize_t sent
-    cdef ControlHeader header
-    cdef char* content
-    while link.kernel_sends and link.spill_used:
-        memcpy(&header, link.spill + link.spill_head, sizeof(header))
-        content = link.spill + link.spill_head + sizeof(header)
-        if header.type == NEW_KEYS:
-            if c_setsockopt(link.fd, SOL_TLS, TLS_TX, content, header.size) < 0:
-                link.stuck = True
-                return False
-            explicit_bzero(content, header.size)
-            sent = header.size
-        else:
-            sent = send_control(link.fd, header.type, content, header.size)
-        if 0 < sent < <ssize_t>header.size:
-            # The rest continues the record that is open in the kernel.
-            header.size -= <unsigned int>sent
-            consume_spill(link, sent)
-            memcpy(link.spill + link.spill_head, &header, sizeof(header))
-            return False
-        if sent != <ssize_t>header.size:
-            return False
-        consume_spill(link, sizeof(header) + header.size)
-    if link.spill_used == 0:
-        return True
-    sent = c_send(link.fd, link.spill + link.spill_head, link.spill_used, MSG_DONTWAIT | MSG_NOSIGNAL)
-    if sent <= 0:
-        return False
-    consume_spill(link, sent)
-    return link.spill_used == 0
-
-
-cdef bint renew(Link* link, void* keys, socklen_t size) noexcept nogil:
-    """New keys to send with wait until the kernel has all that goes out with the old ones."""
-    cdef ControlHeader header
-    header.type = NEW_KEYS
-    header.size = size
-    link.updates -= 1
-    if size == 0 or not (spill(link, &header, sizeof(header)) and spill(link, keys, size)):
-        link.stuck = True
-    return not link.stuck
-
-
-cdef bint hand_over(Link* link, bint sending, void* keys) noexcept nogil:
-    """Give the kernel the keys of one direction; false: OpenSSL goes on."""
-    cdef socklen_t size = size_of_keys(keys)
-    cdef int problem = 0
-    if sending and link.kernel_sends:
-        return renew(link, keys, size)
-    if link.fd < 0 or size == 0:
-        problem = EOPNOTSUPP
-    elif sending and (not link.idle or link.room_used or not flush_to_socket(link)):
-        # What precedes the records with these keys must be in the socket before the keys are.
-        problem = EBUSY
-    elif not sending and (link.input_size or not (link.reads or link.kernel_receives)):
-        problem = EALREADY  # received before an upgrade, or with it: the kernel cannot have that any more
-    elif c_setsockopt(link.fd, IPPROTO_TCP, TCP_ULP, b"tls", 3) < 0 and errno != EEXIST:
-        problem = errno
-    elif c_setsockopt(link.fd, SOL_TLS, TLS_TX if sending else TLS_RX, keys, size) < 0:
-        problem = errno
-    if sending:
-        link.asked_send = True
-        link.send_errno = problem
-        link.kernel_sends = problem == 0
-    else:
-        if problem and link.kernel_receives:
-            link.stuck = True
-        link.asked_receive = True
-        link.receive_errno = problem
-        link.kernel_receives = link.kernel_receives or problem == 0
-    return problem == 0
-
-
-cdef long on_ctrl(void* bio, int command, long number, void* pointer) noexcept nogil:
-    cdef Link* link
-    if command == BIO_CTRL_FLUSH:
-        return 1
-    link = <Link*>openssl.BIO_get_data(bio)
-    if link == NULL:
-        return 0
-    if command == BIO_CTRL_GET_KTLS_SEND:
-        link.asked = True
-        return link.kernel_sends
-    if command == BIO_CTRL_GET_KTLS_RECV:
-        return link.kernel_receives
-    if command == BIO_CTRL_SET_KTLS:
-        return hand_over(link, number != 0, pointer)
-    if command == BIO_CTRL_SET_KTLS_TX_SEND_CTRL_MSG:
-        link.control_type = <int>number
-    elif command == BIO_CTRL_CLEAR_KTLS_TX_CTRL_MSG:
-        link.control_type = 0
-    return 0
-
-
-# --------------------------------------------------------------------------
-# Finding OpenSSL
-
-cdef struct SSLHolder:
-    # The first fields after the object header of _ssl's PySSLSocket: PyObject* Socket; SSL* ssl
-    PyObject ob_base
-    void* socket
-    void* ssl
-
-cdef struct ContextHolder:
-    # PySSLContext: SSL_CTX* ctx
-    PyObject ob_base
-    void* context
-
-
-def _readable(size_t address, Py_ssize_t size):
-    """The bytes from `address` as far as they can be read: write(2) does not fault, it fails (EFAULT)."""
-    # Page by page, each of 4096 bytes or a multiple of that.
-    cdef Py_ssize_t first = min(size, 4096 - <Py_ssize_t>(address % 4096))
-    reader, writer = os.pipe()
-    try:
-        os.set_blocking(reader, False)
-        if c_write(writer, <void*>address, first) == first and first < size:
-            c_write(writer, <void*>(address + first), size - first)
-        try:
-            return os.read(reader, size)
-        except BlockingIOError:
-            return b""
-    finally:
-        os.close(reader)
-        os.close(writer)
-
-
-def _load():
-    """Fill `openssl` and `bio_method`; raises RuntimeError that says why it cannot be done."""
-    global bio_method, library, knows_ktls, ssl_type
-    cdef void** slot = <void**>&openssl
-    cdef void* pointer
-    cdef void* context_pointer
-    try:
-        import _ssl
-    except ImportError:
-        raise RuntimeError("this Python has no ssl module of CPython's")
-    path = getattr(_ssl, "__file__", None)
-    if path is None:
-        raise RuntimeError("OpenSSL is linked statically into this Python")
-    library = dlopen(path.encode(), RTLD_LAZY | RTLD_NOLOAD)
-    if library == NULL:
-        raise RuntimeError(f"{path} is not a shared library that this process has loaded")
-    for name in NAMES:
-        # dlsym on a handle looks into that library and those that it depends on.
-        slot[0] = dlsym(library, name)
-        if slot[0] == NULL:
-            raise RuntimeError(f"the ssl module's OpenSSL ({ssl.OPENSSL_VERSION}) does not export {name.decode()}")
-        slot += 1
-    if not ssl.OPENSSL_VERSION.startswith("OpenSSL ") or ssl.OPENSSL_VERSION_INFO < (1, 1, 1):
-        raise RuntimeError(f"OpenSSL 1.1.1 or newer is needed, {ssl.OPENSSL_VERSION} was found")
-    if openssl.OpenSSL_version_num() != ssl.OPENSSL_VERSION_NUMBER:
-        raise RuntimeError("the OpenSSL that was found is not the ssl module's")
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    sslobj = context.wrap_bio(placeholder_in, placeholder_out)
-    unknown = RuntimeError("the layout of this Python's ssl objects is not known")
-    ssl_type = type(sslobj._sslobj)
-    for thing, holder in ((sslobj._sslobj, sizeof(SSLHolder)), (context, sizeof(ContextHolder))):
-        if type(thing).__basicsize__ < holder:
-            raise unknown
-    context_pointer = (<ContextHolder*><PyObject*>context).context
-    pointer = (<SSLHolder*><PyObject*>sslobj._sslobj).ssl
-    if context_pointer == NULL or pointer == NULL:
-        raise unknown
-    # A structure that somewhere refers to the context: only then it is asked for it.
-    word = (<char*>&context_pointer)[:sizeof(void*)]
-    if word not in _readable(<size_t>pointer, 4096):
-        raise unknown
-    if openssl.SSL_get_SSL_CTX(pointer) != context_pointer:
-        raise unknown
-
-    bio_method = openssl.BIO_meth_new(openssl.BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, b"aiouringnet")
-    if bio_method == NULL:
-        raise MemoryError()
-    openssl.BIO_meth_set_create(bio_method, on_create)
-    openssl.BIO_meth_set_read_ex(bio_method, on_read)
-    openssl.BIO_meth_set_write_ex(bio_method, on_write)
-    openssl.BIO_meth_set_ctrl(bio_method, on_ctrl)
-    records = OpenSSLRecords(sslobj)
-    try:
-        sslobj.do_handshake()
-    except ssl.SSLWantReadError:
-        pass
-    if not records._started():
-        raise unknown
-    knows_ktls = records._knows_ktls()
-
-
-# --------------------------------------------------------------------------
-# Records
 
 # wrap_bio() wants memory BIOs; ours takes their place at once.  Two, since it takes a reference for each
 # argument, and OpenSSL gives one back for a BIO that is both (SSL_set_bio(3)).
@@ -654,19 +121,15 @@ cdef class OpenSSLRecords(Records):
     cdef int stalled                # how often that was so
     cdef bytes kept                 # what keep_input() copied
     cdef object output              # the bytes object that link.room lies in
-
     def __cinit__(self, sslobj):
         if type(sslobj._sslobj) is not ssl_type:
             raise TypeError(f"not an object of the ssl module: {sslobj!r}")
         self.sslobj = sslobj
         self.holder = sslobj._sslobj
-        self.ssl = (<SSLHolder*><PyObject*>self.holder).ssl
-        self.bio = openssl.BIO_new(bio_method)
+        self.ssl = ssl_of(self.holder)
+        self.bio = new_bio(&self.link)
         if self.bio == NULL:
             raise MemoryError()
-        self.link.fd = -1
-        openssl.BIO_set_data(self.bio, &self.link)
-        openssl.BIO_up_ref(self.bio)  # one reference is the SSL's, one is ours
         openssl.SSL_set_bio(self.ssl, self.bio, self.bio)
         # A record without data comes back by itself, instead of all that come in a row at once.
         openssl.SSL_ctrl(self.ssl, SSL_CTRL_CLEAR_MODE, SSL_MODE_AUTO_RETRY, NULL)
@@ -684,7 +147,7 @@ cdef class OpenSSLRecords(Records):
 
         One that was asks the BIO in SSL_sendfile() (ssl_lib.c); the descriptor is none, and nothing is sent.
         """
-        cdef sendfile_function function = <sendfile_function>dlsym(library, b"SSL_sendfile")
+        cdef sendfile_function function = <sendfile_function>further(b"SSL_sendfile")
         if function == NULL:
             return False  # before 3.0
         self.link.asked = False
@@ -936,6 +399,22 @@ cdef class OpenSSLRecords(Records):
         self.link.room = NULL
         self.link.room_size = self.link.room_used = 0
         return output
+
+
+def _load():
+    """Raises RuntimeError that says why it cannot be done."""
+    global knows_ktls, ssl_type
+    sslobj = load(placeholder_in, placeholder_out)
+    ssl_type = type(sslobj._sslobj)
+    make_method()
+    records = OpenSSLRecords(sslobj)
+    try:
+        sslobj.do_handshake()
+    except ssl.SSLWantReadError:
+        pass
+    if not records._started():
+        raise unknown_layout()
+    knows_ktls = records._knows_ktls()
 
 
 try:

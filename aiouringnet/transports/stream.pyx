@@ -6,7 +6,8 @@ drain) -> lost (the stream is closed, connection_lost is scheduled) -> done
 socket is closed when connection_lost was called *and* nothing is in flight.
 
 No I/O here: the engine's Stream moves the bytes, this class gives them
-asyncio's meaning.  The semantics are those of
+asyncio's meaning; what arrives is its base's, StreamInput, and flow
+control StreamOutput's.  The semantics are those of
 asyncio.selector_events._SelectorSocketTransport.
 
 isinstance(transport, asyncio.Transport) holds although an extension type
@@ -17,61 +18,36 @@ consults after the type itself; it costs the hot path nothing.
 """
 
 import asyncio
-import collections
 import sys
 import warnings
 from asyncio import transports
 from asyncio.trsock import TransportSocket
 from os import strerror
 
-from cpython.buffer cimport (
-    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
-)
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.object cimport PyObject
-from cpython.ref cimport Py_DECREF
-from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 
 from aiouringnet.engine.engine cimport Engine
 from aiouringnet.engine.files cimport FileRange
-from aiouringnet.engine.interface cimport Layer, ROOM_BYTES, ROOM_VIEW, ROOM_WIDE, Room, Sink
+from aiouringnet.engine.interface cimport Layer
+from aiouringnet.engine.stream cimport Stream
+from aiouringnet.transports.common cimport drop_empty_dict, handed_over, is_buffered, limits, own
+from aiouringnet.transports.output cimport StreamOutput
 
 from aiouringnet.transports.slow import timed
 
 
 cdef extern from "Python.h":
-    PyObject* new_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
-    int _PyBytes_Resize(PyObject** data, Py_ssize_t size)
-    bint PyMemoryView_Check(object)
-    PyObject* PyMemoryView_GET_BASE(object)
     object PyContext_CopyCurrent()
-    int PyContext_Enter(object) except -1
-    int PyContext_Exit(object) except -1
-    void PyErr_Clear()
-    PyObject** _PyObject_GetDictPtr(object)
-    void Py_CLEAR(PyObject*)
 
 
 cdef object logger = asyncio.log.logger
 # For __del__, which may run when the names of this and other modules are None.
 cdef object warn = warnings.warn
 cdef object is_finalizing = sys.is_finalizing
-cdef object BufferedProtocol = asyncio.BufferedProtocol
 
 # asyncio.constants
 cdef enum:
-    LOG_THRESHOLD_FOR_CONNLOST_WRITES = 5
     DEFAULT_HIGH_WATER = 65536
-    # A direct read's bytes object.  Below glibc's 128 KiB: larger blocks come
-    # from mmap and cost page faults each time, until the process has once
-    # freed one whole (mallopt(3), M_MMAP_THRESHOLD).
-    READ_BYTES = 122880
-    # That object is shrunk and handed over when it holds so much; less is
-    # cheaper to copy.
-    HANDOVER_BYTES = 8192
-    # What a layer is given at once, from a buffer that all of a loop's share; read_budget's default.
-    LAYER_READ_BYTES = 262144
 
 # Server._attach() and _detach() take the transport since Python 3.13.
 cdef bint SERVER_TAKES_TRANSPORT = sys.version_info >= (3, 13)
@@ -86,15 +62,7 @@ class Transport(transports._FlowControlMixin):
     __slots__ = ()
 
 
-cdef void drop_empty_dict(object instance) noexcept:
-    """Cython makes the dictionary of attributes with each instance: memory, and slower calls of all methods.
-
-    CPython makes it where it is missing, when the first attribute is set.
-    """
-    Py_CLEAR(_PyObject_GetDictPtr(instance)[0])
-
-
-cdef class StreamTransport(Sink):
+cdef class StreamTransport(StreamOutput):
     _start_tls_compatible = True
     _sendfile_compatible = TRY_NATIVE
     _sends_files = True
@@ -389,17 +357,6 @@ cdef class StreamTransport(Sink):
         if self.stream.queued > self.high:
             self.on_high_water()
 
-    cdef void put(self, object owner, const char* data, size_t size) noexcept:
-        if self.lost:
-            return
-        try:
-            self.stream.write(owner, data, size)
-        except MemoryError as exc:
-            self.fatal(exc, "Fatal write error on socket transport")
-            return
-        if self.stream.queued > self.high:
-            self.on_high_water()
-
     def writelines(self, list_of_data):
         """Queue each bytes-like object of an iterable, to be sent together."""
         cdef const char* start
@@ -449,307 +406,6 @@ cdef class StreamTransport(Sink):
         else:
             self.stream.shutdown_write()
 
-    # --- Sink: input ---------------------------------------------------------
-
-    cdef bint enter(self, PyObject** before) except -1:
-        """Into the connection's context; false where it is entered already, by a callback that runs the loop."""
-        if self.in_context:
-            return False
-        PyContext_Enter(self.context)
-        self.in_context = True
-        before[0] = self.engine.entered
-        self.engine.entered = <PyObject*>self.context
-        return True
-
-    cdef int leave(self, PyObject* before) except -1:
-        self.in_context = False
-        self.engine.entered = before
-        PyContext_Exit(self.context)
-        return 0
-
-    cdef void on_data(self, const char* data, Py_ssize_t size) noexcept:
-        cdef Layer layer = self.layer
-        if layer is not None:
-            layer.received(data, size)
-        elif self.buffered:
-            self.feed(data, size)
-        else:
-            try:
-                piece = PyBytes_FromStringAndSize(data, size)
-            except MemoryError as exc:
-                # What comes next must not be taken for what was lost.
-                self.fatal(exc, "Fatal read error on socket transport")
-                return
-            self.receive(piece)
-
-    cdef void receive(self, object data) noexcept:
-        cdef PyObject* before = NULL
-        cdef bint entered
-        try:
-            entered = self.enter(&before)
-            try:
-                if self.timed:
-                    timed(self.loop, self.protocol.data_received, data)
-                else:
-                    self.protocol.data_received(data)
-            finally:
-                if entered:
-                    self.leave(before)
-        except BaseException as exc:
-            self.failed(exc, "Fatal error: protocol.data_received() call failed.")
-
-    cdef void feed(self, const char* data, Py_ssize_t size) noexcept:
-        """Copy into the BufferedProtocol's buffers, as many as it takes."""
-        cdef Room room
-        cdef Py_ssize_t n
-        # In a child that a callback has forked the ring's memory is not there.
-        while size > 0 and not self.engine.forked():
-            if not self.stream.reading:
-                # Paused or closed between two buffers.
-                self.stream.put_back(data, size)
-                return
-            if not self.buffered:
-                # Another protocol was set meanwhile.
-                self.on_data(data, size)
-                return
-            protocol = self.protocol
-            if not self.lend(&room, size):
-                if self.closing or self.engine.forked():
-                    return
-                if self.protocol is protocol:
-                    # An interrupt: it is asked again.
-                    self.stream.put_back(data, size)
-                    self.engine.mark_resync(self.stream)
-                    return
-                continue
-            if self.engine.forked():
-                PyBuffer_Release(&room.view)
-                return
-            n = min(room.size, size)
-            memcpy(room.data, data, n)
-            PyBuffer_Release(&room.view)
-            self.updated(n)
-            data += n
-            size -= n
-
-    cdef bint acquire_room(self, Room* room) noexcept:
-        while self.buffered:
-            protocol = self.protocol
-            if self.lend(room, -1):
-                return True
-            if self.closing or self.protocol is protocol:
-                return False
-            # Another protocol was set in get_buffer().
-        if self.layer is not None:
-            room.kind = ROOM_WIDE
-            room.size = LAYER_READ_BYTES
-            room.data = self.engine.wide
-            self.engine.wide = NULL
-            if room.data == NULL:
-                room.data = <char*>malloc(LAYER_READ_BYTES)
-        else:
-            room.kind = ROOM_BYTES
-            room.size = READ_BYTES
-            room.spare = self.engine.spare
-            self.engine.spare = NULL
-            if room.spare == NULL:
-                room.spare = new_bytes(NULL, READ_BYTES)
-            room.data = NULL if room.spare == NULL else PyBytes_AS_STRING(<object>room.spare)
-        if room.data == NULL:
-            PyErr_Clear()
-            self.fatal(MemoryError(), "Fatal read error on socket transport")
-            return False
-        return True
-
-    cdef bint lend(self, Room* room, Py_ssize_t hint) noexcept:
-        """The protocol's own buffer; false when there is none: the transport closes, or has another protocol now."""
-        cdef PyObject* before = NULL
-        cdef bint entered
-        protocol = self.protocol
-        room.kind = ROOM_VIEW
-        try:
-            entered = self.enter(&before)
-            try:
-                buffer = timed(self.loop, protocol.get_buffer, hint) if self.timed else protocol.get_buffer(hint)
-                PyObject_GetBuffer(buffer, &room.view, PyBUF_WRITABLE)
-            finally:
-                if entered:
-                    self.leave(before)
-            if room.view.len == 0:
-                PyBuffer_Release(&room.view)
-                raise RuntimeError("get_buffer() returned an empty buffer")
-        except BaseException as exc:
-            self.failed(exc, "Fatal error: protocol.get_buffer() call failed.")
-            return False
-        if self.closing or self.protocol is not protocol:
-            # In get_buffer().  One that merely paused gets what it asked room for, as in asyncio.
-            PyBuffer_Release(&room.view)
-            return False
-        room.data = <char*>room.view.buf
-        room.size = room.view.len
-        return True
-
-    cdef void release_room(self, Room* room, Py_ssize_t size) noexcept:
-        cdef Layer layer
-        if room.kind == ROOM_VIEW:
-            PyBuffer_Release(&room.view)
-            if size:
-                self.updated(size)
-        elif room.kind == ROOM_WIDE:
-            layer = self.layer
-            if size:
-                layer.received(room.data, size)
-            if self.engine.wide == NULL:
-                self.engine.wide = room.data
-            else:
-                free(room.data)  # a pass within the callback took another
-        elif size < HANDOVER_BYTES:
-            data = None
-            if size:
-                try:
-                    data = PyBytes_FromStringAndSize(room.data, size)
-                except MemoryError as exc:
-                    self.fatal(exc, "Fatal read error on socket transport")
-            if self.engine.spare == NULL:
-                self.engine.spare = room.spare
-            else:
-                Py_DECREF(<object>room.spare)
-            if data is not None:
-                self.receive(data)
-        elif _PyBytes_Resize(&room.spare, size) < 0:
-            PyErr_Clear()
-            self.fatal(MemoryError(), "Fatal read error on socket transport")
-        else:
-            data = <object>room.spare
-            Py_DECREF(data)
-            self.receive(data)
-
-    cdef void updated(self, Py_ssize_t size) noexcept:
-        cdef PyObject* before = NULL
-        cdef bint entered
-        try:
-            entered = self.enter(&before)
-            try:
-                if self.timed:
-                    timed(self.loop, self.protocol.buffer_updated, size)
-                else:
-                    self.protocol.buffer_updated(size)
-            finally:
-                if entered:
-                    self.leave(before)
-        except BaseException as exc:
-            self.failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
-
-    cdef int on_readable(self) noexcept:
-        cdef Layer layer = self.layer
-        return 0 if layer is None else layer.readable()
-
-    cdef bint on_control_record(self) noexcept:
-        cdef Layer layer = self.layer
-        return layer is not None and layer.control_record()
-
-    cdef void on_eof(self) noexcept:
-        cdef PyObject* before = NULL
-        cdef bint entered
-        self.engine.log_debug("%r received EOF", (self,))
-        try:
-            entered = self.enter(&before)
-            try:
-                if self.timed:
-                    keep_open = timed(self.loop, self.protocol.eof_received)
-                else:
-                    keep_open = self.protocol.eof_received()
-            finally:
-                if entered:
-                    self.leave(before)
-            if not keep_open:
-                self.close()
-        except BaseException as exc:
-            self.failed(exc, "Fatal error: protocol.eof_received() call failed.")
-
-    # --- Sink: output --------------------------------------------------------
-
-    cdef void on_sent(self) noexcept:
-        cdef Layer layer
-        cdef bint over = self.engine.closed  # nobody is told any more
-        if self.lost:
-            return
-        if self.protocol_paused and self.stream.queued <= self.low and not over:
-            if self.engine.silent:
-                self.engine.soon(self._resume_writing)
-            else:
-                self.resume_writing()
-            if self.lost:
-                return
-        if self.stream.queued == 0:
-            layer = self.layer
-            if layer is not None and layer.waiting:
-                layer.drained()
-                if self.lost:
-                    return
-            if self.empty_waiter is not None and not over:
-                self.engine.settle(self.empty_waiter, None)
-            if self.closing:
-                self.lose(None)
-            elif self.eof:
-                self.stream.shutdown_write()
-        elif (
-            self.protocol_paused or self.closing or self.eof or self.empty_waiter is not None
-            or (self.layer is not None and self.layer.waiting)
-        ):
-            self.stream.expect_sent()
-
-    def _resume_writing(self):
-        if self.protocol_paused and not self.lost and self.stream.queued <= self.low and not self.engine.closed:
-            self.resume_writing()
-
-    cdef void on_high_water(self) noexcept:
-        # Queued is not yet "the peer is slow": offer it to the socket first.
-        self.stream.offer()
-        if self.stream.queued > self.high:
-            self.pause_writing()
-
-    cdef void pause_writing(self) noexcept:
-        if self.protocol_paused or self.lost:
-            return
-        self.protocol_paused = True
-        self.stream.expect_sent()
-        self.pausing = True
-        self.call_flow_control("pause_writing", False)
-        self.pausing = False
-
-    cdef void resume_writing(self) noexcept:
-        self.protocol_paused = False
-        self.call_flow_control("resume_writing", True)
-
-    cdef void call_flow_control(self, str name, bint in_own_context) noexcept:
-        cdef PyObject* before = NULL
-        cdef bint entered
-        try:
-            entered = in_own_context and self.enter(&before)
-            try:
-                if self.timed:
-                    timed(self.loop, getattr(self.protocol, name))
-                else:
-                    getattr(self.protocol, name)()
-            finally:
-                if entered:
-                    self.leave(before)
-        except (SystemExit, KeyboardInterrupt) as exc:
-            self.engine.interrupted(exc)
-        except BaseException as exc:
-            self.engine.report({
-                "message": f"protocol.{name}() failed",
-                "exception": exc,
-                "transport": self,
-                "protocol": self.protocol,
-            })
-
-    cdef void on_write_after_loss(self) noexcept:
-        if self.lost >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
-            logger.warning("socket.send() raised exception.")
-        self.lost += 1
-
     # --- the end -------------------------------------------------------------
 
     cdef int check_usable(self) except -1:
@@ -766,13 +422,6 @@ cdef class StreamTransport(Sink):
             OSError(error, strerror(error)),
             "Fatal write error on socket transport" if writing else "Fatal read error on socket transport",
         )
-
-    cdef void failed(self, object exc, str message) noexcept:
-        """A protocol callback raised."""
-        if isinstance(exc, (SystemExit, KeyboardInterrupt)):
-            self.engine.interrupted(exc)
-        else:
-            self.fatal(exc, message)
 
     cdef void fatal(self, object exc, str message) noexcept:
         if isinstance(exc, OSError):
@@ -871,69 +520,3 @@ cdef class StreamTransport(Sink):
                 # None: transports that the garbage collector takes together leave the server's WeakSet
                 # at once, and the first one's _detach() has woken those who wait.
                 server._detach(self)
-
-
-cdef bint is_buffered(object protocol) except -1:
-    """As its own method says (aiofastnet's protocols), as asyncio takes it, or else by what it has, as uvloop does."""
-    asked = getattr(protocol, "is_buffered_protocol", None)
-    if asked is not None:
-        answer = asked()
-        if isinstance(answer, bool):  # a mock says anything
-            return answer
-    if isinstance(protocol, BufferedProtocol):
-        return True
-    return (
-        not hasattr(protocol, "data_received")
-        and hasattr(protocol, "get_buffer") and hasattr(protocol, "buffer_updated")
-    )
-
-
-cdef bint handed_over(Engine engine, object call) except -1:
-    """Whether this is another thread than the loop's, which makes the call now: the collector runs anywhere."""
-    if engine.closed or not engine.is_foreign():
-        return False
-    try:
-        engine.loop.call_soon_threadsafe(call)
-    except RuntimeError:
-        if not engine.loop.is_closed():
-            raise
-    return True
-
-
-cdef tuple limits(object high, object low, Py_ssize_t default):
-    if high is None:
-        high = default if low is None else 4 * low
-    if low is None:
-        low = high // 4
-    if not high >= low >= 0:
-        raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
-    return high, low
-
-
-cdef object own(object data, const char** start, Py_ssize_t* size):
-    """An immutable bytes object that holds `data`, and where in it the data lies."""
-    cdef Py_buffer view
-    cdef PyObject* base
-    if PyMemoryView_Check(data):
-        try:
-            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-        except BufferError:
-            pass  # not contiguous
-        else:
-            try:
-                base = PyMemoryView_GET_BASE(data)
-                if base != NULL and PyBytes_CheckExact(<object>base):
-                    start[0] = <const char*>view.buf
-                    size[0] = view.len
-                    return <object>base
-            finally:
-                PyBuffer_Release(&view)
-    if PyBytes_CheckExact(data):
-        copy = data
-    elif PyObject_CheckBuffer(data):
-        copy = bytes(data)
-    else:
-        raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
-    start[0] = PyBytes_AS_STRING(copy)
-    size[0] = PyBytes_GET_SIZE(copy)
-    return copy
