@@ -250,7 +250,8 @@ cdef class Ring(Queues):
             self.flush_direct()
             return
         batch = self.take_dirty()
-        for stream in batch:
+        for item in batch:
+            stream = <Stream>item   # see gather_layers()
             stream.dirty = False
             if stream.sending or stream.closed or self.forked():
                 continue
