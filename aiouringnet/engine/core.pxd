@@ -141,7 +141,6 @@ cdef class Stream(Handle):
     cdef unsigned int taken_in      # the pass in which `taken` bytes were delivered
     cdef unsigned int taken
     cdef flag thorough              # a short read may leave something behind: direct reads go on until EAGAIN
-    cdef flag told_urgent           # urgent data was announced, or is with each event: a short read may have stopped at it
     cdef flag mute                  # kernel TLS receives: poll() says nothing of a KeyUpdate that a read has stopped at
     cdef list held                  # data that arrived after stop_reading(), oldest first
     cdef bytes rest                 # what put_back() returned, until it is held

@@ -127,7 +127,6 @@ cdef extern from "sys/socket.h" nogil:
     int c_shutdown "shutdown"(int fd, int how)
     int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, unsigned int size)
     int accept4(int fd, void* address, unsigned int* size, int flags)
-    int sockatmark(int fd)
     int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK
     int AF_INET_ "AF_INET", AF_INET6_ "AF_INET6", AF_UNIX_ "AF_UNIX"
 
@@ -470,10 +469,9 @@ cdef class Stream(Handle):
         """Receive until the socket is empty or the budget is spent.
 
         A short read means that it is empty (epoll(7), question 9), except
-        where it has stopped at urgent data, and for a `thorough` stream:
-        where the peer's end was announced, which no further event does, or
-        on a Unix socket, where recv() stops at passed descriptors.  Returns
-        the bytes received.
+        for a `thorough` stream: where the peer's end or urgent data was
+        announced, which no further event does, or on a Unix socket, where
+        recv() stops at passed descriptors.  Returns the bytes received.
         `readable` stays set when there may be more: the engine comes back.
         """
         cdef Engine engine = self.engine
@@ -512,14 +510,10 @@ cdef class Stream(Handle):
                     engine.n_bytes_in += n
                     engine.account(self, n)
                     # Stays set when the sink stops reading now.
-                    self.readable = n == size or self.thorough or self.told_urgent
+                    self.readable = n == size or self.thorough
                     sink.release_room(&room, n)
                     if n == size or self.thorough or n >= STREAMING_BYTES:
                         continue
-                    if self.told_urgent and self.reading:
-                        if sockatmark(self.fd) == 1:
-                            continue
-                        self.readable = False
                     break
                 sink.release_room(&room, 0)
             else:
@@ -878,10 +872,8 @@ cdef class Stream(Handle):
                 self.sink.on_sent()
         if self.closed:
             return
-        if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
+        if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP | EPOLLPRI):
             self.thorough = True
-        if events & EPOLLPRI:
-            self.told_urgent = True
         if events & ~EPOLLOUT:
             if self.reading and self.held is None and not self.spent:
                 self.read()

@@ -40,6 +40,7 @@ cdef class RingStream(Stream):
     cdef int receives               # its completions so far, where the stream is mute
     cdef flag bulk                  # readiness and direct reads instead of completions
     cdef flag small_reads
+    cdef flag doubted               # in engine.doubts
     cdef flag send_tag              # the send operation in flight: TAG_SEND, TAG_WRITABLE or 0
     cdef flag send_cancelling
     cdef flag gated                 # waits in the engine's Gate for the socket to drain
@@ -84,6 +85,7 @@ cdef class Ring(Engine):
     cdef unsigned int batch_next, batch_end, send_next, send_end
     cdef int event_fd
     cdef Gate gate                  # made when somebody has to wait there
+    cdef list doubts                # streams whose last direct read may have stopped at urgent data
     cdef int direct_limit           # up to so many streams are sent to directly at a flush
 
     # provided receive buffers: buffer i lies at pool + i * buffer_size
@@ -106,6 +108,7 @@ cdef class Ring(Engine):
     cdef void free_pool(self) noexcept
     cdef void return_buffer(self, unsigned int bid) noexcept
     cdef io_uring_sqe* get_sqe(self, io_uring* ring) noexcept
+    cdef void doubt(self, RingStream stream) noexcept
     cdef bint enter(self) noexcept
     cdef bint pending(self) noexcept
     cdef int reap(self) noexcept

@@ -80,6 +80,7 @@ cdef extern from "sys/socket.h" nogil:
     ssize_t c_send "send"(int fd, const void* data, size_t size, int flags)
     int c_shutdown "shutdown"(int fd, int how)
     int socketpair(int family, int kind, int protocol, int* pair)
+    int sockatmark(int fd)
     int AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_WAITALL, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM
 
 cdef extern from "poll.h" nogil:
@@ -131,6 +132,8 @@ cdef enum:
     ASK_AGAIN_MS = 100  # until those left are cancelled once more: the kernel may have been about to try them again
 
 GATE_RETRY_S = 0.05
+# For so long at most, data may lie unread behind an urgent byte.
+DOUBT_S = 0.01
 
 
 cdef inline uint64_t user_data(Handle handle, int tag) noexcept:
@@ -253,11 +256,10 @@ cdef class RingStream(Stream):
         if result >= 0:
             if result & (POLLRDHUP | POLLHUP | POLLERR):
                 self.thorough = True
-            if result & POLLPRI:
-                # The wake-up of any data says so (sock_def_readable() in the kernel).
-                self.told_urgent = True
             if self.reading and self.held is None and not self.spent:
                 self.read_bulk()
+                if result & POLLPRI and not (self.doubted or self.readable or self.thorough or self.closed):
+                    (<Ring>self.engine).doubt(self)
             else:
                 self.readable = True
         if not flags & IORING_CQE_F_MORE:
@@ -823,6 +825,7 @@ cdef class Ring(Engine):
         self.sqpoll = options.sqpoll
         self.buffer_size = options.buffer_size
         self.buffer_count = options.buffer_count
+        self.doubts = []
         self.direct_limit = 0 if self.sqpoll else 1
         self.by_turns = self.sqpoll
         self.refused = 0
@@ -961,6 +964,31 @@ cdef class Ring(Engine):
                 io_uring_submit(ring)
             sqe = io_uring_get_sqe(ring)
         return sqe
+
+    cdef void doubt(self, RingStream stream) noexcept:
+        """Look soon whether a direct read has stopped at urgent data.
+
+        recv() of TCP stops there, which looks like an empty socket, and no
+        further event follows.  The kernel announces urgent data with the
+        wake-up of any data (sock_def_readable()), so it is worth no system
+        call for each message.
+        """
+        if not self.doubts:
+            self.later_on(DOUBT_S, self._look_for_urgent)
+        try:
+            self.doubts.append(stream)
+            stream.doubted = True
+        except MemoryError:
+            stream.thorough = True
+
+    def _look_for_urgent(self):
+        cdef RingStream stream
+        doubts, self.doubts = self.doubts, []
+        for stream in doubts:
+            stream.doubted = False
+            if not (stream.closed or self.closed or self.forked()) and sockatmark(stream.fd) == 1:
+                stream.readable = True
+                self.mark_resync(stream)
 
     cdef bint enter(self) noexcept:
         """Submit, run deferred work and post its completions.  False: try again later."""
