@@ -292,7 +292,8 @@ cdef class Engine(LoopBound):
             # None while a callback may come back here.
             self.layers = [] if self.layers_spare is None else self.layers_spare
             self.layers_spare = None
-            for layer in batch:
+            for item in batch:
+                layer = <Layer>item     # so that no subclass has to be told from others
                 layer.gathering = False
                 layer.gather()
             batch.clear()
@@ -305,7 +306,8 @@ cdef class Engine(LoopBound):
         if self.layers:
             self.gather_layers()
         batch = self.take_dirty()
-        for stream in batch:
+        for item in batch:
+            stream = <Flow>item     # see gather_layers()
             stream.dirty = False
             stream.flush()
         self.give_back(batch)

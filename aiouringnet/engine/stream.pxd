@@ -11,7 +11,6 @@ cdef class Stream(Output):
     cdef flag ended                 # end of file or an error was met: nothing more to read
     cdef flag readable              # direct reads stopped before the socket was empty
     cdef flag thorough              # a short read may leave something behind: direct reads go on until EAGAIN
-    cdef flag told_urgent           # urgent data was announced, or is with each event: a short read may stop at it
     cdef flag mute                  # kernel TLS receives: poll() says nothing of a KeyUpdate that a read has stopped at
     cdef int held_end               # 0, or EOF_HELD, or an errno, that follows `held`
     cdef list held                  # data that arrived after stop_reading(), oldest first

@@ -15,7 +15,6 @@ mind of its socket:
     readable    there is, or may be, more to read: no event says so again
     spent       its share of this pass is used up (engine.later); goes with `readable`
     thorough    a short read does not mean that the socket is empty
-    told_urgent nor where it may have stopped at urgent data
 
 By readiness is how the epoll engine works.  Everything is watched
 edge-triggered; a ring overrides the methods of that section while it works.
@@ -34,7 +33,6 @@ from aiouringnet.engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, 
 cdef extern from "sys/socket.h" nogil:
     ssize_t c_recv "recv"(int fd, void* data, size_t size, int flags)
     int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, unsigned int size)
-    int sockatmark(int fd)
     int MSG_DONTWAIT, MSG_PEEK
 
 cdef extern from "netinet/in.h" nogil:
@@ -167,10 +165,9 @@ cdef class Stream(Output):
         """Receive until the socket is empty or the budget is spent.
 
         A short read means that it is empty (epoll(7), question 9), except
-        where it has stopped at urgent data, and for a `thorough` stream:
-        where the peer's end was announced, which no further event does, or
-        on a Unix socket, where recv() stops at passed descriptors.  Returns
-        the bytes received.
+        for a `thorough` stream: where the peer's end or urgent data was
+        announced, which no further event does, or on a Unix socket, where
+        recv() stops at passed descriptors.  Returns the bytes received.
         `readable` stays set when there may be more: the engine comes back.
         """
         cdef Engine engine = self.engine
@@ -209,14 +206,10 @@ cdef class Stream(Output):
                     engine.n_bytes_in += n
                     engine.account(self, n)
                     # Stays set when the sink stops reading now.
-                    self.readable = n == size or self.thorough or self.told_urgent
+                    self.readable = n == size or self.thorough
                     sink.release_room(&room, n)
                     if n == size or self.thorough or n >= STREAMING_BYTES:
                         continue
-                    if self.told_urgent and self.reading:
-                        if sockatmark(self.fd) == 1:
-                            continue
-                        self.readable = False
                     break
                 sink.release_room(&room, 0)
             else:
@@ -322,10 +315,8 @@ cdef class Stream(Output):
                 self.sink.on_sent()
         if self.closed:
             return
-        if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
+        if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP | EPOLLPRI):
             self.thorough = True
-        if events & EPOLLPRI:
-            self.told_urgent = True
         if events & ~EPOLLOUT:
             if self.reading and self.held is None and not self.spent:
                 self.read()

@@ -66,3 +66,6 @@ cdef class Queues(Engine):
     cdef void broken(self, int error) noexcept
     cdef bint pending(self) noexcept
     cdef void mask(self, bint masked) noexcept
+
+    # what the ring implements
+    cdef void doubt(self, Handle stream) noexcept

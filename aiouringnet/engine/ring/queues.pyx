@@ -261,3 +261,8 @@ cdef class Queues(Engine):
             airn_full_fence()
             if airn_cq_ready(&self.send_ring):
                 self.need_pass()
+
+    # --- what the ring implements ----------------------------------------------
+
+    cdef void doubt(self, Handle stream) noexcept:
+        """Look soon whether a direct read of the stream has stopped at urgent data."""

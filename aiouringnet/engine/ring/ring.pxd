@@ -4,6 +4,7 @@ from aiouringnet.engine.ring.queues cimport Queues
 
 
 cdef class Ring(Queues):
+    cdef list doubts                # streams whose last direct read may have stopped at urgent data
     cdef int direct_limit           # up to so many streams are sent to directly at a flush
 
     cdef int reap(self) noexcept

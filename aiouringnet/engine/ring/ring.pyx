@@ -45,6 +45,9 @@ cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
     int usleep(unsigned int microseconds)
 
+cdef extern from "sys/socket.h" nogil:
+    int sockatmark(int fd)
+
 
 cdef enum:
     # Rounds of a pass before other callbacks of the loop get their turn.
@@ -57,6 +60,9 @@ cdef enum:
     FINISH_WAIT_US = 50
     DRAIN_MS = 1000     # how long the end of a ring waits for the end of its operations
     ASK_AGAIN_MS = 100  # until those left are cancelled once more: the kernel may have been about to try them again
+
+# For so long at most, data may lie unread behind an urgent byte.
+DOUBT_S = 0.01
 
 # Rings whose thread was elsewhere when they had to go, with all that the
 # kernel might have touched still: kept until the process ends.
@@ -86,6 +92,7 @@ cdef class Ring(Queues):
         self.sqpoll = options.sqpoll
         self.buffer_size = options.buffer_size
         self.buffer_count = options.buffer_count
+        self.doubts = []
         self.direct_limit = 0 if self.sqpoll else 1
         self.by_turns = self.sqpoll
         self.refused = 0
@@ -250,7 +257,8 @@ cdef class Ring(Queues):
             self.flush_direct()
             return
         batch = self.take_dirty()
-        for stream in batch:
+        for item in batch:
+            stream = <Stream>item   # see gather_layers()
             stream.dirty = False
             if stream.sending or stream.closed or self.forked():
                 continue
@@ -259,6 +267,31 @@ cdef class Ring(Queues):
             elif stream.file is None or stream.send_direct():
                 stream.sink.on_sent()
         self.give_back(batch)
+
+    cdef void doubt(self, Handle stream) noexcept:
+        """Look soon whether a direct read has stopped at urgent data.
+
+        recv() of TCP stops there, which looks like an empty socket, and no
+        further event follows.  The kernel announces urgent data with the
+        wake-up of any data (sock_def_readable()), so it is worth no system
+        call for each message.
+        """
+        if not self.doubts:
+            self.later_on(DOUBT_S, self._look_for_urgent)
+        try:
+            self.doubts.append(stream)
+            (<RingStream>stream).doubted = True
+        except MemoryError:
+            (<RingStream>stream).thorough = True
+
+    def _look_for_urgent(self):
+        cdef RingStream stream
+        doubts, self.doubts = self.doubts, []
+        for stream in doubts:
+            stream.doubted = False
+            if not (stream.closed or self.closed or self.forked()) and sockatmark(stream.fd) == 1:
+                stream.readable = True
+                self.mark_resync(stream)
 
     # --- with a poller: the ring of sends -----------------------------------------
 

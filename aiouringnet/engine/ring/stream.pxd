@@ -42,6 +42,7 @@ cdef class RingStream(Gated):
     cdef int receives               # its completions so far, where the stream is mute
     cdef flag bulk                  # readiness and direct reads instead of completions
     cdef flag small_reads
+    cdef flag doubted               # in engine.doubts
     cdef flag send_cancelling
     cdef airn_gather* gather
 

@@ -172,11 +172,10 @@ cdef class RingStream(Gated):
         if result >= 0:
             if result & (POLLRDHUP | POLLHUP | POLLERR):
                 self.thorough = True
-            if result & POLLPRI:
-                # The wake-up of any data says so (sock_def_readable() in the kernel).
-                self.told_urgent = True
             if self.reading and self.held is None and not self.spent:
                 self.read_bulk()
+                if result & POLLPRI and not (self.doubted or self.readable or self.thorough or self.closed):
+                    (<Queues>self.engine).doubt(self)
             else:
                 self.readable = True
         if not flags & IORING_CQE_F_MORE:
