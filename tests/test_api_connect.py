@@ -504,3 +504,24 @@ async def test_serves_a_connection_that_was_accepted_elsewhere(loop, endpoint):
         transport.close()
         assert await loop.run_in_executor(None, helpers.receive_exactly, peer, 3) == b"bye"
         await protocol.lost
+
+
+@pytest.mark.matrix(sqpoll=True, debug=False)
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up its rights and take them back")
+async def test_rights_that_were_given_up_are_not_used_to_connect(loop):
+    """Not by a poller of the kernel's either, which was made before."""
+    with helpers.short_folder() as folder:
+        os.chmod(folder, 0o700)
+        path = os.path.join(folder, "socket")
+        server = await loop.create_unix_server(helpers.Echo, path)
+        transport, protocol = await loop.create_unix_connection(helpers.Recorder, path)
+        transport.abort()
+        await protocol.lost
+        os.seteuid(65534)
+        try:
+            with pytest.raises(PermissionError):
+                await loop.create_unix_connection(helpers.Recorder, path)
+        finally:
+            os.seteuid(0)
+        server.close()
+        await server.wait_closed()

@@ -9,6 +9,7 @@ cdef class Connection(Handle):
     cdef object sock, address
     cdef int fd
 
+    cdef bint connect(self) noexcept
     cdef void begin(self) noexcept
     cdef void finished(self, int error) noexcept
     cdef void stop(self) noexcept

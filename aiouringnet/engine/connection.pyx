@@ -37,7 +37,8 @@ cdef class Connection(Handle):
         else:
             self.engine.settle(self.future, OSError(error, strerror(error)))
 
-    cdef void begin(self) noexcept:
+    cdef bint connect(self) noexcept:
+        """connect(2), by this thread and with its rights; true when the socket will say how it ended."""
         cdef int error
         try:
             error = self.sock.connect_ex(self.address)
@@ -47,12 +48,18 @@ cdef class Connection(Handle):
             error = EINTR
         except BaseException as exc:
             self.engine.settle(self.future, exc)
-            return
+            return False
         if error == EINPROGRESS or error == EALREADY or error == EINTR:
-            error = self.engine.watch_for(self, self.fd, EPOLLOUT | EPOLLET)
-            if error == 0:
-                return
+            return True
         self.finished(0 if error == EISCONN else error)
+        return False
+
+    cdef void begin(self) noexcept:
+        cdef int error
+        if self.connect():
+            error = self.engine.watch_for(self, self.fd, EPOLLOUT | EPOLLET)
+            if error:
+                self.finished(error)
 
     cdef void on_ready(self, unsigned int events) noexcept:
         cdef int error

@@ -42,6 +42,10 @@ cdef class RingConnection(Connection):
             Connection.begin(self)
             return
         if engine.sqpoll:
+            # The poller has the rights with which the ring was made, whatever setuid(2) has done since.
+            if not self.awaiting and not self.connect():
+                return
+            self.awaiting = True
             if self.own_fd < 0:
                 self.own_fd = fcntl(fd, F_DUPFD_CLOEXEC, 0)
             if self.own_fd < 0:
