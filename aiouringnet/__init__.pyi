@@ -5,7 +5,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from ssl import SSLContext
-from typing import IO, Any, Literal, Protocol, TypedDict, TypeVar, overload
+from typing import IO, Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar, overload
 
 from typing_extensions import Buffer, Unpack
 
@@ -47,14 +47,14 @@ __version__: str
 _LoopT = TypeVar("_LoopT", bound=asyncio.AbstractEventLoop)
 _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
 _DatagramProtocolT = TypeVar("_DatagramProtocolT", bound=asyncio.DatagramProtocol)
-_Host = str | bytes | None
-_Port = int | str | bytes | None
-_Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-_SocketAddress = tuple[Any, ...]
-_ClientConnected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
-_Engine = Literal["auto", "uring", "epoll", "loop"]
-_Gather = Literal["auto", "always", "never"]
-_TLSEngine = Literal["auto", "openssl", "ssl"]
+_Host: TypeAlias = str | bytes | None
+_Port: TypeAlias = int | str | bytes | None
+_Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+_SocketAddress: TypeAlias = tuple[Any, ...]
+_ClientConnected: TypeAlias = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
+_Engine: TypeAlias = Literal["auto", "uring", "epoll", "loop"]
+_Gather: TypeAlias = Literal["auto", "always", "never"]
+_TLSEngine: TypeAlias = Literal["auto", "openssl", "ssl"]
 
 class _EventLoopPolicy(Protocol):
     def get_event_loop(self) -> asyncio.AbstractEventLoop: ...

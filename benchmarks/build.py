@@ -50,7 +50,8 @@ def why_not_tls() -> str | None:
     except subprocess.CalledProcessError as why:
         if why.cmd[0].endswith("openssl"):
             return f"openssl made no certificate: {why.stderr.strip().splitlines()[-1]}"
-        return "the C programs do not compile with OpenSSL: are its headers there? (Debian, Ubuntu: apt install libssl-dev)"
+        hint = "are its headers there? (Debian, Ubuntu: apt install libssl-dev)"
+        return f"the C programs do not compile with OpenSSL: {hint}"
     return None
 
 

@@ -114,7 +114,8 @@ def main() -> None:
     engine, modifier = ("io_uring", "") if ring["usable"] else ("epoll", "+epoll")
     pairs = [("asyncio", f"ours-asyncio{modifier}"), ("uvloop", f"ours-uvloop{modifier}")]
     cells = list(CELLS)
-    print("An echo service, an unchanged asyncio.Protocol, on each loop as it is and after aiouringnet.patch_loop(loop).")
+    print("An echo service, an unchanged asyncio.Protocol, on each loop as it is and after "
+          "aiouringnet.patch_loop(loop).")
     print(f"Linux {platform.release()}, Python {platform.python_version()}, patched loops use {engine}.")
     if not ring["usable"]:
         print(f"io_uring cannot be used here: {ring['reason']}")
@@ -130,9 +131,10 @@ def main() -> None:
     print(table(measured, cells, pairs))
     if sum(not m.get("quiet", True) for m in measured) > len(measured) / 3:
         print("Other processes were busy meanwhile: take these figures with care, or run it again on a quiet machine.")
-    print("Medians of interleaved rounds on loopback; \"level\" where the rounds disagree. A client that spins for the\n"
-          "answer to its one message keeps its core awake, as in README's table; most sleep. Where the server saves CPU\n"
-          "and answers no more, the client is the limit. All cells, HTTP, other loops: python benchmarks/run.py")
+    print("Medians of interleaved rounds on loopback; \"level\" where the rounds disagree. A client that spins for\n"
+          "the answer to its one message keeps its core awake, as in README's table; most sleep. Where the server\n"
+          "saves CPU and answers no more, the client is the limit. All cells, HTTP, other loops:\n"
+          "python benchmarks/run.py")
     if not measured:
         sys.exit(1)
 

@@ -38,7 +38,8 @@ def _pin(cpu: int) -> Callable[[], None]:
 def _run_loadgen(cell: Cell, ready: dict[str, object], placement: Placement, warmup_seconds: float, seconds: float,
                  on_start: Callable[[], object] | None = None,
                  on_end: Callable[[], object] | None = None) -> dict[str, float]:
-    command = [str(build.program("loadgen_tls" if cell.tls else "loadgen")), "--port", str(ready["port"]), "--connections", str(cell.connections),
+    program = build.program("loadgen_tls" if cell.tls else "loadgen")
+    command = [str(program), "--port", str(ready["port"]), "--connections", str(cell.connections),
                "--size", str(cell.size_bytes), "--depth", str(cell.depth), "--warmup", str(warmup_seconds),
                "--seconds", str(seconds), "--pid", str(ready["pid"])]
     if cell.sleeping:

@@ -12,11 +12,11 @@ import pathlib
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as pyplot  # noqa: E402  (the backend must be chosen first)
+import matplotlib.pyplot as pyplot  # the backend must be chosen first
 
-import report  # noqa: E402
-from cells import parse_cell  # noqa: E402
-from servers import parse_server  # noqa: E402
+import report
+from cells import parse_cell
+from servers import parse_server
 
 PEER_COLOURS = {"asyncio": "#b8bcc4", "rloop": "#9aa3b0", "uvloop": "#7c8797", "aiofastnet-asyncio": "#a99fc4",
                 "aiofastnet-uvloop": "#7f72a8"}

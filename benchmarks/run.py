@@ -261,8 +261,8 @@ def run_all(args: argparse.Namespace, path: pathlib.Path) -> dict[str, object]:
     tls_servers = usable_servers(servers, placement, skipped, tls=True) if any(cell.tls for cell in cells) else []
     parts = {cell: [server for server in servers if takes_part(server, cell, placement, tls_servers)]
              for cell in cells}
-    print(f"{len(servers)} servers, {len(cells)} cells, {args.rounds} rounds, malloc {' and '.join(args.states)}: about "
-          f"{estimate_seconds(parts, args) / 60:.0f} minutes", flush=True)
+    print(f"{len(servers)} servers, {len(cells)} cells, {args.rounds} rounds, malloc {' and '.join(args.states)}: "
+          f"about {estimate_seconds(parts, args) / 60:.0f} minutes", flush=True)
     for round_number in range(args.rounds):
         for cell in cells:
             for state in args.states:

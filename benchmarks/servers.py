@@ -87,8 +87,8 @@ def parse_server(text: str) -> Server:
         raise ValueError(f"server {text!r}: {loop!r} is none of c, {', '.join(LOOPS)}")
     allowed = () if loop == "c" else TLS_MODIFIERS
     if not server.is_ours and (checkout or not set(modifiers) <= set(allowed)):
-        raise ValueError(f"server {text!r}: only {' and '.join(OURS)} take @checkout and all +modifiers, other loops in "
-                         f"Python {' and '.join(f'+{name}' for name in TLS_MODIFIERS)}")
+        raise ValueError(f"server {text!r}: only {' and '.join(OURS)} take @checkout and all +modifiers, other loops "
+                         f"in Python {' and '.join(f'+{name}' for name in TLS_MODIFIERS)}")
     for modifier in modifiers:
         if modifier not in ("uring", "epoll", "sqpoll", *TLS_MODIFIERS) and "=" not in modifier:
             raise ValueError(f"server {text!r}: +{modifier} is none of +ktls, +tls12, +uring, +epoll, +sqpoll, "

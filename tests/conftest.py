@@ -5,8 +5,9 @@ the matrix
 
     base loop (asyncio, uvloop)  x  engine (uring, epoll)  x  debug (off, on)
 
-but in debug mode on two of the four only, `helpers.DEBUGGED`, with ids such as `uvloop-epoll-debug`; `-k` selects among them. Where io_uring
-cannot be used, the uring half is skipped and says why.
+but in debug mode on two of the four only, `helpers.DEBUGGED`, with ids such as
+`uvloop-epoll-debug`; `-k` selects among them. Where io_uring cannot be used,
+the uring half is skipped and says why.
 
     @pytest.mark.matrix(base="asyncio", engine="uring", debug=False)
         narrows a dimension (a value or a tuple) for a test, class or module.
@@ -133,13 +134,6 @@ def pytest_configure(config):
         "kernel(**parameters): runs on other kernels, too (--kernel-runner), with these parameters only",
     ):
         config.addinivalue_line("markers", line)
-    for line in (
-        # What a callback in C or a forgotten object has to say is a failure too.
-        "error::pytest.PytestUnraisableExceptionWarning",
-        "error::pytest.PytestUnhandledThreadExceptionWarning",
-        "error::ResourceWarning",
-    ):
-        config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_sessionstart(session):

@@ -549,7 +549,8 @@ def free_port():
     None that the kernel gives out by itself: a test in another process would soon get it.
     """
     while True:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(10_000, 30_000))) as sock:
+        address = "127.0.0.1", random.randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(address) as sock:
             return sock.getsockname()[1]
 
 
@@ -608,9 +609,10 @@ def in_child(case, scenario, *arguments, timeout_s=25, **env):
     `scenario` is a function of a test module.  What it prints tells where it was when it died.  Objects that are
     freed are overwritten (PYTHONMALLOC=debug), so that whoever still uses one does not get away with it.
     """
+    env = {"AIOURINGNET_ENGINE": case.engine, "PYTHONMALLOC": "debug", **env}
     done = run_file(
         "scenario.py", scenario.__module__, scenario.__name__, case.base, case.engine, case.debug, case.sqpoll,
-        *arguments, timeout_s=timeout_s * patience, **{"AIOURINGNET_ENGINE": case.engine, "PYTHONMALLOC": "debug", **env}
+        *arguments, timeout_s=timeout_s * patience, **env,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), f"{done.returncode}: {done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done.stdout

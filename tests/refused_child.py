@@ -9,7 +9,6 @@
 Prints "ready" when everything is imported, then one line of JSON.
 """
 
-import asyncio
 import json
 import sys
 

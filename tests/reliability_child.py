@@ -274,7 +274,7 @@ def fork_and_use_the_parents_loop(make_loop):
         expect_refusal(transport.abort)
         engine = helpers.engines.active_engine(loop)
         if engine is not None:
-            ours, theirs = socket.socketpair()
+            ours, _theirs = socket.socketpair()
             expect_refusal(lambda: engine.listen(ours, None))
             expect_refusal(lambda: engine.connect(ours, "anywhere"))
 
@@ -353,7 +353,7 @@ def fork_under_load(make_loop):
     connections = loop.run_until_complete(Connections().begin(loop))
 
     async def main():
-        for number in range(20):
+        for _ in range(20):
             checking = loop.create_task(check(connections, 100_000))
             await asyncio.sleep(0)
             pid = os.fork()

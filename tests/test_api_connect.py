@@ -187,7 +187,7 @@ def test_a_connection_that_fails_leaves_no_reference_cycle(make_loop, way):
     if way == "happy eyeballs":
         with contextlib.closing(asyncio.SelectorEventLoop()) as stock:
             if helpers.run_on(stock, garbage_of(stock, way)):
-                pytest.skip("asyncio's own race between addresses leaves cycles on this Python, with our frames in them")
+                pytest.skip("asyncio's own race between addresses leaves cycles on this Python, our frames in them")
     loop = make_loop()
     assert helpers.run_on(loop, garbage_of(loop, way)) == 0
 
@@ -250,7 +250,8 @@ async def test_an_address_of_another_family_is_the_resolvers_error(loop):
 async def test_a_local_port_that_is_taken_is_named(loop):
     with listening() as (_, (host, port)), socket.create_server(("127.0.0.1", 0)) as taken:
         local = taken.getsockname()
-        with pytest.raises(OSError, match="while attempting to bind on address .*: .*[Aa]ddress already in use") as caught:
+        said = "while attempting to bind on address .*: .*[Aa]ddress already in use"
+        with pytest.raises(OSError, match=said) as caught:
             await loop.create_connection(helpers.Recorder, host, port, local_addr=local)
         assert caught.value.errno == errno.EADDRINUSE and str(local) in str(caught.value)
 
@@ -432,7 +433,7 @@ async def test_unix_paths_of_every_kind(loop, kind):
         path = unix_paths(folder)[kind]
         sock.bind(os.fspath(path))
         sock.listen()
-        transport, protocol = await loop.create_unix_connection(helpers.Recorder, path)
+        _, protocol = await loop.create_unix_connection(helpers.Recorder, path)
         conn, _ = sock.accept()
         conn.sendall(b"hello")
         assert await protocol.received(5) == b"hello"

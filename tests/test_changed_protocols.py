@@ -1,4 +1,4 @@
-"""set_protocol() within a callback, the protocol's own and others: each byte goes to one protocol, and to that connection's."""
+"""set_protocol() within a callback, the protocol's own and others: each byte goes to one, and to that connection's."""
 
 import asyncio
 

@@ -50,7 +50,7 @@ EXCLUDED = {
         )
         for kind in ("Select", "Poll", "EPoll")
     },
-    "test_sslproto.SslProtoHandshakeTests": "calls asyncio's SSLProtocol, which does not serve us, with mocks around it",
+    "test_sslproto.SslProtoHandshakeTests": "calls asyncio's SSLProtocol, which does not serve us, with mocks",
 }
 
 pytestmark = [

@@ -58,7 +58,7 @@ async def test_a_transports_descriptor_cannot_be_watched(loop, kind):
 
 
 async def test_a_second_transport_for_a_descriptor_is_refused(loop):
-    async with connected(loop) as (transport, protocol):
+    async with connected(loop) as (transport, _):
         with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as duplicate:
             number = transport.get_extra_info("socket").fileno()
             same = socket.socket(fileno=number)

@@ -176,7 +176,7 @@ async def test_bulk_is_sent_at_once(loop, wire):
 
 
 async def echoes_on_many(loop, endpoint, connections, rounds):
-    """Requests on all connections before the loop looks, all answers taken; the counters of the rounds after the first."""
+    """Requests on all connections before the loop looks, all answers taken; the counters of rounds after the first."""
     peers = [endpoint.peer() for _ in range(connections)]
     await helpers.eventually(lambda: stats_of(loop)["streams"] == connections)
     message = pattern(64)
@@ -442,7 +442,8 @@ def shim(tmp_path_factory):
     source.write_text(SHIM)
     flags = ["-shared", "-fPIC", "-O1", "-Wl,--no-as-needed"]
     found = subprocess.run(["pkg-config", "--cflags", "--libs", "liburing"], capture_output=True, text=True)
-    subprocess.run([compiler, *flags, source, "-o", library, *(found.stdout.split() or ["-luring"]), "-ldl"], check=True)
+    libraries = found.stdout.split() or ["-luring"]
+    subprocess.run([compiler, *flags, source, "-o", library, *libraries, "-ldl"], check=True)
     return library
 
 
@@ -492,7 +493,8 @@ def test_a_poller_without_the_newer_flags(case, shim):
 @pytest.mark.matrix(debug=False, engine="uring", base="asyncio")
 def test_a_ring_that_is_refused_is_replaced_by_epoll(case, shim, errno_name):
     # A limit is the operator's business; where io_uring is forbidden, somebody knows.
-    said = "no io_uring for an event loop, the epoll engine takes over .*\n" if errno_name in ("ENOMEM", "EMFILE") else ""
+    is_limit = errno_name in ("ENOMEM", "EMFILE")
+    said = "no io_uring for an event loop, the epoll engine takes over .*\n" if is_limit else ""
     assert exchange_under(shim, case, said, SHIM_SETUP_ERRNO=getattr(errno, errno_name)) == ("epoll", set())
 
 

@@ -1,4 +1,4 @@
-"""How long one pass may keep the loop: each connection has its share of it, and it ends for the loop's other callbacks."""
+"""How long one pass may keep the loop: each connection has its share, and it ends for the loop's other callbacks."""
 
 import asyncio
 import contextlib

@@ -192,7 +192,7 @@ async def output_gathered(loop, address, child):
 
 
 async def input_held(loop, address, child):
-    transport, protocol = await loop.create_connection(Recorder, *address)
+    transport, _ = await loop.create_connection(Recorder, *address)
     transport.pause_reading()
     child(transport)
     return transport

@@ -1,4 +1,4 @@
-"""Sockets that the application has made, handed in by `sock=` and closed by itself, with and without a duplicate elsewhere."""
+"""Sockets that the application has made, handed in by `sock=` and closed by itself, with a duplicate or not."""
 
 import asyncio
 import gc

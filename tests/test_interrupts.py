@@ -329,7 +329,7 @@ def test_an_interrupt_that_takes_the_wake_with_it_leaves_a_loop_that_works(case,
     peer = socket.create_connection(server.sockets[0].getsockname())
     helpers.run_on(loop, helpers.eventually(lambda: accepted and accepted[0].transport))
     size = struck = 0
-    for turn in range(20):
+    for _ in range(20):
         # A wake that is served, so that the watch is edge-triggered where it can be, and one that is lost.
         for lost in (False, True):
             peer.sendall(b"message")

@@ -1,4 +1,4 @@
-"""Kernel TLS that is asked for and cannot be had: the connection works in user space, and a line of the log says why."""
+"""Kernel TLS that is asked for and cannot be had: the connection works in user space, and the log says why."""
 
 import errno
 import functools

@@ -1,4 +1,4 @@
-"""Protocols that keep no reference to what they have: a transport outlives its own methods, and nothing that was written is lost.
+"""Protocols that keep no reference to what they have: a transport outlives its own methods, and no byte is lost.
 
 Whoever closes a transport to which nothing else refers may free it in the middle of one of its methods.  Programs do
 so all the time; protocols that record for a test hardly ever.  Each life below runs where freed memory is overwritten.

@@ -1,4 +1,4 @@
-"""Loops that are run again from within their callbacks, as nest_asyncio does for notebooks: connections go on meanwhile."""
+"""Loops that are run again from within their callbacks, as nest_asyncio does for notebooks: connections go on."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.matrix(base="asyncio", debug=False, sqpoll=True)
 
 @pytest.fixture(autouse=True)
 def nests(request):
-    """The loop can be run in its callbacks: asyncio's own _run_once() counts on its callbacks not being taken meanwhile."""
+    """The loop can be run in its callbacks: asyncio's own _run_once() counts on nobody taking them meanwhile."""
     if "loop" in request.fixturenames:
         loop = request.getfixturevalue("loop")
         loop._run_once = lambda: run_once(loop)

@@ -293,7 +293,7 @@ async def test_data_goes_on_after_what_s_server_does_in_mid_connection(loop, ver
 async def test_nothing_is_lost_when_s_server_does_it_while_we_send(loop, version, key):
     with s_server("-CAfile", tls.authority().cafile, talkative=True) as service:
         transport, protocol = await connect(loop, service, ready_for_commands(version, key))
-        for turn in range(10):
+        for _ in range(10):
             for size in range(1, 200):
                 transport.write(b"#" * size + b"\n")
             await service.say(key)

@@ -327,7 +327,7 @@ class Everything:
             task.get_coro().close()
         self.server.close()
         self.wires.clear()
-        self.server = self.connecting = self.loop = task = None  # noqa: F841
+        self.server = self.connecting = self.loop = task = None
         self.full.__exit__()
         self.listener.close()
         gc.collect()
@@ -354,7 +354,7 @@ def test_closing_the_loop_with_everything_in_flight(make_loop):
             # No crash, whatever is called, and nothing but asyncio's own error.
             assert "StreamTransport" in repr(w.transport)
             assert w.transport.get_write_buffer_size() >= 0
-            for call in (lambda: w.transport.write(b"late"), w.transport.close, w.transport.abort):
+            for call in (lambda: w.transport.write(b"late"), w.transport.close, w.transport.abort):  # noqa: B023, F821
                 with contextlib.suppress(RuntimeError):
                     call()
         del loop, engine, w, call
@@ -465,7 +465,7 @@ def run_child(case, scenario, *python_options, timeout_s=20, warning=None):
         timeout=timeout_s * helpers.patience,
     )
     lines = done.stderr.splitlines()
-    assert not lines or warning and len(lines) == 1 and lines[0].startswith(warning), done.stderr
+    assert not lines or (warning and len(lines) == 1 and lines[0].startswith(warning)), done.stderr
     return done
 
 
@@ -920,7 +920,7 @@ def test_a_listener_closed_while_connections_come_in(make_loop, endpoint):
         try:
             for _ in range(8):
                 before = len(endpoint.accepted)
-                await helpers.eventually(lambda: len(endpoint.accepted) > before + 2)
+                await helpers.eventually(lambda: len(endpoint.accepted) > before + 2)  # noqa: B023
                 server.close()
                 await asyncio.sleep(0)
                 if endpoint.kind == "tcp":
@@ -1232,7 +1232,7 @@ def test_a_loop_goes_on_in_another_thread_with_its_connections(loop, endpoint, s
         for transport, protocol in pairs:
             protocol.data.clear()
             transport.write(pattern(size))
-        for transport, protocol in pairs:
+        for _, protocol in pairs:
             assert await protocol.received(size) == pattern(size)
         # New ones come in.
         pairs.append(await endpoint.connect(loop, Recorder))

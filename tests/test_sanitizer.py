@@ -97,7 +97,8 @@ def test_the_sanitizer_watches(instrumented):
     for extension in extensions:
         assert b"__asan_report_load" in extension.read_bytes(), extension
     done = run(instrumented, "-c", "import aiouringnet.engine.engine as module; print(module.__file__)")
-    assert (done.returncode, done.stdout.strip()) == (0, str(next(e for e in extensions if e.name.startswith("engine."))))
+    engine = next(str(extension) for extension in extensions if extension.name.startswith("engine."))
+    assert (done.returncode, done.stdout.strip()) == (0, engine)
     # And the run-time library catches what Python code does to malloc's memory.
     done = run(instrumented, "-c", "import ctypes; c = ctypes.CDLL(None); c.malloc.restype = ctypes.c_void_p\n"
                "p = c.malloc(8); c.free(ctypes.c_void_p(p)); c.free(ctypes.c_void_p(p))")  # fmt: skip

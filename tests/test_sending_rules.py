@@ -1,4 +1,4 @@
-"""When a write leaves, and what is never left behind: the bytes of a program that goes on, ends, or gives up after write()."""
+"""When a write leaves, and what is never left behind: a program goes on, ends or gives up after write()."""
 
 import asyncio
 import contextlib
@@ -13,6 +13,7 @@ from helpers import Recorder, pattern
 from wire import Boom, over, recorder, serve, wire  # noqa: F401
 
 from aiouringnet import engine as engines
+
 
 async def awake():
     """As a program is that goes on after an await: no pass is under way, none is expected."""
@@ -126,7 +127,7 @@ def test_always_gathers_until_the_iteration_ends(make_loop, wire_on):
 
     async def main(w):
         await awake()
-        for number in range(1, 6):
+        for _ in range(5):
             w.transport.write(b"head")
             assert w.receive_at_once() == b""
             w.transport.write(b"body")
@@ -396,7 +397,7 @@ def last_words(make_loop, how):
 
         async def main():
             await asyncio.sleep(0)
-            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            _, writer = await asyncio.open_connection(*listener.getsockname())
             writer.write(b"last word")
             if how == "os._exit":
                 os._exit(0)

@@ -20,7 +20,8 @@ import aiouringnet
 
 pytestmark = [
     pytest.mark.limit(15),
-    pytest.mark.kernel(engine="uring", endpoint="tcp"),  # the other engine asks nothing new, and what differs over Unix is ours
+    # The other engine asks nothing new, and what differs over Unix is ours.
+    pytest.mark.kernel(engine="uring", endpoint="tcp"),
 ]
 
 MIB = 1 << 20
@@ -638,7 +639,7 @@ async def test_a_protocol_that_keeps_it_open_goes_on_writing_after_eof(loop, wir
     assert w.protocol.data == b"request"
     w.transport.write(pattern(3 * MIB))
     assert await w.receive(3 * MIB) == pattern(3 * MIB)
-    assert w.protocol.log == ["made", "data", "eof"] + w.protocol.log[3:]
+    assert w.protocol.log == ["made", "data", "eof", *w.protocol.log[3:]]
     w.transport.close()
     assert await w.protocol.lost is None
     assert await w.receive_to_end() == b""
@@ -1016,7 +1017,7 @@ async def test_ended_from_any_callback(loop, endpoint, serve, callback, action):
     assert await protocol.lost is None
     stages = ["made", "data", "eof", "lost"]
     until = {"connection_made": 1, "data_received": 2, "eof_received": 3, "connection_lost": 3}[callback]
-    assert protocol.log == stages[:until] + ["lost"]
+    assert protocol.log == [*stages[:until], "lost"]
     peer.close()
 
 

@@ -1,4 +1,4 @@
-"""What a process had when its connections began and has no more: io_uring, memory, the time to close thousands of them."""
+"""What a process had when its connections began and has no more: io_uring, memory, time to close thousands of them."""
 
 import asyncio
 import contextlib
@@ -153,7 +153,7 @@ def out_of_memory(make_loop):
         await helpers.eventually(lambda: made and made[0].chunks)
         big = bytes(BIG)
         with open("/proc/self/status") as status:
-            size = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmSize")][0]
+            size = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmSize"))
         resource.setrlimit(resource.RLIMIT_AS, (size + 100_000, -1))
         try:
             peer.setblocking(False)
@@ -196,7 +196,7 @@ def test_a_message_for_which_there_is_no_memory_ends_its_connection(case):
 
 def thousands(make_loop, kind):
     """What loop.close() costs with so many connections, and with four times as many."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     few = 500
     if hard < 9 * few:
@@ -209,7 +209,7 @@ def thousands(make_loop, kind):
             peers = []
             while len(peers) < count:
                 peers += [endpoint.peer() for _ in range(200)]
-                await helpers.eventually(lambda: len(endpoint.accepted) == len(peers))
+                await helpers.eventually(lambda: len(endpoint.accepted) == len(peers))  # noqa: B023
             await asyncio.sleep(0.01)
             server.close()
             await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""TLS connections that cannot be, or that somebody spoils: the right error once, nothing left, and others are served."""
+"""TLS connections that cannot be, or that somebody spoils: the right error once, nothing left, others are served."""
 
 import asyncio
 import contextlib

@@ -13,7 +13,7 @@ import pytest
 import tls
 from helpers import BufferedRecorder, Recorder, pattern
 from tls_wire import TLSPeer, echoing, meet, place, role, secure  # noqa: F401
-from wire import Boom, boom, recorder
+from wire import Boom, recorder
 
 pytestmark = [
     tls.needs_openssl,
@@ -194,7 +194,7 @@ async def test_what_was_written_arrives_whatever_ends_the_connection(loop, place
 @pytest.mark.parametrize("how", ["close_clients", "abort_clients"])
 @BOTH_LAYERS
 async def test_what_was_written_arrives_when_a_server_closes_its_clients(loop, place, how):
-    server, transport, protocol = await connect_to_echo(loop, place, tls.authority().context_client())
+    server, _, protocol = await connect_to_echo(loop, place, tls.authority().context_client())
     (await place.accepted[0].made).write(b"goodbye")
     getattr(server, how)()
     assert await protocol.received(7) == b"goodbye"

@@ -18,11 +18,18 @@ import pytest
 import tls
 from helpers import BufferedRecorder, Recorder, bytes_likes, pattern
 from tls_wire import (  # noqa: F401
-    DATA_RECORD, SecureWire, TLSPeer, barrier, both_places, echoing, meet, place, role, secure,
+    DATA_RECORD,
+    SecureWire,
+    TLSPeer,
+    barrier,
+    both_places,
+    echoing,
+    meet,
+    place,
+    role,
+    secure,
 )  # fmt: skip
 from wire import Boom, boom, recorder
-
-import aiouringnet
 
 pytestmark = [
     pytest.mark.kernel(engine="uring"),  # test_ktls.py has the other
@@ -308,7 +315,8 @@ async def test_a_buffer_that_cannot_be_filled_ends_the_connection(loop, secure, 
     w = await secure(recorder(BufferedRecorder, get_buffer=lambda *_: buffer if buffer is not None else boom()))
     await w.send(b"data")
     lost = await w.protocol.lost
-    assert isinstance(lost, {b"read-only": BufferError}.get(bytes(buffer), RuntimeError) if buffer is not None else Boom)
+    wanted = Boom if buffer is None else {b"read-only": BufferError}.get(bytes(buffer), RuntimeError)
+    assert isinstance(lost, wanted)
     [context] = errors.take()
     assert context["exception"] is lost and "get_buffer" in context["message"]
 
@@ -522,7 +530,7 @@ async def test_pausing_in_a_delivery_holds_back_the_rest_of_a_burst(loop, secure
     sending = loop.create_task(w.send(data))
     delivered = 0
     while len(w.protocol.data) < size:
-        await helpers.eventually(lambda: len(w.protocol.chunks) == delivered + 1)
+        await helpers.eventually(lambda: len(w.protocol.chunks) == delivered + 1)  # noqa: B023
         delivered += 1
         if delivered < 3:
             await barrier(2)
@@ -580,7 +588,9 @@ async def test_memory_stays_bounded_while_a_paused_reader_is_flooded(loop, secur
 
 
 @pytest.mark.parametrize("end", ["close_notify", "FIN", "close_notify and FIN"])
-@pytest.mark.parametrize("size, base", [(0, Recorder), (10, Recorder), (300_000, Recorder), (300_000, BufferedRecorder)])
+@pytest.mark.parametrize(
+    "size, base", [(0, Recorder), (10, Recorder), (300_000, Recorder), (300_000, BufferedRecorder)]
+)
 async def test_the_end_of_the_stream_waits_until_reading_resumes(loop, secure, role, barrier, end, size, base):
     w = await secure(base, role)
     w.transport.pause_reading()
@@ -1118,7 +1128,7 @@ async def test_connection_made_that_raises_fails_the_connection(loop, place, err
 
 async def test_connection_made_that_raises_in_a_server_is_reported(loop, place, errors):
     server = await place.serve(loop, recorder(connection_made=boom), ssl=tls.authority().context_server())
-    transport, protocol = await place.connect(
+    _, protocol = await place.connect(
         loop, Recorder, ssl=tls.authority().context_client(), server_hostname="localhost"
     )
     lost = await place.accepted[0].lost
@@ -1363,14 +1373,13 @@ def test_the_loop_is_closed_with_connections_open_and_data_in_flight(make_loop, 
         for transport, _ in pairs:
             assert "SSLStreamTransport" in repr(transport)
             assert transport.get_write_buffer_size() >= 0
-            for call in (lambda: transport.write(b"late"), transport.close, transport.abort):
+            for call in (lambda: transport.write(b"late"), transport.close, transport.abort):  # noqa: B023
                 with contextlib.suppress(RuntimeError):
                     call()
         task.get_coro().close()
         server.close()
         pairs.clear(), place.accepted.clear()
-        del loop, server, task
-        transport = _ = call = None  # noqa: F841
+        transport = _ = call = loop = server = task = None
         gc.collect()
         for peer in peers:
             with contextlib.suppress(ConnectionResetError):

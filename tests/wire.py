@@ -36,7 +36,7 @@ def boom(*_):
 
 
 def recorder(base=helpers.Recorder, **callbacks):
-    """A factory of Recorders; each named callback is followed by f(protocol, *args), whose result, if any, is returned."""
+    """A factory of Recorders; f(protocol, *args) follows each named callback, and its result is returned, if any."""
 
     def make():
         protocol = base()

@@ -20,7 +20,8 @@ def pack_address(family, address):
             return header + struct.pack("!H4s8x", port, socket.inet_pton(family, host))
         if family == socket.AF_INET6:
             host, port, flowinfo, scope = (*address, 0, 0)[:4]
-            return header + struct.pack("!HI16s", port, flowinfo, socket.inet_pton(family, host)) + struct.pack("=I", scope)
+            body = struct.pack("!HI16s", port, flowinfo, socket.inet_pton(family, host))
+            return header + body + struct.pack("=I", scope)
     except (OSError, TypeError, ValueError, struct.error):
         pass
     return None

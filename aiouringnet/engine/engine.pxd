@@ -15,7 +15,7 @@ cdef enum:
 
 cdef class Engine(LoopBound):
     cdef readonly object options
-    cdef readonly object transports # descriptor -> transport: asyncio's table of its loop, or Descriptors
+    cdef readonly object transports  # descriptor -> transport: asyncio's table of its loop, or Descriptors
     cdef int depth                  # passes under way: more than one where a callback runs the loop
     # Contexts (of context variables) that are current in a callback of the innermost pass, borrowed: the one in
     # which it was called, and the transport's that it has entered.  In any other, a loop runs within the callback.

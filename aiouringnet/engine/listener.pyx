@@ -138,12 +138,12 @@ cdef class Listener(Handle):
         Only now, when the loop runs, and only until the listener is closed:
         what is not taken stays for another process that shares the socket.
         """
-        cdef int i, fd
+        cdef int _accepted, fd
         cdef sockaddr_storage address
         cdef unsigned int size
         if self.sock.fileno() != self.fd:
             return EBADF  # its owner has closed it: the number may be another's
-        for i in range(ACCEPTS):
+        for _accepted in range(ACCEPTS):
             if self.closed or self.engine.closed or self.engine.forked():
                 return 0
             size = sizeof(address)

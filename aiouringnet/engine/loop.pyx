@@ -37,7 +37,8 @@ cdef extern from *:
     int PyContext_Exit(object) except -1
 
 cdef extern from "pthread.h" nogil:
-    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil)
+    ctypedef void (*atfork_handler)() noexcept nogil
+    int pthread_atfork(atfork_handler prepare, atfork_handler parent, atfork_handler child)
 
 cdef extern from "sys/epoll.h" nogil:
     int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
@@ -160,8 +161,8 @@ cdef class LoopBound:
         A KeyboardInterrupt in the middle leaves open whether it is scheduled:
         it is scheduled again, so `callback` may be called twice.
         """
-        cdef int tries
-        for tries in range(TRIES):
+        cdef int _tries
+        for _tries in range(TRIES):
             try:
                 if context is None and argument is None:
                     self.loop.call_soon(callback)
@@ -180,8 +181,8 @@ cdef class LoopBound:
 
     cdef void later_on(self, double delay_s, object callback, object argument=None) noexcept:
         """loop.call_later(), as soon() is call_soon()."""
-        cdef int tries
-        for tries in range(TRIES):
+        cdef int _tries
+        for _tries in range(TRIES):
             try:
                 if argument is None:
                     self.loop.call_later(delay_s, callback)

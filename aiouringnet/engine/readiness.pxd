@@ -29,7 +29,7 @@ cdef class Readiness:
     cdef unsigned int entries           # made so far
     # Events of one epoll_wait, whose they are, and which of them are yet to be handed out
     cdef epoll_event events[READY_BATCH]
-    cdef PyObject* handles[READY_BATCH] # owned until they are handed out
+    cdef PyObject* handles[READY_BATCH]  # owned until they are handed out
     cdef int next, end
 
     # Watch a descriptor for `events`, or for others than before; 0 or an errno

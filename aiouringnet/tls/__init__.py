@@ -34,7 +34,7 @@ def why_not_ktls(choice="auto"):
     if not openssl.knows_ktls:
         return (
             f"the ssl module's OpenSSL ({ssl.OPENSSL_VERSION}) was built without kTLS",
-            "Use a Python that is linked with a system OpenSSL 3 (Debian 12, Ubuntu 22.04, and newer, have kTLS in it).",
+            "Use a Python that is linked with a system OpenSSL 3 (Debian 12, Ubuntu 22.04 and newer have kTLS in it).",
         )
     return None, None
 

@@ -221,7 +221,7 @@ cdef class KernelTLS(TLSOutput):
         return kind > 0 or kind == -EAGAIN or kind == -EINTR
 
     cdef void read_failed(self, int error) noexcept:
-        """A record that the kernel refuses: the peer is told why, as by OpenSSL, and as far as its socket takes that."""
+        """A record that the kernel refuses: the peer is told why, as by OpenSSL, as far as its socket takes that."""
         if self.records.kernel_receives and self.records.kernel_sends and error in ALERTS:
             self.records.send_alert(ALERTS[error])
 

@@ -92,7 +92,7 @@ cdef class Lifecycle(KernelTLS):
         """Bytes of the peer's that were received before the upgrade."""
         cdef const char* start
         cdef Py_ssize_t size
-        owner = own(data, &start, &size)
+        _owner = own(data, &start, &size)
         if size:
             self.records.feed(start, size)
             self.records.keep_input()
@@ -100,7 +100,7 @@ cdef class Lifecycle(KernelTLS):
     def data_received(self, data):
         cdef const char* start
         cdef Py_ssize_t size
-        owner = own(data, &start, &size)
+        _owner = own(data, &start, &size)
         self.engine.check()
         if size:
             self.received(start, size)

@@ -121,6 +121,7 @@ cdef class OpenSSLRecords(Records):
     cdef int stalled                # how often that was so
     cdef bytes kept                 # what keep_input() copied
     cdef object output              # the bytes object that link.room lies in
+
     def __cinit__(self, sslobj):
         if type(sslobj._sslobj) is not ssl_type:
             raise TypeError(f"not an object of the ssl module: {sslobj!r}")
@@ -321,8 +322,8 @@ cdef class OpenSSLRecords(Records):
 
     cdef void drain_socket(self) noexcept:
         cdef char scratch[RECORD_BYTES]
-        cdef int i
-        for i in range(MAX_DRAINED):
+        cdef int _tries
+        for _tries in range(MAX_DRAINED):
             if not self.link.reads or c_recv(self.link.fd, scratch, sizeof(scratch), MSG_DONTWAIT) <= 0:
                 break
 
@@ -357,7 +358,7 @@ cdef class OpenSSLRecords(Records):
     cdef Py_ssize_t unsent(self) noexcept:
         return <Py_ssize_t>self.link.spill_used if self.link.kernel_sends else 0
 
-    cdef bint send_control(self) noexcept:
+    cdef bint send_control(self) noexcept:  # no-cython-lint
         return flush_to_socket(&self.link)
 
     cdef void send_alert(self, int description) noexcept:

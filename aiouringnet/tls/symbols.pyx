@@ -26,9 +26,10 @@ cdef extern from "unistd.h" nogil:
 # In the order of Symbols' fields.
 cdef tuple NAMES = (
     b"OpenSSL_version_num", b"SSL_get_options", b"SSL_get_SSL_CTX", b"SSL_set_bio", b"SSL_ctrl", b"SSL_read_ex",
-    b"SSL_peek_ex", b"SSL_write_ex", b"SSL_pending", b"SSL_has_pending", b"SSL_in_init", b"SSL_get_key_update_type", b"SSL_shutdown",
-    b"SSL_get_error", b"ERR_clear_error", b"ERR_peek_error", b"ERR_peek_last_error", b"ERR_error_string_n",
-    b"BIO_get_new_index", b"BIO_meth_new", b"BIO_meth_set_read_ex", b"BIO_meth_set_write_ex", b"BIO_meth_set_ctrl",
+    b"SSL_peek_ex", b"SSL_write_ex", b"SSL_pending", b"SSL_has_pending", b"SSL_in_init", b"SSL_get_key_update_type",
+    b"SSL_shutdown", b"SSL_get_error", b"ERR_clear_error", b"ERR_peek_error", b"ERR_peek_last_error",
+    b"ERR_error_string_n", b"BIO_get_new_index", b"BIO_meth_new", b"BIO_meth_set_read_ex",
+    b"BIO_meth_set_write_ex", b"BIO_meth_set_ctrl",
     b"BIO_meth_set_create", b"BIO_new", b"BIO_up_ref", b"BIO_free", b"BIO_set_data", b"BIO_get_data", b"BIO_set_init",
     b"BIO_set_flags", b"BIO_clear_flags",
 )

@@ -294,7 +294,7 @@ cdef class SSLStreamTransport(Lifecycle):
         return (self.low, self.high)
 
     def get_write_buffer_size(self):
-        """Bytes queued or in flight: plaintext, and ciphertext in the transport below, which is offered to the socket."""
+        """Bytes queued or in flight: plaintext, and ciphertext in the transport below, which is offered."""
         if self.queued and not self.engine.closed:
             self.engine.check()
             self.gather()

@@ -361,7 +361,6 @@ cdef class StreamTransport(StreamOutput):
         """Queue each bytes-like object of an iterable, to be sent together."""
         cdef const char* start
         cdef Py_ssize_t size
-        cdef bint any_data = False
         if self.eof:
             raise RuntimeError("Cannot call writelines() after write_eof()")
         if self.empty_waiter is not None:

@@ -88,7 +88,9 @@ cdef extern from "compat.h" nogil:
     int io_uring_cq_eventfd_toggle(io_uring* ring, bint enabled)
     void io_uring_buf_ring_init(io_uring_buf_ring* br)
     int io_uring_buf_ring_mask(unsigned int entries)
-    void io_uring_buf_ring_add(io_uring_buf_ring* br, void* addr, unsigned int size, unsigned short bid, int mask, int offset)
+    void io_uring_buf_ring_add(
+        io_uring_buf_ring* br, void* addr, unsigned int size, unsigned short bid, int mask, int offset
+    )
     void io_uring_buf_ring_advance(io_uring_buf_ring* br, int count)
 
     void io_uring_prep_recv(io_uring_sqe* sqe, int fd, void* buf, size_t size, int flags)

@@ -48,7 +48,7 @@ cdef class RingListener(Listener):
     cdef void stop(self) noexcept:
         """Cancel now, so that the port is free as soon as the caller closes the socket."""
         cdef Queues engine = <Queues>self.engine
-        cdef int i
+        cdef int _tries
         if engine.readiness is not None:
             Listener.stop(self)
             return
@@ -58,7 +58,7 @@ cdef class RingListener(Listener):
         engine.enter()
         if engine.sqpoll:
             # The poller does it; usually it has by now.  20 ms at the most.
-            for i in range(400):
+            for _tries in range(400):
                 if airn_has_ended(&engine.ring, user_data(self, TAG_ACCEPT)):
                     break
                 usleep(50)

@@ -100,7 +100,7 @@ cdef int receive_twice(io_uring* ring) except -1:
     cdef io_uring_sqe* sqe
     cdef io_uring_cqe cqe
     cdef int[2] pair
-    cdef int i, code
+    cdef int i, _turn, code
     cdef bint over = True       # nothing is in flight: the memory may go
     cdef char* memory = <char*>map_anonymous(8192, True)
     cdef io_uring_buf_ring* buf_ring = <io_uring_buf_ring*>memory
@@ -125,7 +125,7 @@ cdef int receive_twice(io_uring* ring) except -1:
         sqe.flags |= IOSQE_BUFFER_SELECT
         sqe.buf_group = BUFFER_GROUP
         over = False
-        for i in range(2):
+        for _turn in range(2):
             if c_send(pair[1], b"x", 1, MSG_NOSIGNAL) != 1:
                 raise OSError(errno, os.strerror(errno))
             code = next_completion(ring, &cqe)

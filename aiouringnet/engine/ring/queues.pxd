@@ -49,7 +49,8 @@ cdef class Queues(Engine):
     cdef unsigned int buffer_size, buffer_count, buffer_mask
     cdef int returned               # buffers added to the ring but not yet published
 
-    cdef unsigned long long n_enters, n_cqes, n_sends, n_short_sends, n_worker_sends, n_starved, n_sq_full, n_retries, n_overflows, n_switches
+    cdef unsigned long long n_enters, n_cqes, n_sends, n_short_sends, n_worker_sends, n_starved, n_sq_full, n_retries
+    cdef unsigned long long n_overflows, n_switches
 
     cdef object make_ring(self, io_uring* ring, int attach_fd)
     cdef int set_up(self) except -1

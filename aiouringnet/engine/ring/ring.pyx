@@ -338,11 +338,11 @@ cdef class Ring(Queues):
 
     cdef void await_send(self, Flow flow) noexcept:
         cdef RingStream stream = <RingStream>flow
-        cdef int tries
+        cdef int _tries
         if not self.send_ring_up:
             return
         io_uring_submit(&self.send_ring)
-        for tries in range(AWAIT_TRIES):
+        for _tries in range(AWAIT_TRIES):
             self.poll_sends()
             if stream.send_tag != TAG_SEND or not has_room(stream.fd):
                 break  # it has ended, or the socket is full
