@@ -43,7 +43,10 @@ cdef class Handle:
 
 # What a pass knows of a stream: what it is there for, and its share of the pass.
 cdef class Flow(Handle):
+    # (Eight bytes of flags here: those of a stream are spread over its bases so that none is padded.)
     cdef flag reading               # the sink wants data
+    cdef flag ended                 # end of file or an error was met: nothing more to read
+    cdef flag closed                # close() was called: nothing is delivered, nor sent
     cdef flag resyncing             # in engine.resync
     cdef flag dirty                 # in engine.dirty
     cdef flag spent                 # its read_budget of this pass: in engine.later

@@ -19,7 +19,6 @@ cdef class Output(Flow):
     cdef Engine engine
     cdef Sink sink
     cdef int fd
-    cdef flag closed                # close() was called: nothing is delivered, nor sent
     cdef flag ktls                  # the kernel makes TLS records: sends with MSG_WAITALL are refused
     cdef flag sending               # a send is in flight or waits for the socket to drain
     cdef flag awaited               # the sink asked for on_sent() as soon as possible

@@ -8,7 +8,6 @@ from aiouringnet.engine.output cimport Output
 # The I/O of one connected stream socket.
 cdef class Stream(Output):
     cdef flag tcp                   # else a Unix socket
-    cdef flag ended                 # end of file or an error was met: nothing more to read
     cdef flag readable              # direct reads stopped before the socket was empty
     cdef flag thorough              # a short read may leave something behind: direct reads go on until EAGAIN
     cdef flag mute                  # kernel TLS receives: poll() says nothing of a KeyUpdate that a read has stopped at
