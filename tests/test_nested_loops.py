@@ -350,8 +350,10 @@ def interrupted_with_nest_asyncio(make_loop, when):
                 peer.sendall(b"message")
                 size += 7
                 epoll.armed = armed
+                cell = loop.create_task(asyncio.sleep(5 if armed else 0.005))
                 with contextlib.suppress(KeyboardInterrupt):
-                    loop.run_until_complete(asyncio.sleep(0.005))
+                    loop.run_until_complete(cell)
+                cell.cancel()
                 await helpers.eventually(lambda: len(accepted[0].data) == size)  # noqa: B023
         peer.close()
         server.close()
