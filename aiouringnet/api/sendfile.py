@@ -113,6 +113,9 @@ async def _read_and_write(loop, transport, file, offset, count):
                 if seekable:
                     file.seek(offset + total)
                 data = await loop.run_in_executor(None, file.read, size)
+            else:
+                # As that would: others get their turn, and the loss of the connection is heard of.
+                await asyncio.sleep(0)
             if not data:
                 break
             await protocol.drain()
