@@ -67,6 +67,7 @@ def test_the_engine_is_made_for_the_first_connection(make_loop, endpoint, case):
             assert engine.kind == case.engine
             transport, protocol = await endpoint.connect(loop, Recorder)
             assert engines.active_engine(loop) is engine is engines.engine_for(loop)
+            await helpers.eventually(lambda: endpoint.accepted)
             transport.close()
             await protocol.lost
             await endpoint.accepted[0].lost
