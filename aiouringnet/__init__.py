@@ -2,9 +2,8 @@
 
 import sys
 
-from aiouringnet._version import __version__
-from aiouringnet.api.connect import connect_accepted_socket, create_connection, create_unix_connection
-from aiouringnet.api.passed_on import (
+from aiouringnet._api.connect import connect_accepted_socket, create_connection, create_unix_connection
+from aiouringnet._api.passed_on import (
     connect_read_pipe,
     connect_write_pipe,
     create_datagram_endpoint,
@@ -14,13 +13,14 @@ from aiouringnet.api.passed_on import (
     sock_recv_into,
     sock_sendall,
 )
-from aiouringnet.api.patch import install_policy, loop_factory, new_event_loop, patch_loop
-from aiouringnet.api.sendfile import sendfile
-from aiouringnet.api.serve import create_server, create_unix_server
-from aiouringnet.api.start_tls import start_tls
-from aiouringnet.api.streams import open_connection, open_unix_connection, start_server, start_unix_server
-from aiouringnet.diagnostics import stats, status
-from aiouringnet.options import Options
+from aiouringnet._api.patch import install_policy, loop_factory, new_event_loop, patch_loop
+from aiouringnet._api.sendfile import sendfile
+from aiouringnet._api.serve import create_server, create_unix_server
+from aiouringnet._api.start_tls import start_tls
+from aiouringnet._api.streams import open_connection, open_unix_connection, start_server, start_unix_server
+from aiouringnet._diagnostics import stats, status
+from aiouringnet._options import Options
+from aiouringnet._version import __version__
 
 __all__ = [
     "Options",
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 if sys.version_info >= (3, 11):
-    from aiouringnet.api.passed_on import sock_recvfrom, sock_recvfrom_into, sock_sendto
+    from aiouringnet._api.passed_on import sock_recvfrom, sock_recvfrom_into, sock_sendto
 
     __all__ += ["sock_recvfrom", "sock_recvfrom_into", "sock_sendto"]
 

@@ -62,13 +62,35 @@ def certificate() -> tuple[pathlib.Path, pathlib.Path]:
         return cert, key
     openssl = shutil.which("openssl")
     if openssl is None:
-        raise FileNotFoundError("the openssl command, which makes the certificate, is not installed "
-                                "(Debian, Ubuntu: apt install openssl)")
+        raise FileNotFoundError(
+            "the openssl command, which makes the certificate, is not installed (Debian, Ubuntu: apt install openssl)"
+        )
     BUILD.mkdir(exist_ok=True)
     partial = [path.with_suffix(f".{os.getpid()}") for path in (cert, key)]
-    subprocess.run([openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                    "-subj", "/CN=localhost", "-days", str(CERTIFICATE_DAYS), "-out", str(partial[0]), "-keyout",
-                    str(partial[1])], check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    subprocess.run(
+        [
+            openssl,
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-subj",
+            "/CN=localhost",
+            "-days",
+            str(CERTIFICATE_DAYS),
+            "-out",
+            str(partial[0]),
+            "-keyout",
+            str(partial[1]),
+        ],
+        check=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     # The key first: two runs at once may leave one's key with the other's certificate only for an instant.
     partial[1].replace(key)
     partial[0].replace(cert)

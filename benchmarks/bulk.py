@@ -41,8 +41,14 @@ from servers import Placement, Server, ServerUnavailable, parse_server, running
 
 MIB = 1 << 20
 WORK = ("file:100K", "file:1M", "file:100M", "send:256K", "receive:256K")
-SERVERS = ("aiofastnet-uvloop", "aiofastnet-uvloop+ktls", "ours-uvloop", "ours-uvloop+ktls", "ours-uvloop+ktls+sqpoll",
-           "ours-uvloop+ktls+ktls_worker_bytes=65536")
+SERVERS = (
+    "aiofastnet-uvloop",
+    "aiofastnet-uvloop+ktls",
+    "ours-uvloop",
+    "ours-uvloop+ktls",
+    "ours-uvloop+ktls+sqpoll",
+    "ours-uvloop+ktls+ktls_worker_bytes=65536",
+)
 CLIENT_SECONDS = 120  # without a byte
 HEADINGS = ("main µs", "user µs", "all µs", "calls", "sendfile")
 
@@ -101,8 +107,9 @@ class Client:
     def run(self, work: Work, times: int, path: pathlib.Path) -> dict[str, typing.Any]:
         """Has the server do it; gives what the server says about kernel TLS."""
         size_bytes = work.block_bytes * times
-        said = self.ask(work=work.kind, path=str(path), block_bytes=work.block_bytes, times=times,
-                        size_bytes=size_bytes)
+        said = self.ask(
+            work=work.kind, path=str(path), block_bytes=work.block_bytes, times=times, size_bytes=size_bytes
+        )
         if work.kind == "receive":
             block = os.urandom(work.block_bytes)
             for _ in range(times):
@@ -122,8 +129,9 @@ def connected(port: int) -> Iterator[Client]:
         client.sock.close()
 
 
-def measure(server: Server, work: Work, times: int, path: pathlib.Path, placement: Placement,
-            count: bool) -> dict[str, float | None]:
+def measure(
+    server: Server, work: Work, times: int, path: pathlib.Path, placement: Placement, count: bool
+) -> dict[str, float | None]:
     """The figures per MiB, by heading; ServerUnavailable when +ktls was not to be had."""
     mib = work.block_bytes * times / MIB
     with running(server, "bulk_server.py", True, placement, True) as ready:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 
 import report
-from aiouringnet.engine import probe
+from aiouringnet._engine import probe
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -40,10 +40,31 @@ def measure(cells: list[str], servers: list[str]) -> tuple[list[dict[str, object
     RESULTS.mkdir(exist_ok=True)
     path, log = RESULTS / "demo.json", RESULTS / "demo.log"
     path.unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / "run.py"), "--cells", ",".join(cells), "--servers", ",".join(servers),
-               "--rounds", str(ROUNDS), "--seconds", str(SECONDS), "--warmup", "0.2", "--retries", "1",
-               f"--{STATE}", "--no-memory", "--no-syscalls",
-               "--server-cpu", str(cores[0]), "--load-cpu", str(cores[-1]), "--json", str(path)]
+    command = [
+        sys.executable,
+        str(HERE / "run.py"),
+        "--cells",
+        ",".join(cells),
+        "--servers",
+        ",".join(servers),
+        "--rounds",
+        str(ROUNDS),
+        "--seconds",
+        str(SECONDS),
+        "--warmup",
+        "0.2",
+        "--retries",
+        "1",
+        f"--{STATE}",
+        "--no-memory",
+        "--no-syscalls",
+        "--server-cpu",
+        str(cores[0]),
+        "--load-cpu",
+        str(cores[-1]),
+        "--json",
+        str(path),
+    ]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         try:
@@ -80,14 +101,18 @@ def table(measured: list[dict[str, object]], cells: list[str], pairs: list[tuple
     view = report.View(STATE, report.medians(measured))
     lines = []
     for stock, patched in pairs:
-        lines += [f"{stock:22}  server CPU per request, µs       answered per second",
-                  f"{'connections':22}  {'stock':>8} {'patched':>9} {'saved':>8}   {'stock':>9} {'patched':>9}"]
+        lines += [
+            f"{stock:22}  server CPU per request, µs       answered per second",
+            f"{'connections':22}  {'stock':>8} {'patched':>9} {'saved':>8}   {'stock':>9} {'patched':>9}",
+        ]
         for cell in cells:
             cost, new_cost = view.value(cell, stock), view.value(cell, patched)
             rate, new_rate = view.value(cell, stock, "req_per_s"), view.value(cell, patched, "req_per_s")
-            lines.append(f"  {CELLS[cell]:20}  {shown(cost, '.1f'):>8} {shown(new_cost, '.1f'):>9} "
-                         f"{saved(measured, cell, stock, patched, cost, new_cost):>8}   "
-                         f"{shown(rate, ',.0f'):>9} {shown(new_rate, ',.0f'):>9}")
+            lines.append(
+                f"  {CELLS[cell]:20}  {shown(cost, '.1f'):>8} {shown(new_cost, '.1f'):>9} "
+                f"{saved(measured, cell, stock, patched, cost, new_cost):>8}   "
+                f"{shown(rate, ',.0f'):>9} {shown(new_rate, ',.0f'):>9}"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -96,8 +121,9 @@ def shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def saved(measured: list[dict[str, object]], cell: str, stock: str, patched: str,
-          cost: float | None, new_cost: float | None) -> str:
+def saved(
+    measured: list[dict[str, object]], cell: str, stock: str, patched: str, cost: float | None, new_cost: float | None
+) -> str:
     """In percent of the medians; "level" where the rounds disagree about who was cheaper."""
     if not cost or not new_cost:
         return "-"
@@ -114,8 +140,9 @@ def main() -> None:
     engine, modifier = ("io_uring", "") if ring["usable"] else ("epoll", "+epoll")
     pairs = [("asyncio", f"ours-asyncio{modifier}"), ("uvloop", f"ours-uvloop{modifier}")]
     cells = list(CELLS)
-    print("An echo service, an unchanged asyncio.Protocol, on each loop as it is and after "
-          "aiouringnet.patch_loop(loop).")
+    print(
+        "An echo service, an unchanged asyncio.Protocol, on each loop as it is and after aiouringnet.patch_loop(loop)."
+    )
     print(f"Linux {platform.release()}, Python {platform.python_version()}, patched loops use {engine}.")
     if not ring["usable"]:
         print(f"io_uring cannot be used here: {ring['reason']}")
@@ -131,10 +158,12 @@ def main() -> None:
     print(table(measured, cells, pairs))
     if sum(not m.get("quiet", True) for m in measured) > len(measured) / 3:
         print("Other processes were busy meanwhile: take these figures with care, or run it again on a quiet machine.")
-    print("Medians of interleaved rounds on loopback; \"level\" where the rounds disagree. A client that spins for\n"
-          "the answer to its one message keeps its core awake, as in README's table; most sleep. Where the server\n"
-          "saves CPU and answers no more, the client is the limit. All cells, HTTP, other loops:\n"
-          "python benchmarks/run.py")
+    print(
+        'Medians of interleaved rounds on loopback; "level" where the rounds disagree. A client that spins for\n'
+        "the answer to its one message keeps its core awake, as in README's table; most sleep. Where the server\n"
+        "saves CPU and answers no more, the client is the limit. All cells, HTTP, other loops:\n"
+        "python benchmarks/run.py"
+    )
     if not measured:
         sys.exit(1)
 

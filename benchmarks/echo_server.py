@@ -30,6 +30,7 @@ class EchoProtocol(asyncio.Protocol):
 
 class KernelTLSEchoProtocol(EchoProtocol):
     """Ends the process at the first connection whose records it would have to make itself."""
+
     found: dict[str, object] = {}  # of the last connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

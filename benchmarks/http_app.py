@@ -19,8 +19,11 @@ Send = Callable[[dict[str, object]], Awaitable[None]]
 
 
 def response_start(body: bytes) -> dict[str, object]:
-    return {"type": "http.response.start", "status": 200,
-            "headers": [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]}
+    return {
+        "type": "http.response.start",
+        "status": 200,
+        "headers": [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())],
+    }
 
 
 STARTS = {path: response_start(body) for path, body in BODIES.items()}
@@ -36,11 +39,23 @@ async def app(scope: dict[str, str], receive: object, send: Send) -> None:
 
 async def serve(args: argparse.Namespace) -> None:
     import uvicorn
+
     loop = asyncio.get_running_loop()
     tls = dict(zip(("ssl_certfile", "ssl_keyfile"), args.tls)) if args.tls else {}
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, http="httptools", ws="none", lifespan="off",
-                            access_log=False, log_level="warning", backlog=4096, date_header=False,
-                            server_header=False, **tls)
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+        backlog=4096,
+        date_header=False,
+        server_header=False,
+        **tls,
+    )
     server = uvicorn.Server(config)
     serving = loop.create_task(server.serve())
     while not server.started and not serving.done():

@@ -87,8 +87,15 @@ def measure(server: Server, placement: Placement, count: int, tls: bool = False)
         pid = int(str(ready["pid"]))
         files = len(os.listdir(f"/proc/{pid}/fd"))
         before = procstat.rss_bytes(pid)
-        command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--client", str(ready["port"]),
-                   "--connections", str(count), *(["--tls"] if tls else [])]
+        command = [
+            sys.executable,
+            str(pathlib.Path(__file__).resolve()),
+            "--client",
+            str(ready["port"]),
+            "--connections",
+            str(count),
+            *(["--tls"] if tls else []),
+        ]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         stack.callback(process.wait)
         stack.callback(process.kill)
@@ -102,12 +109,17 @@ def measure(server: Server, placement: Placement, count: int, tls: bool = False)
         _await_step(process, "echoed")
         time.sleep(SETTLE_SECONDS)
         echoed = procstat.rss_bytes(pid)
-    return {"connected": (connected - before) / count, "echoed": (echoed - before) / count,
-            "before_bytes": float(before), "connections": float(count)}
+    return {
+        "connected": (connected - before) / count,
+        "echoed": (echoed - before) / count,
+        "before_bytes": float(before),
+        "connections": float(count),
+    }
 
 
-def measure_all(servers: list[Server], placement: Placement, count: int,
-                tls: bool = False) -> dict[str, dict[str, float]]:
+def measure_all(
+    servers: list[Server], placement: Placement, count: int, tls: bool = False
+) -> dict[str, dict[str, float]]:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < count + SPARE_FILES:
         count = hard - SPARE_FILES
@@ -119,8 +131,11 @@ def measure_all(servers: list[Server], placement: Placement, count: int,
         except (ServerUnavailable, RuntimeError) as why:
             print(f"idle memory of {server.text} not measured: {why}", flush=True)
             continue
-        print(f"  {server.text:24} {found['connected']:7.0f} bytes per idle connection, {found['echoed']:7.0f} after "
-              f"one echo", flush=True)
+        print(
+            f"  {server.text:24} {found['connected']:7.0f} bytes per idle connection, {found['echoed']:7.0f} after "
+            f"one echo",
+            flush=True,
+        )
     return results
 
 

@@ -27,11 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("uring", "epoll"), default="uring", help="ours only: which engine")
     parser.add_argument("--sqpoll", action="store_true", help="ours only: let a kernel thread submit")
     parser.add_argument("--sqpoll-cpu", type=int, metavar="N", help="ours only: core of that thread")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
-                        help="ours only: one more keyword argument of patch_loop (repeatable)")
-    parser.add_argument("--warm", action="store_true",
-                        help="free a 4 MiB block first: glibc then serves large blocks from its heap and not by mmap, "
-                             "as it does in programs that have run for a while")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="ours only: one more keyword argument of patch_loop (repeatable)",
+    )
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="free a 4 MiB block first: glibc then serves large blocks from its heap and not by mmap, "
+        "as it does in programs that have run for a while",
+    )
     parser.add_argument("--tls", nargs=2, metavar=("CERT", "KEY"), help="serve TLS with this certificate and key")
     parser.add_argument("--ktls", action="store_true", help="ask for kernel TLS")
     parser.add_argument("--tls12", action="store_true", help="TLS 1.2, which OpenSSL 3.0 gives to the kernel both ways")
@@ -76,9 +84,11 @@ def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
 
 def kernel_tls(transport: asyncio.BaseTransport) -> dict[str, object]:
     """Which directions of a connection the kernel encrypts, and why not the others, as far as the package says."""
-    return {"ktls_send_enabled": bool(transport.get_extra_info("ktls_send_enabled")),
-            "ktls_recv_enabled": bool(transport.get_extra_info("ktls_recv_enabled")),
-            "why_not": transport.get_extra_info("ktls_why_not") or "this loop does not say why"}
+    return {
+        "ktls_send_enabled": bool(transport.get_extra_info("ktls_send_enabled")),
+        "ktls_recv_enabled": bool(transport.get_extra_info("ktls_recv_enabled")),
+        "why_not": transport.get_extra_info("ktls_why_not") or "this loop does not say why",
+    }
 
 
 def make_loop(args: argparse.Namespace) -> asyncio.AbstractEventLoop:
@@ -97,7 +107,8 @@ def engine_kind(args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> st
     """The engine that really runs, so that a silent fallback is never measured as the ring."""
     if not args.loop.startswith("ours-"):
         return None
-    from aiouringnet.engine import active_engine
+    from aiouringnet._engine import active_engine
+
     engine = active_engine(loop)
     return engine.kind if engine is not None else "loop"
 
@@ -111,8 +122,14 @@ def record_layer(args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> s
 
 def announce(args: argparse.Namespace, loop: asyncio.AbstractEventLoop, port: int, **more: object) -> None:
     """Prints the one line that the harness waits for."""
-    ready = {"port": port, "pid": os.getpid(), "loop": args.loop, "engine": engine_kind(args, loop),
-             "record_layer": record_layer(args, loop), **more}
+    ready = {
+        "port": port,
+        "pid": os.getpid(),
+        "loop": args.loop,
+        "engine": engine_kind(args, loop),
+        "record_layer": record_layer(args, loop),
+        **more,
+    }
     if args.loop.startswith("ours-"):
         ready["package"] = os.path.dirname(sys.modules["aiouringnet"].__file__ or "")
     print(json.dumps(ready), flush=True)

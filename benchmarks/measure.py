@@ -35,13 +35,33 @@ def _pin(cpu: int) -> Callable[[], None]:
     return lambda: os.sched_setaffinity(0, {cpu})
 
 
-def _run_loadgen(cell: Cell, ready: dict[str, object], placement: Placement, warmup_seconds: float, seconds: float,
-                 on_start: Callable[[], object] | None = None,
-                 on_end: Callable[[], object] | None = None) -> dict[str, float]:
+def _run_loadgen(
+    cell: Cell,
+    ready: dict[str, object],
+    placement: Placement,
+    warmup_seconds: float,
+    seconds: float,
+    on_start: Callable[[], object] | None = None,
+    on_end: Callable[[], object] | None = None,
+) -> dict[str, float]:
     program = build.program("loadgen_tls" if cell.tls else "loadgen")
-    command = [str(program), "--port", str(ready["port"]), "--connections", str(cell.connections),
-               "--size", str(cell.size_bytes), "--depth", str(cell.depth), "--warmup", str(warmup_seconds),
-               "--seconds", str(seconds), "--pid", str(ready["pid"])]
+    command = [
+        str(program),
+        "--port",
+        str(ready["port"]),
+        "--connections",
+        str(cell.connections),
+        "--size",
+        str(cell.size_bytes),
+        "--depth",
+        str(cell.depth),
+        "--warmup",
+        str(warmup_seconds),
+        "--seconds",
+        str(seconds),
+        "--pid",
+        str(ready["pid"]),
+    ]
     if cell.sleeping:
         command.append("--sleep")
     if cell.tls:
@@ -102,13 +122,16 @@ def _echo_syscalls(cell: Cell, ready: dict[str, object], placement: Placement) -
     if not counter.attach():
         return {"syscalls": None, "syscalls_by": counter.reason}
     counts: list[int | None] = []
-    report = _run_loadgen(cell, ready, placement, 0.1, SYSCALL_SECONDS, counter.start,
-                          lambda: counts.append(counter.stop()))
+    report = _run_loadgen(
+        cell, ready, placement, 0.1, SYSCALL_SECONDS, counter.start, lambda: counts.append(counter.stop())
+    )
     count = counts[0] if counts else None
     # strace counts from the time it attached, so the requests of the warm-up belong to it.
     requests = report["requests"] if counter.tool == "perf" else report["all_requests"]
-    return {"syscalls": count / requests if count is not None and requests else None,
-            "syscalls_by": counter.tool if count is not None else counter.reason}
+    return {
+        "syscalls": count / requests if count is not None and requests else None,
+        "syscalls_by": counter.tool if count is not None else counter.reason,
+    }
 
 
 def require_wrk() -> str:
@@ -121,8 +144,9 @@ def require_wrk() -> str:
 def _run_wrk(cell: Cell, ready: dict[str, object], placement: Placement, seconds: int) -> str:
     url = f"http{'s' if cell.tls else ''}://127.0.0.1:{ready['port']}/{cell.http_body}"
     command = [require_wrk(), "-t1", f"-c{cell.connections}", f"-d{seconds}s", "--latency", url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + GRACE_SECONDS,
-                          preexec_fn=_pin(placement.load_cpu))
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=seconds + GRACE_SECONDS, preexec_fn=_pin(placement.load_cpu)
+    )
     if done.returncode:
         raise RuntimeError(f"wrk failed: {done.stderr.strip()}")
     return done.stdout
@@ -170,12 +194,15 @@ def _http_syscalls(cell: Cell, ready: dict[str, object], placement: Placement) -
         report = parse_wrk(_run_wrk(cell, ready, placement, 1))
     finally:
         count = counter.stop()
-    return {"syscalls": count / report["requests"] if count is not None and report["requests"] else None,
-            "syscalls_by": counter.tool if count is not None else counter.reason}
+    return {
+        "syscalls": count / report["requests"] if count is not None and report["requests"] else None,
+        "syscalls_by": counter.tool if count is not None else counter.reason,
+    }
 
 
-def measure(server: Server, cell: Cell, warm: bool, placement: Placement, timing: Timing,
-            with_syscalls: bool) -> Measurement:
+def measure(
+    server: Server, cell: Cell, warm: bool, placement: Placement, timing: Timing, with_syscalls: bool
+) -> Measurement:
     """Starts the server, loads it, and gives what it cost per request."""
     script = "http_app.py" if cell.is_http else "echo_server.py"
     with running(server, script, warm, placement, cell.tls) as ready:

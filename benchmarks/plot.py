@@ -1,6 +1,6 @@
 """Draws the result of run.py: server CPU per request, one group of bars per cell.
 
-    python benchmarks/plot.py benchmarks/results/DATE.json [--svg] [--cells 64x1,64x100] [--output FILE]
+python benchmarks/plot.py benchmarks/results/DATE.json [--svg] [--cells 64x1,64x100] [--output FILE]
 """
 
 from __future__ import annotations
@@ -18,10 +18,21 @@ import report
 from cells import parse_cell
 from servers import parse_server
 
-PEER_COLOURS = {"asyncio": "#b8bcc4", "rloop": "#9aa3b0", "uvloop": "#7c8797", "aiofastnet-asyncio": "#a99fc4",
-                "aiofastnet-uvloop": "#7f72a8"}
-OUR_COLOURS = {"ours-asyncio": "#2f9e6e", "ours-uvloop": "#176b49", "ours-asyncio+epoll": "#7fc7a5",
-               "ours-uvloop+epoll": "#5aae88", "ours-asyncio+sqpoll": "#e0a030", "ours-uvloop+sqpoll": "#c07f10"}
+PEER_COLOURS = {
+    "asyncio": "#b8bcc4",
+    "rloop": "#9aa3b0",
+    "uvloop": "#7c8797",
+    "aiofastnet-asyncio": "#a99fc4",
+    "aiofastnet-uvloop": "#7f72a8",
+}
+OUR_COLOURS = {
+    "ours-asyncio": "#2f9e6e",
+    "ours-uvloop": "#176b49",
+    "ours-asyncio+epoll": "#7fc7a5",
+    "ours-uvloop+epoll": "#5aae88",
+    "ours-asyncio+sqpoll": "#e0a030",
+    "ours-uvloop+sqpoll": "#c07f10",
+}
 COLOURS = PEER_COLOURS | OUR_COLOURS
 OTHER_COLOUR = "#4f9f9f"  # ours with other options
 FLOOR_COLOUR = "#b03030"
@@ -57,13 +68,16 @@ def draw_state(result: dict[str, object], state: str, cells: list[str] | None, t
     figure, grid = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 0.7 + 2.3 * rows), squeeze=False)
     for axes, cell in zip(grid.flat, shown):
         _draw_cell(axes, view, cell, servers)
-    for axes in grid.flat[len(shown):]:
+    for axes in grid.flat[len(shown) :]:
         axes.axis("off")
     machine = result["machine"]
     assert isinstance(machine, dict)
     floor = "; dashed: plain C epoll server" if "c" in view.servers() else ""
-    figure.suptitle(f"Server CPU per request, µs of the Python thread (less is better){floor}\n"
-                    f"Linux {machine['kernel']}, Python {machine['python']}, malloc {state}", fontsize=10)
+    figure.suptitle(
+        f"Server CPU per request, µs of the Python thread (less is better){floor}\n"
+        f"Linux {machine['kernel']}, Python {machine['python']}, malloc {state}",
+        fontsize=10,
+    )
     figure.tight_layout()
     figure.savefig(target, dpi=130)
     pyplot.close(figure)
@@ -75,8 +89,9 @@ def _order(name: str) -> tuple[int, str]:
     return (names.index(plain), name) if plain in names else (len(names), name)
 
 
-def draw(result: dict[str, object], path: pathlib.Path, suffix: str = ".png",
-         cells: list[str] | None = None) -> list[pathlib.Path]:
+def draw(
+    result: dict[str, object], path: pathlib.Path, suffix: str = ".png", cells: list[str] | None = None
+) -> list[pathlib.Path]:
     """One picture per state of malloc, beside the JSON file; gives their paths."""
     measurements = result["measurements"]
     assert isinstance(measurements, list)

@@ -20,17 +20,22 @@ COUNTER_SECONDS = 5  # within which perf or strace must attach, answer and end
 @dataclasses.dataclass(frozen=True)
 class Sample:
     main_cpu_ns: int
-    main_wait_ns: int    # ready, but another thread had the core: how disturbed the measurement was
+    main_wait_ns: int  # ready, but another thread had the core: how disturbed the measurement was
     all_cpu_ns: int
     sqpoll_cpu_ns: int
-    user_cpu_ns: int     # of all_cpu_ns, in user space; in steps of 10 ms
+    user_cpu_ns: int  # of all_cpu_ns, in user space; in steps of 10 ms
     rss_bytes: int
 
     def since(self, earlier: Sample) -> Sample:
         """The difference, except that memory is what it is now."""
-        return Sample(self.main_cpu_ns - earlier.main_cpu_ns, self.main_wait_ns - earlier.main_wait_ns,
-                      self.all_cpu_ns - earlier.all_cpu_ns, self.sqpoll_cpu_ns - earlier.sqpoll_cpu_ns,
-                      self.user_cpu_ns - earlier.user_cpu_ns, self.rss_bytes)
+        return Sample(
+            self.main_cpu_ns - earlier.main_cpu_ns,
+            self.main_wait_ns - earlier.main_wait_ns,
+            self.all_cpu_ns - earlier.all_cpu_ns,
+            self.sqpoll_cpu_ns - earlier.sqpoll_cpu_ns,
+            self.user_cpu_ns - earlier.user_cpu_ns,
+            self.rss_bytes,
+        )
 
 
 def rss_bytes(pid: int) -> int:
@@ -67,8 +72,12 @@ def user_time_is_known() -> bool:
 
 def attach_strace(pid: int, output: str, *options: str) -> subprocess.Popen[bytes] | None:
     """strace on all threads of an idle process, attached already; None when it may not attach. SIGINT detaches it."""
-    process = subprocess.Popen(["strace", *options, "-f", "-o", output, "-p", str(pid)], stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        ["strace", *options, "-f", "-o", output, "-p", str(pid)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + COUNTER_SECONDS
     status = pathlib.Path(f"/proc/{pid}/status")
     while time.monotonic() < deadline and process.poll() is None:
@@ -159,10 +168,27 @@ class SyscallCounter:
         control, self._control = os.pipe()
         self._acknowledged, acknowledge = os.pipe()
         self._process = subprocess.Popen(
-            [perf, "stat", "-D", "-1", "--control", f"fd:{control},{acknowledge}", "-x", ",", "-o", self._output.name,
-             "-e", "raw_syscalls:sys_enter", "-p", str(self.pid)],
-            pass_fds=(control, acknowledge), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
+            [
+                perf,
+                "stat",
+                "-D",
+                "-1",
+                "--control",
+                f"fd:{control},{acknowledge}",
+                "-x",
+                ",",
+                "-o",
+                self._output.name,
+                "-e",
+                "raw_syscalls:sys_enter",
+                "-p",
+                str(self.pid),
+            ],
+            pass_fds=(control, acknowledge),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(control)
         os.close(acknowledge)
         self.tool = "perf"

@@ -13,15 +13,30 @@ from collections.abc import Iterable, Iterator
 from cells import Cell, parse_cell
 from servers import OURS, PEERS, Server, parse_server
 
-METRICS = ("cpu_us", "cpu_total_us", "cpu_sqpoll_us", "req_per_s", "p50_us", "p99_us", "max_us", "syscalls",
-           "rss_bytes", "busy", "disturbed", "client_disturbed", "errors")
-TABLES = (("cpu_us", "server CPU, main thread, µs per request", "{:.2f}"),
-          ("cpu_total_us", "server CPU, all threads, µs per request", "{:.2f}"),
-          ("req_per_s", "requests per second, thousands", "{:.1f}"),
-          ("p50_us", "median latency, µs", "{:.0f}"),
-          ("p99_us", "p99 latency, µs", "{:.0f}"),
-          ("syscalls", "system calls per request", "{:.2f}"),
-          ("rss_bytes", "resident memory, MiB", "{:.1f}"))
+METRICS = (
+    "cpu_us",
+    "cpu_total_us",
+    "cpu_sqpoll_us",
+    "req_per_s",
+    "p50_us",
+    "p99_us",
+    "max_us",
+    "syscalls",
+    "rss_bytes",
+    "busy",
+    "disturbed",
+    "client_disturbed",
+    "errors",
+)
+TABLES = (
+    ("cpu_us", "server CPU, main thread, µs per request", "{:.2f}"),
+    ("cpu_total_us", "server CPU, all threads, µs per request", "{:.2f}"),
+    ("req_per_s", "requests per second, thousands", "{:.1f}"),
+    ("p50_us", "median latency, µs", "{:.0f}"),
+    ("p99_us", "p99 latency, µs", "{:.0f}"),
+    ("syscalls", "system calls per request", "{:.2f}"),
+    ("rss_bytes", "resident memory, MiB", "{:.1f}"),
+)
 SCALES = {"req_per_s": 1e3, "rss_bytes": float(1 << 20)}
 
 Medians = dict[tuple[str, str, str], dict[str, float]]  # (state, cell, server) -> metric -> median
@@ -51,6 +66,7 @@ def medians(measurements: Iterable[dict[str, object]]) -> Medians:
 @dataclasses.dataclass(frozen=True)
 class View:
     """The medians of one state of malloc (warm or cold)."""
+
     state: str
     data: Medians
 
@@ -65,8 +81,12 @@ class View:
 
     def best_peer(self, cell: Cell, server: Server) -> str | None:
         same_base = cell.is_http or cell.connections == 1
-        known = [(cpu, peer) for peer in PEERS if (cpu := self.value(cell.text, peer)) is not None
-                 and (not same_base or parse_server(peer).base == server.base)]
+        known = [
+            (cpu, peer)
+            for peer in PEERS
+            if (cpu := self.value(cell.text, peer)) is not None
+            and (not same_base or parse_server(peer).base == server.base)
+        ]
         return min(known)[1] if known else None
 
     def ratio(self, cell: Cell, server: Server, against: str, metric: str = "cpu_us") -> tuple[float, str] | None:
@@ -103,7 +123,8 @@ MEDIUM = ("16Kx10", "16Kx100")
 BULK = ("256Kx1", "256Kx10")
 HTTP_MANY = ("http-smallx10", "http-smallx100")
 TLS_SMALL_MANY, TLS_SMALL_ONE, TLS_MEDIUM, TLS_BULK = (
-    tuple(f"tls-{cell}" for cell in group) for group in (SMALL_MANY, SMALL_ONE, MEDIUM, BULK))
+    tuple(f"tls-{cell}" for cell in group) for group in (SMALL_MANY, SMALL_ONE, MEDIUM, BULK)
+)
 EPOLL = tuple(f"{name}+epoll" for name in OURS)
 SQPOLL = tuple(f"{name}+sqpoll" for name in OURS)
 
@@ -122,8 +143,14 @@ TARGETS = (
     Target("SQPOLL, Python thread", ("64x1:sleep",), SQPOLL, "uvloop", 0.35),
     Target("SQPOLL, uvicorn, Python thread", ("http-smallx100",), SQPOLL, "uvloop", 0.55),
     Target("system calls per echo", ("64x100",), OURS, "absolute", 0.2, "syscalls"),
-    Target("p99 latency", SMALL_ONE + SMALL_MANY + MEDIUM + BULK + ("http-smallx1",) + HTTP_MANY, OURS,
-           "best peer", 1.1, "p99_us"),
+    Target(
+        "p99 latency",
+        SMALL_ONE + SMALL_MANY + MEDIUM + BULK + ("http-smallx1",) + HTTP_MANY,
+        OURS,
+        "best peer",
+        1.1,
+        "p99_us",
+    ),
     Target("TLS, small messages, many connections", TLS_SMALL_MANY, OURS, "best peer", 0.90),
     Target("TLS, small messages, many connections", TLS_SMALL_MANY, OURS, "c", 1.05),
     Target("TLS, small messages, one connection", TLS_SMALL_ONE, OURS, "best peer", 1.03),
@@ -160,8 +187,7 @@ def verdicts(view: View) -> Iterator[Verdict]:
                 else:
                     result = view.ratio(cell, server, target.against, target.metric)
                 if result is not None:
-                    yield Verdict(target, view.state, cell.text, server.text, *result,
-                                  met=result[0] <= target.limit)
+                    yield Verdict(target, view.state, cell.text, server.text, *result, met=result[0] <= target.limit)
 
 
 def _grid(rows: list[list[str]], markdown: bool) -> str:
@@ -171,14 +197,18 @@ def _grid(rows: list[list[str]], markdown: bool) -> str:
         cells = [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:]))]
         lines.append("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
         if markdown and number == 0:
-            lines.append("|" + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":"
-                                        for i, width in enumerate(widths)) + "|")
+            lines.append(
+                "|"
+                + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths))
+                + "|"
+            )
     return "\n".join(lines)
 
 
 def table(view: View, metric: str, form: str, markdown: bool = False) -> str:
-    cells = [cell for cell in view.cells() if any(view.value(cell, server, metric) is not None
-                                                  for server in view.servers())]
+    cells = [
+        cell for cell in view.cells() if any(view.value(cell, server, metric) is not None for server in view.servers())
+    ]
     rows = [["", *cells]]
     for server in view.servers():
         values = [view.value(cell, server, metric) for cell in cells]
@@ -198,8 +228,9 @@ def ratio_table(view: View, markdown: bool = False) -> str:
                 ratios = [view.ratio(cell, server, against) for cell in cells]
                 if any(ratios):
                     name = next(ratio[1] for ratio in ratios if ratio) if against == "same" else against
-                    rows.append([f"{server.text} / {name}",
-                                 *("-" if ratio is None else f"{ratio[0]:.2f}" for ratio in ratios)])
+                    rows.append(
+                        [f"{server.text} / {name}", *("-" if ratio is None else f"{ratio[0]:.2f}" for ratio in ratios)]
+                    )
     rows.append(["best peer, any base", *(_best_overall(view, cell) for cell in cells)])
     return _grid(rows, markdown)
 
@@ -213,8 +244,16 @@ def target_table(view: View, markdown: bool = False) -> str:
     rows = [["target", "cell", "server", "measured", "limit", "met"]]
     for v in verdicts(view):
         against = f" / {v.rival}" if v.rival else ""
-        rows.append([f"{v.target.name} ({v.target.metric}{against})", v.cell, v.server, f"{v.value:.3f}",
-                     f"{v.target.limit:.2f}", "yes" if v.met else "NO"])
+        rows.append(
+            [
+                f"{v.target.name} ({v.target.metric}{against})",
+                v.cell,
+                v.server,
+                f"{v.value:.3f}",
+                f"{v.target.limit:.2f}",
+                "yes" if v.met else "NO",
+            ]
+        )
     return _grid(rows, markdown) if len(rows) > 1 else "no target could be checked: none of ours was measured"
 
 
@@ -240,8 +279,10 @@ def full_report(result: dict[str, object], markdown: bool = False) -> str:
     parts += _memory_report(result, heading, markdown)
     noisy = sum(not m.get("quiet", True) for m in measurements)
     if noisy:
-        parts.append(f"{noisy} of {len(measurements)} measurements were disturbed by other processes and do not count "
-                     "where an undisturbed round exists")
+        parts.append(
+            f"{noisy} of {len(measurements)} measurements were disturbed by other processes and do not count "
+            "where an undisturbed round exists"
+        )
     parts += [f"failed: {text}" for text in result.get("failures", [])]  # type: ignore[attr-defined]
     parts += [f"skipped {name}: {why}" for name, why in result.get("skipped", {}).items()]  # type: ignore[attr-defined]
     return "\n\n".join(parts)

@@ -60,8 +60,9 @@ def parse_arguments() -> argparse.Namespace:
         return [part for part in text.split(",") if part]
 
     epilog = f"{cells_module.__doc__}\n{servers_module.__doc__}"
-    parser = argparse.ArgumentParser(description=f"{__doc__}\n{epilog}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n{epilog}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a few cells, one round, warm only: under two minutes")
     parser.add_argument("--cells", type=listed, help="what to measure (all without TLS)")
     parser.add_argument("--servers", type=listed, help="whom to measure (all)")
@@ -71,16 +72,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--http-seconds", type=int, default=1, help="length of one wrk run (%(default)s)")
     state = parser.add_mutually_exclusive_group()
     for name in STATES:
-        state.add_argument(f"--{name}", dest="states", action="store_const", const=STATES[name],
-                           help="state of malloc (both; quick: warm)")
+        state.add_argument(
+            f"--{name}",
+            dest="states",
+            action="store_const",
+            const=STATES[name],
+            help="state of malloc (both; quick: warm)",
+        )
     parser.add_argument("--no-syscalls", action="store_true", help="do not count system calls")
     parser.add_argument("--no-memory", action="store_true", help="do not measure idle connections")
     parser.add_argument("--server-cpu", type=int, default=0, help="core of the server (%(default)s)")
     parser.add_argument("--load-cpu", type=int, default=1, help="core of the load (%(default)s)")
     parser.add_argument("--sqpoll-cpu", type=int, help="core of the SQPOLL thread (a third one, else the load's)")
     parser.add_argument("--lock", type=pathlib.Path, help="hold this lock file around each cell, for a shared machine")
-    parser.add_argument("--retries", type=int,
-                        help=f"measure again when disturbed by more than {MAX_DISTURBED:.0%}% (2 times; quick: 1)")
+    parser.add_argument(
+        "--retries",
+        type=int,
+        help=f"measure again when disturbed by more than {MAX_DISTURBED:.0%}% (2 times; quick: 1)",
+    )
     parser.add_argument("--json", type=pathlib.Path, help="where to write (benchmarks/results/DATE.json)")
     parser.add_argument("--report", type=pathlib.Path, metavar="JSON", help="only print the report of an earlier run")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
@@ -116,15 +125,28 @@ def describe_machine() -> dict[str, object]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    cpu = next((line.partition(":")[2].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.machine())
-    return {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "kernel": platform.release(), "cpu": cpu,
-            "cores": os.cpu_count(), "python": platform.python_version(), "packages": versions,
-            "command": sys.argv}
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "kernel": platform.release(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "command": sys.argv,
+    }
 
 
-def usable_servers(wanted: list[Server], placement: Placement, skipped: dict[str, str],
-                   tls: bool = False) -> list[Server]:
+def usable_servers(
+    wanted: list[Server], placement: Placement, skipped: dict[str, str], tls: bool = False
+) -> list[Server]:
     """Starts each server once; one that cannot run is left out and the reason printed."""
     usable = []
     for server in wanted:
@@ -164,8 +186,15 @@ def locked(path: pathlib.Path | None) -> Iterator[None]:
         yield
 
 
-def run_cell(cell: Cell, state: str, round_number: int, servers: list[Server], args: argparse.Namespace,
-             placement: Placement, result: dict[str, list[object]]) -> None:
+def run_cell(
+    cell: Cell,
+    state: str,
+    round_number: int,
+    servers: list[Server],
+    args: argparse.Namespace,
+    placement: Placement,
+    result: dict[str, list[object]],
+) -> None:
     # Once is enough: the count hardly varies. The quick form has time for the cell that has a target only.
     with_syscalls = round_number == 0 and not args.no_syscalls and (not args.quick or cell.text == "64x100")
     turn = round_number % len(servers) if servers else 0
@@ -176,8 +205,9 @@ def run_cell(cell: Cell, state: str, round_number: int, servers: list[Server], a
             except (RuntimeError, ServerUnavailable, OSError) as error:
                 problem = str(error)
             else:
-                result["measurements"].append({"server": server.text, "cell": cell.text, "state": state,
-                                               "round": round_number, **m})
+                result["measurements"].append(
+                    {"server": server.text, "cell": cell.text, "state": state, "round": round_number, **m}
+                )
                 print(progress_line(server, m, max(len(each.text) for each in servers)), flush=True)
                 problem = f"{m['errors']:.0f} connections or requests failed" if m["errors"] else ""
             if problem:
@@ -186,8 +216,9 @@ def run_cell(cell: Cell, state: str, round_number: int, servers: list[Server], a
                 print(f"  FAILED {failure}", flush=True)
 
 
-def measure_undisturbed(server: Server, cell: Cell, state: str, args: argparse.Namespace, placement: Placement,
-                        with_syscalls: bool) -> Measurement:
+def measure_undisturbed(
+    server: Server, cell: Cell, state: str, args: argparse.Namespace, placement: Placement, with_syscalls: bool
+) -> Measurement:
     """Measures again when something else had the server's or the client's core; keeps the quietest attempt."""
     timing = Timing(args.warmup, args.seconds, args.http_seconds)
     attempts: list[Measurement] = []
@@ -203,8 +234,12 @@ def measure_undisturbed(server: Server, cell: Cell, state: str, args: argparse.N
         if disturbance(server, attempts[-1]) <= MAX_DISTURBED or attempts[-1]["errors"]:
             break
     best = min(attempts, key=lambda m: (-m["errors"], disturbance(server, m)))  # an error is never hidden
-    return {**best, **{name: attempts[0][name] for name in ("syscalls", "syscalls_by") if name in attempts[0]},
-            "attempts": len(attempts), "quiet": disturbance(server, best) <= MAX_DISTURBED}
+    return {
+        **best,
+        **{name: attempts[0][name] for name in ("syscalls", "syscalls_by") if name in attempts[0]},
+        "attempts": len(attempts),
+        "quiet": disturbance(server, best) <= MAX_DISTURBED,
+    }
 
 
 def disturbance(server: Server, m: Measurement) -> float:
@@ -215,8 +250,10 @@ def disturbance(server: Server, m: Measurement) -> float:
 def progress_line(server: Server, m: Measurement, width: int) -> str:
     p99 = m["p99_us"]
     latency = f"p99 {p99:8.0f} µs" if p99 is not None else "p99 unknown"
-    return (f"  {server.text:{width}} {m['cpu_us']:8.2f} µs CPU {m['req_per_s']:10.0f} req/s  {latency}"
-            f"  disturbed {disturbance(server, m):.0%}{kernel_tls(m)}")
+    return (
+        f"  {server.text:{width}} {m['cpu_us']:8.2f} µs CPU {m['req_per_s']:10.0f} req/s  {latency}"
+        f"  disturbed {disturbance(server, m):.0%}{kernel_tls(m)}"
+    )
 
 
 def kernel_tls(m: Measurement) -> str:
@@ -259,10 +296,12 @@ def run_all(args: argparse.Namespace, path: pathlib.Path) -> dict[str, object]:
     cells = selected_cells(args, skipped)
     servers = usable_servers(args.servers, placement, skipped)
     tls_servers = usable_servers(servers, placement, skipped, tls=True) if any(cell.tls for cell in cells) else []
-    parts = {cell: [server for server in servers if takes_part(server, cell, placement, tls_servers)]
-             for cell in cells}
-    print(f"{len(servers)} servers, {len(cells)} cells, {args.rounds} rounds, malloc {' and '.join(args.states)}: "
-          f"about {estimate_seconds(parts, args) / 60:.0f} minutes", flush=True)
+    parts = {cell: [server for server in servers if takes_part(server, cell, placement, tls_servers)] for cell in cells}
+    print(
+        f"{len(servers)} servers, {len(cells)} cells, {args.rounds} rounds, malloc {' and '.join(args.states)}: "
+        f"about {estimate_seconds(parts, args) / 60:.0f} minutes",
+        flush=True,
+    )
     for round_number in range(args.rounds):
         for cell in cells:
             for state in args.states:

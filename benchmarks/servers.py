@@ -1,14 +1,14 @@
 """Who is measured: a server is named by its event loop.
 
-    c                       the plain C epoll server (echo only), with OpenSSL for TLS
-    asyncio, uvloop, rloop, aiofastnet-asyncio, aiofastnet-uvloop; of the modifiers, they take +ktls and +tls12
-    ours-asyncio, ours-uvloop, each with modifiers:
-        +epoll              the epoll engine instead of the ring
-        +sqpoll             a kernel thread submits (it gets its own core, or the client's)
-        +buffer_size=8192   any option of patch_loop, like +tls=ssl
-        +ktls               TLS by the kernel; the server does not run where the kernel does not send
-        +tls12              TLS 1.2 at most: OpenSSL 3.0 leaves receiving with TLS 1.3 to the process
-        @/other/checkout    the package of that checkout, so that two builds meet in one run
+c                       the plain C epoll server (echo only), with OpenSSL for TLS
+asyncio, uvloop, rloop, aiofastnet-asyncio, aiofastnet-uvloop; of the modifiers, they take +ktls and +tls12
+ours-asyncio, ours-uvloop, each with modifiers:
+    +epoll              the epoll engine instead of the ring
+    +sqpoll             a kernel thread submits (it gets its own core, or the client's)
+    +buffer_size=8192   any option of patch_loop, like +tls=ssl
+    +ktls               TLS by the kernel; the server does not run where the kernel does not send
+    +tls12              TLS 1.2 at most: OpenSSL 3.0 leaves receiving with TLS 1.3 to the process
+    @/other/checkout    the package of that checkout, so that two builds meet in one run
 """
 
 from __future__ import annotations
@@ -87,18 +87,22 @@ def parse_server(text: str) -> Server:
         raise ValueError(f"server {text!r}: {loop!r} is none of c, {', '.join(LOOPS)}")
     allowed = () if loop == "c" else TLS_MODIFIERS
     if not server.is_ours and (checkout or not set(modifiers) <= set(allowed)):
-        raise ValueError(f"server {text!r}: only {' and '.join(OURS)} take @checkout and all +modifiers, other loops "
-                         f"in Python {' and '.join(f'+{name}' for name in TLS_MODIFIERS)}")
+        raise ValueError(
+            f"server {text!r}: only {' and '.join(OURS)} take @checkout and all +modifiers, other loops "
+            f"in Python {' and '.join(f'+{name}' for name in TLS_MODIFIERS)}"
+        )
     for modifier in modifiers:
         if modifier not in ("uring", "epoll", "sqpoll", *TLS_MODIFIERS) and "=" not in modifier:
-            raise ValueError(f"server {text!r}: +{modifier} is none of +ktls, +tls12, +uring, +epoll, +sqpoll, "
-                             "+option=value")
+            raise ValueError(
+                f"server {text!r}: +{modifier} is none of +ktls, +tls12, +uring, +epoll, +sqpoll, +option=value"
+            )
     return server
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """Which core runs what."""
+
     server_cpu: int
     load_cpu: int
     sqpoll_cpu: int
@@ -127,8 +131,13 @@ def command_line(server: Server, script: str, warm: bool, placement: Placement, 
         if tls:
             return [str(build.program("echo_server_tls")), *life, "--tls", "--cert", cert, "--key", key]
         return [str(build.program("echo_server")), *life]
-    return [sys.executable, str(HERE / script), *_arguments(server, warm, placement), *life,
-            *(("--tls", cert, key) if tls else ())]
+    return [
+        sys.executable,
+        str(HERE / script),
+        *_arguments(server, warm, placement),
+        *life,
+        *(("--tls", cert, key) if tls else ()),
+    ]
 
 
 def environment(server: Server) -> dict[str, str]:
@@ -165,14 +174,20 @@ def _check_engine(server: Server, ready: dict[str, object]) -> None:
 
 
 @contextlib.contextmanager
-def running(server: Server, script: str, warm: bool, placement: Placement,
-            tls: bool = False) -> Iterator[dict[str, object]]:
+def running(
+    server: Server, script: str, warm: bool, placement: Placement, tls: bool = False
+) -> Iterator[dict[str, object]]:
     """Runs a server on its core; gives its ready line (port, pid, engine). It is killed at the end."""
     with tempfile.NamedTemporaryFile(prefix="bench-", suffix=".err") as errors:
         process = subprocess.Popen(
-            command_line(server, script, warm, placement, tls), env=environment(server), stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=errors, text=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, {placement.server_cpu}))
+            command_line(server, script, warm, placement, tls),
+            env=environment(server),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, {placement.server_cpu}),
+        )
         try:
             ready = _read_ready_line(process, errors.name)
             ready["pid"] = process.pid

@@ -1,8 +1,8 @@
 """An aiohttp service on io_uring: a greeting, an upload and a WebSocket.
 
-    python examples/aiohttp_service.py --port 8009
-    curl http://127.0.0.1:8009/name
-    curl --data-binary @file http://127.0.0.1:8009/upload
+python examples/aiohttp_service.py --port 8009
+curl http://127.0.0.1:8009/name
+curl --data-binary @file http://127.0.0.1:8009/upload
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Talks to examples/echo_server.py over asyncio streams and says how fast it was.
 
-    python examples/echo_client.py --port 8007 --connections 50 --messages 1000
+python examples/echo_client.py --port 8007 --connections 50 --messages 1000
 """
 
 import argparse

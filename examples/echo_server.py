@@ -1,7 +1,7 @@
 """An ordinary asyncio echo server. One line is new: aiouringnet.patch_loop().
 
-    python examples/echo_server.py --port 8007
-    python examples/echo_server.py --unix /tmp/echo.sock --uvloop
+python examples/echo_server.py --port 8007
+python examples/echo_server.py --unix /tmp/echo.sock --uvloop
 """
 
 import argparse

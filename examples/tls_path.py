@@ -1,7 +1,7 @@
 """Shows on a live TLS connection which path is active: whose records, and whether the kernel makes them.
 
-    python examples/tls_path.py www.python.org
-    python examples/tls_path.py localhost --port 8443 --cafile cert.pem
+python examples/tls_path.py www.python.org
+python examples/tls_path.py localhost --port 8443 --cafile cert.pem
 """
 
 import argparse

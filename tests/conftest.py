@@ -87,7 +87,7 @@ import pytest
 import tls
 
 import aiouringnet
-import aiouringnet.tls
+import aiouringnet._tls
 
 CALL_LIMIT_S = 30
 HARD_LIMIT_EXTRA_S = 30
@@ -375,7 +375,7 @@ def endpoint(request):
 
 @pytest.fixture(params=["openssl", "ssl"])
 def tls_engine(request, monkeypatch):
-    reason = aiouringnet.tls.why_not_openssl() if request.param == "openssl" else None
+    reason = aiouringnet._tls.why_not_openssl() if request.param == "openssl" else None
     if reason:
         pytest.skip(f"OpenSSL's functions cannot be called here: {reason}")
     monkeypatch.setenv("AIOURINGNET_TLS", request.param)

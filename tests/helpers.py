@@ -28,7 +28,7 @@ from pathlib import Path
 import tls
 
 import aiouringnet
-from aiouringnet import engine as engines
+from aiouringnet import _engine as engines
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,10 +1,10 @@
 """The openssl command as a peer: `s_client` asks our server, `s_server` answers our client.
 
-    async with serving(loop, endpoint, context, factory):
-        done = await s_client(endpoint, "-quiet", input=b"hello\\n")
+async with serving(loop, endpoint, context, factory):
+    done = await s_client(endpoint, "-quiet", input=b"hello\\n")
 
-    with s_server("-rev") as service:
-        transport, protocol = await connect(loop, service)
+with s_server("-rev") as service:
+    transport, protocol = await connect(loop, service)
 """
 
 import contextlib

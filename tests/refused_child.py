@@ -16,7 +16,7 @@ import helpers
 import seccomp
 
 import aiouringnet
-from aiouringnet.engine import remedies
+from aiouringnet._engine import remedies
 
 IO_URING_CALLS = (425, 426, 427)  # setup, enter, register: the same on every architecture
 

@@ -1,6 +1,6 @@
 """Serves an ASGI application with uvicorn on one loop of the matrix, for test_real_uvicorn.py.
 
-    python serve_uvicorn.py asyncio|uvloop uring|epoll|sqpoll [PATH OF A UNIX SOCKET | CERTIFICATE KEY]
+python serve_uvicorn.py asyncio|uvloop uring|epoll|sqpoll [PATH OF A UNIX SOCKET | CERTIFICATE KEY]
 """
 
 import sys

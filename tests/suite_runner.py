@@ -121,7 +121,7 @@ def patch_every_loop(engines_seen):
 
 def patch_loops_of(cls, engines_seen):
     import aiouringnet
-    from aiouringnet import engine as engines
+    from aiouringnet import _engine as engines
 
     original_init, original_close = cls.__init__, cls.close
 
@@ -142,7 +142,7 @@ def count_tls(tls_seen):
     """Notes for each TLS connection what serves it."""
     from asyncio import sslproto
 
-    from aiouringnet.api import connector, start_tls
+    from aiouringnet._api import connector, start_tls
 
     for module in (connector, start_tls):
 

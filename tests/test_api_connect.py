@@ -106,9 +106,7 @@ async def test_connects_over_ipv6(loop):
 
 async def test_the_local_address_is_bound(loop):
     with listening() as (_, (host, port)):
-        transport, protocol = await loop.create_connection(
-            helpers.Recorder, host, port, local_addr=("127.0.0.2", 0)
-        )
+        transport, protocol = await loop.create_connection(helpers.Recorder, host, port, local_addr=("127.0.0.2", 0))
         assert transport.get_extra_info("sockname")[0] == "127.0.0.2"
         await finish(transport, protocol)
 
@@ -281,9 +279,7 @@ async def test_happy_eyeballs_find_their_task(loop, monkeypatch):
     with listening() as (_, address):
         resolves_to(loop, info(address))
         await finish(
-            *await aiouringnet.create_connection(
-                loop, helpers.Recorder, "service.test", 1, happy_eyeballs_delay=0.25
-            )
+            *await aiouringnet.create_connection(loop, helpers.Recorder, "service.test", 1, happy_eyeballs_delay=0.25)
         )
     assert found == [asyncio.current_task()]
 

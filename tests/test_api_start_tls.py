@@ -12,7 +12,7 @@ import tls
 from helpers import Upgrading
 
 import aiouringnet
-from aiouringnet.api.ours import SSLStreamTransport, StreamTransport
+from aiouringnet._api.ours import SSLStreamTransport, StreamTransport
 
 pytestmark = [
     pytest.mark.kernel,

@@ -8,7 +8,7 @@ import pytest
 import tls
 
 import aiouringnet
-from aiouringnet import engine as engines
+from aiouringnet import _engine as engines
 
 blockbuster = pytest.importorskip("blockbuster")
 

@@ -66,9 +66,7 @@ def run_module(module, mode, **env):
     left_out = [f"test.test_asyncio.{name}" for name in EXCLUDED]
     arguments = ["unittest", f"test.test_asyncio.{module}", *left_out]
     with tempfile.TemporaryDirectory() as folder:
-        return suites.run(
-            sys.executable, mode, *arguments, cwd=folder, limit_s=LIMIT_S, env=helpers.child_env(**env)
-        )
+        return suites.run(sys.executable, mode, *arguments, cwd=folder, limit_s=LIMIT_S, env=helpers.child_env(**env))
 
 
 @functools.cache

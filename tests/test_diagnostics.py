@@ -12,9 +12,9 @@ import helpers
 import pytest
 
 import aiouringnet
-from aiouringnet import diagnostics
-from aiouringnet import engine as engines
-from aiouringnet.engine import remedies
+from aiouringnet import _diagnostics as diagnostics
+from aiouringnet import _engine as engines
+from aiouringnet._engine import remedies
 
 KEYS = {
     "version",
@@ -155,8 +155,8 @@ def test_a_limit_is_told_to_the_operator_once(make_loop, no_memory_for_rings, mo
 
 LOOPS_AT_8_MIB = """
 import asyncio, json, os, resource
-from aiouringnet import engine, options
-from aiouringnet.engine import ring
+from aiouringnet import _engine as engine, _options as options
+from aiouringnet._engine import ring
 
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
@@ -311,7 +311,7 @@ def test_the_report_explains_a_bad_variable(name, value):
 
 UNBUILT = """
 import asyncio, json, sys, types
-for name in ("engine.ring", "engine.epoll", "engine.engine", "transports.stream"):
+for name in ("_engine.ring", "_engine.epoll", "_engine.engine", "_transports.stream"):
     sys.modules["aiouringnet." + name] = None
 {before}
 import aiouringnet
@@ -375,12 +375,12 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("missing", ["engine.engine", "engine.epoll", "engine.ring", "transports.stream"])
+@pytest.mark.parametrize("missing", ["_engine.engine", "_engine.epoll", "_engine.ring", "_transports.stream"])
 def test_without_one_extension_connections_still_work(missing):
     """A library that the module is linked with may be absent where it was not built."""
     done = helpers.run_python(PARTLY_BUILT.format(missing=missing), AIOURINGNET_ENGINE="auto")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     # The ring is the only module that is linked with something.
-    assert found["engine"] == ("epoll" if missing == "engine.ring" else "loop")
+    assert found["engine"] == ("epoll" if missing == "_engine.ring" else "loop")
     assert "libexample.so.2: cannot open shared object file" in found["why_not_uring"] and found["remedy"]

@@ -18,7 +18,7 @@ from helpers import Recorder, pattern
 from wire import barrier, over, recorder, serve, wire  # noqa: F401
 
 import aiouringnet
-from aiouringnet import engine as engines
+from aiouringnet import _engine as engines
 
 # With child processes, which are dear there, one kind of failure is enough; and a poller
 # that starts and ends on the only core of a virtual machine is late for who looks at its thread.
@@ -394,7 +394,7 @@ EXCHANGE = """
 import asyncio, random, sys
 import helpers
 from helpers import Recorder, pattern
-from aiouringnet import engine as engines
+from aiouringnet import _engine as engines
 
 case = helpers.Case(sys.argv[1], "auto", sqpoll=sys.argv[2] == "True")
 loop = helpers.new_loop(case)

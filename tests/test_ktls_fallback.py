@@ -84,7 +84,7 @@ def tcp():
 
 @pytest.fixture
 def by_openssl(monkeypatch):
-    if reason := aiouringnet.tls.why_not_openssl():
+    if reason := aiouringnet._tls.why_not_openssl():
         pytest.skip(reason)
     monkeypatch.setenv("AIOURINGNET_TLS", "openssl")
 

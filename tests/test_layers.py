@@ -10,7 +10,7 @@ PACKAGE = helpers.ROOT / "aiouringnet"
 MAX_LINES = 600
 
 # Who may need whom: what stands later may need what stands before.
-LAYERS = ["options", "engine", "transports", "tls", "api", "diagnostics"]
+LAYERS = ["_options", "_engine", "_transports", "_tls", "_api", "_diagnostics"]
 
 # Cython's way of importing, of which ast knows nothing.
 NAMES = r"(?P<names>[\w*,. ]+|\([^)]*\))"
@@ -138,17 +138,17 @@ def test_every_need_is_a_module_of_the_package():
     needs = graph()
     assert {needed for all_needed in needs.values() for needed in all_needed} - set(needs) == set()
     # Both kinds, and those in parentheses.
-    assert {"aiouringnet.engine.engine", "aiouringnet.engine.interface", "aiouringnet.engine.descriptors"} <= (
-        needs["aiouringnet.engine.stream"] | needs["aiouringnet.engine.engine"]
+    assert {"aiouringnet._engine.engine", "aiouringnet._engine.interface", "aiouringnet._engine.descriptors"} <= (
+        needs["aiouringnet._engine.stream"] | needs["aiouringnet._engine.engine"]
     )
-    assert {"aiouringnet.api.connect", "aiouringnet.api.passed_on"} <= needs["aiouringnet"]
+    assert {"aiouringnet._api.connect", "aiouringnet._api.passed_on"} <= needs["aiouringnet"]
 
 
 def test_circles_and_upward_needs_are_found():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
-    assert upward({"aiouringnet.engine.x": {"aiouringnet.tls"}, "aiouringnet.tls": {"aiouringnet.engine.x"}}) == [
-        "aiouringnet.engine.x needs aiouringnet.tls"
+    assert upward({"aiouringnet._engine.x": {"aiouringnet._tls"}, "aiouringnet._tls": {"aiouringnet._engine.x"}}) == [
+        "aiouringnet._engine.x needs aiouringnet._tls"
     ]
 
 

@@ -596,7 +596,7 @@ def test_nobody_is_told_while_the_loop_does_not_run(make_loop, endpoint, how):
     helpers.receive_exactly(peer, MUCH)
     assert transport.get_write_buffer_size() == 0
     if how == "stop":
-        aiouringnet.engine.active_engine(loop).flush()
+        aiouringnet._engine.active_engine(loop).flush()
         assert not heard
         loop.run_until_complete(asyncio.sleep(0.01))
         assert heard == [loop]

@@ -11,7 +11,7 @@ import pytest
 from helpers import Recorder, pattern
 from wire import over, wire  # noqa: F401
 
-from aiouringnet import engine as engines
+from aiouringnet import _engine as engines
 
 
 def in_a_thread(function, *args):

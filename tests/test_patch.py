@@ -16,7 +16,7 @@ import helpers
 import pytest
 
 import aiouringnet
-from aiouringnet import engine as engines
+from aiouringnet import _engine as engines
 
 METHODS = [
     "connect_accepted_socket",

@@ -144,7 +144,7 @@ async def test_websocket_messages(loop, endpoint):
 @pytest.fixture
 def ways(monkeypatch):
     """Which way each file goes that our sendfile() is given: "_sendfile", the kernel's, or "_read_and_write"."""
-    module = sys.modules["aiouringnet.api.sendfile"]
+    module = sys.modules["aiouringnet._api.sendfile"]
     taken = []
 
     def note(name):

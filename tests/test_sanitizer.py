@@ -96,7 +96,7 @@ def test_the_sanitizer_watches(instrumented):
     assert len(extensions) == len(list((instrumented / "aiouringnet").rglob("*.pyx")))
     for extension in extensions:
         assert b"__asan_report_load" in extension.read_bytes(), extension
-    done = run(instrumented, "-c", "import aiouringnet.engine.engine as module; print(module.__file__)")
+    done = run(instrumented, "-c", "import aiouringnet._engine.engine as module; print(module.__file__)")
     engine = next(str(extension) for extension in extensions if extension.name.startswith("engine."))
     assert (done.returncode, done.stdout.strip()) == (0, engine)
     # And the run-time library catches what Python code does to malloc's memory.

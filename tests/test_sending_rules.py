@@ -12,7 +12,7 @@ import pytest
 from helpers import Recorder, pattern
 from wire import Boom, over, recorder, serve, wire  # noqa: F401
 
-from aiouringnet import engine as engines
+from aiouringnet import _engine as engines
 
 
 async def awake():

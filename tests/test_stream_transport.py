@@ -1005,9 +1005,7 @@ async def test_connection_made_comes_before_data_that_was_there_first(loop, endp
 @pytest.mark.parametrize("callback", ["connection_made", "data_received", "eof_received", "connection_lost"])
 @pytest.mark.matrix(sqpoll=True)
 async def test_ended_from_any_callback(loop, endpoint, serve, callback, action):
-    make = recorder(
-        **{callback: lambda p, *_: getattr(p.transport, action)()}
-    )
+    make = recorder(**{callback: lambda p, *_: getattr(p.transport, action)()})
     await serve(make)
     peer = endpoint.peer()
     peer.sendall(b"data")
@@ -1204,7 +1202,7 @@ async def test_extra_info_of_a_tcp_connection(loop, endpoint, serve, case):
     await serve(Recorder)
     transport, protocol = await endpoint.connect(loop, Recorder)
     await helpers.eventually(lambda: endpoint.accepted)
-    server_side = (await endpoint.accepted[0].made)
+    server_side = await endpoint.accepted[0].made
     assert transport.get_extra_info("peername") == endpoint.address
     assert server_side.get_extra_info("sockname") == endpoint.address
     assert server_side.get_extra_info("peername") == transport.get_extra_info("sockname")

@@ -156,9 +156,7 @@ class Below:
         self.other = place.accepted[0]
         self.transport, self.other_transport = await asyncio.gather(
             loop.start_tls(self.below, self.protocol, client, server_hostname="localhost"),
-            loop.start_tls(
-                await self.other.made, self.other, tls.authority().context_server(), server_side=True
-            ),
+            loop.start_tls(await self.other.made, self.other, tls.authority().context_server(), server_side=True),
         )
         return self
 
@@ -582,6 +580,7 @@ async def test_a_callback_may_run_the_loop_until_more_has_come(loop, secure, rol
 async def test_a_callback_may_run_the_loop_for_another_connection(loop, place, asyncios_refusals):
     def ask_onward(protocol, data):
         if data == b"onward":
+
             async def ask():
                 transport, onward = await place.connect(
                     loop, Recorder, ssl=tls.authority().context_client(), server_hostname="localhost"
@@ -662,9 +661,7 @@ async def test_a_protocol_that_is_replaced_in_its_callback_may_be_freed_there(lo
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="the TLS of 3.10 does not nest")
 @pytest.mark.parametrize("within_tls", [False, True], ids=["tcp", "tls"])
 @BOTH_LAYERS
-async def test_tls_that_another_protocol_replaces_in_a_callback_of_its_own_may_be_freed_there(
-    loop, place, within_tls
-):
+async def test_tls_that_another_protocol_replaces_in_a_callback_of_its_own_may_be_freed_there(loop, place, within_tls):
     """The layer is in the middle of a delivery when the transport below lets go of it."""
     both = await Below().begin(loop, place, within_tls)
     layer = weakref.ref(both.transport)
@@ -720,7 +717,7 @@ def test_connections_leave_no_references_in_openssl():
 import ctypes, gc, ssl
 made, real = [], ssl.MemoryBIO
 ssl.MemoryBIO = lambda: made.append(real()) or made[-1]
-from aiouringnet.tls import openssl
+from aiouringnet._tls import openssl
 ssl.MemoryBIO = real
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -742,6 +739,6 @@ assert made and [numbers(bio) for bio in made] == before
 
 
 def openssl_why_not():
-    import aiouringnet.tls
+    import aiouringnet._tls
 
-    return aiouringnet.tls.why_not_openssl()
+    return aiouringnet._tls.why_not_openssl()

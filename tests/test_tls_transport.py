@@ -1136,9 +1136,7 @@ async def test_connection_made_that_raises_fails_the_connection(loop, place, err
 
 async def test_connection_made_that_raises_in_a_server_is_reported(loop, place, errors):
     server = await place.serve(loop, recorder(connection_made=boom), ssl=tls.authority().context_server())
-    _, protocol = await place.connect(
-        loop, Recorder, ssl=tls.authority().context_client(), server_hostname="localhost"
-    )
+    _, protocol = await place.connect(loop, Recorder, ssl=tls.authority().context_client(), server_hostname="localhost")
     lost = await place.accepted[0].lost
     assert isinstance(lost, Boom)
     [context] = errors.take()

@@ -166,3 +166,7 @@ def test_stubs_have_the_options():
             fields[node.name] = [item.target.id for item in node.body]
     real = list(aiouringnet.Options.__dataclass_fields__)
     assert fields == {"Options": real, "_Options": real}
+
+
+def test_only_the_api_is_public():
+    assert {name for name in dir(aiouringnet) if not name.startswith("_")} == set(aiouringnet.__all__) - {"__version__"}

@@ -27,7 +27,7 @@ import pytest
 import tls
 from wire import Barrier, Wire, recorder
 
-import aiouringnet.tls
+import aiouringnet._tls
 
 HANDSHAKE_RECORD, ALERT_RECORD, DATA_RECORD = 22, 21, 23
 HEADER_BYTES = 5
@@ -173,7 +173,7 @@ def send_ticket(sslobj):
 
 def openssl_of(sslobj):
     """The ssl module's OpenSSL, and the SSL* of an SSLObject (Modules/_ssl.c: PySSLSocket)."""
-    if why := aiouringnet.tls.why_not_openssl():
+    if why := aiouringnet._tls.why_not_openssl():
         pytest.skip(f"OpenSSL's functions cannot be called here: {why}")
     import _ssl
 

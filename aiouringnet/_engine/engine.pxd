@@ -1,0 +1,89 @@
+# Read engine.pyx first.
+
+from cpython.object cimport PyObject
+
+from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
+from aiouringnet._engine.loop cimport LoopBound
+from aiouringnet._engine.readiness cimport Readiness
+
+
+cdef enum:
+    # So many writes of a stream leave at once within so many nanoseconds (BURST_NS), as with a response's head and
+    # body; more of them are gathered.
+    WRITES_AT_ONCE = 4
+
+
+cdef class Engine(LoopBound):
+    cdef readonly object options
+    cdef readonly object transports  # descriptor -> transport: asyncio's table of its loop, or Descriptors
+    cdef int depth                  # passes under way: more than one where a callback runs the loop
+    # Contexts (of context variables) that are current in a callback of the innermost pass, borrowed: the one in
+    # which it was called, and the transport's that it has entered.  In any other, a loop runs within the callback.
+    cdef PyObject* pass_context
+    cdef PyObject* entered
+    cdef list departed              # what a pass has let go of, which its callers may still be using
+    cdef long long deadline_ns      # of the pass under way (CLOCK_MONOTONIC), 0: not set yet
+    cdef int unchecked              # work since the clock was looked at
+    cdef bint over                  # the pass has used up its time: what is left is for the next one
+    cdef unsigned int fed           # streams that have got data in this pass
+    # A poller hands over one stream's data at a time: several have company if another was the one before
+    cdef bint by_turns
+    cdef void* last_fed             # for comparison only
+    cdef bint company               # the last pass with data had it for several: gathering pays
+    cdef long long fed_ns           # when that pass ended
+    cdef int gathering              # GATHER_*
+    cdef bint expecting             # data was delivered in this pass: writes may follow in the same iteration
+    cdef int expectation            # how often that came true lately, 0..EXPECTATION_MAX
+    cdef list dirty, dirty_spare    # streams with something to send
+    cdef list layers, layers_spare  # layers with something to pass on to their streams
+    cdef list resync                # streams whose reading state changed
+    cdef list later                 # streams that have used up their read_budget of this pass
+    cdef set live                   # handles with operations in flight: their owner
+    cdef set cancelled              # those of them that were asked to end
+    cdef bint silent                # no protocol is called now: the loop does not run
+    cdef size_t read_budget
+    cdef size_t worker_bytes        # kernel TLS sends of so much are left to a worker thread; 0: none are
+    # What direct reads receive into, while none has it
+    cdef PyObject* spare            # ROOM_BYTES
+    cdef char* wide                 # ROOM_WIDE
+    cdef Readiness readiness        # None for a ring that works
+    cdef Py_ssize_t n_urgent
+    cdef unsigned long long n_passes, n_flushes, n_direct_sends, n_direct_reads, n_bytes_in, n_bytes_out, n_streams
+
+    cdef void begin(self, Handle handle) noexcept
+    cdef void end(self, Handle handle) noexcept
+    cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept
+    cdef void renew_readiness(self) noexcept
+    cdef void shut_readiness(self) noexcept
+    cdef void work_without_ring(self) noexcept
+    cdef bint hand_out_events(self, int* delivered) noexcept
+    cdef void mark_dirty(self, Flow stream) noexcept
+    cdef void mark_layer(self, Layer layer) noexcept
+    cdef void mark_resync(self, Flow stream) noexcept
+    cdef void need_flush(self) noexcept
+    cdef void schedule(self) noexcept
+    cdef bint is_nested(self) noexcept
+    cdef bint sends_now(self, Flow stream) noexcept
+    cdef void gather_layers(self) noexcept
+    cdef void flush_direct(self) noexcept
+    cdef list take_dirty(self)
+    cdef void give_back(self, list batch) noexcept
+    cdef bint account(self, Flow stream, size_t size) noexcept
+    cdef bint out_of_time(self, size_t size) noexcept
+    cdef object set_guard(self)
+    cdef void cancel_guard(self, object handle) noexcept
+    cdef void keep(self, object thing) noexcept
+    cdef void leave(self) noexcept
+    cdef void resync_all(self) noexcept
+
+    # what the engines implement
+    cdef Flow open_stream(self, int fd, Sink sink)
+    cdef void work(self) noexcept
+    cdef void shut(self) noexcept
+    cdef bint sends_direct(self) noexcept
+    cdef void poll_sends(self) noexcept
+    cdef void push_sends(self) noexcept
+    cdef void await_send(self, Flow stream) noexcept
+    cdef void finish_sends(self) noexcept
+    cdef void on_urgent(self) noexcept
+    cdef void quiet(self) noexcept

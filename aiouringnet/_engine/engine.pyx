@@ -1,0 +1,572 @@
+"""The engine of a loop: the pass, and what both engines share.
+
+An Engine belongs to one loop and is woken through one descriptor that the
+loop watches, however many connections it serves.  What the loop runs is a
+*pass*: collect what the kernel has finished, deliver it, and send what the
+protocols wrote meanwhile, gathered over all connections.  A write made
+outside a pass waits for one that is scheduled with call_soon.
+
+Invariants:
+
+* A Handle with operations in flight is in `engine.live`, which owns it (and
+  through it every buffer that the kernel may still touch) until the final
+  completion.  It is an ordinary set, so the garbage collector sees through
+  it; Engine.__del__ ends all operations before anything in a garbage cycle
+  is cleared.
+* Whatever a callback lets go of while a pass runs (a sink whose stream was
+  closed, a layer that another protocol replaces) is kept in
+  `engine.departed` until the outermost pass has ended: no object is freed
+  inside its own method, whoever called that through a borrowed reference.
+  Outside passes the caller of a transport's method holds the transport.
+* Callbacks do anything: close this or any other stream, fork, raise
+  SystemExit, run the loop.  After each, what was read before is read again;
+  in a forked child nothing shared with the parent is touched.
+"""
+
+from cython cimport final
+from cpython.ref cimport Py_XDECREF
+from libc.stdlib cimport free
+
+from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
+from aiouringnet._engine.loop cimport LoopBound, airn_context, current_thread, fork_generation
+from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
+
+import sys
+from asyncio import _get_running_loop
+
+from aiouringnet._engine.descriptors import Descriptors
+
+
+cdef extern from *:
+    """
+    #include <time.h>
+
+    static inline long long airn_now_ns(void)
+    {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec * 1000000000LL + now.tv_nsec;
+    }
+    """
+    long long airn_now_ns() noexcept nogil
+
+
+cdef enum:
+    MAX_ROUNDS = 16     # of a pass, before other callbacks of the loop get their turn
+    EXPECTATION_MAX = 8
+    # How long a pass may take before the loop's other callbacks get their turn, in nanoseconds, and after how much
+    # work (see out_of_time()) the clock is looked at: reading it takes 25 ns, serving one message some thousand.
+    PASS_NS = 1000000
+    CLOCK_EVERY = 8
+    BYTES_OF_WORK = 14  # bytes received that count as much as a completion, as a power of two
+    BURST_NS = 1000000  # see WRITES_AT_ONCE
+    # For so long after several connections have got data their answers are gathered, in nanoseconds.
+    COMPANY_NS = 5000000
+
+cdef enum:
+    GATHER_AUTO
+    GATHER_ALWAYS
+    GATHER_NEVER
+
+# A program that imports it runs loops within callbacks.
+cdef str NEST_ASYNCIO = "nest_asyncio"
+cdef dict modules = sys.modules
+cdef dict GATHERING = {"auto": GATHER_AUTO, "always": GATHER_ALWAYS, "never": GATHER_NEVER}
+
+
+cdef class Engine(LoopBound):
+    kind = "none"
+
+    def __init__(self, loop, options):
+        self.loop = loop
+        self.options = options
+        self.transports = getattr(loop, "_transports", None)
+        if self.transports is None:
+            self.transports = Descriptors()
+        self.thread_id = current_thread()
+        self.generation = fork_generation
+        self.gathering = GATHERING[getattr(options, "gather", "auto")]
+        self.pass_context = self.entered = <PyObject*>self  # which is no context
+        self.departed = []
+        self.later = []
+        self.dirty = []
+        self.dirty_spare = []
+        self.layers = []
+        self.layers_spare = []
+        self.resync = []
+        self.live = set()
+        self.cancelled = set()
+        self.read_budget = options.read_budget
+        self.expectation = EXPECTATION_MAX // 2
+
+    def __dealloc__(self):
+        Py_XDECREF(self.spare)
+        free(self.wide)
+
+    def __del__(self):
+        self.close()
+
+    # --- ownership of operations in flight ---------------------------------
+
+    cdef void begin(self, Handle handle) noexcept:
+        if handle.in_flight == 0:
+            self.live.add(handle)
+        handle.in_flight += 1
+
+    cdef void end(self, Handle handle) noexcept:
+        handle.in_flight -= 1
+        if handle.in_flight == 0:
+            self.live.discard(handle)
+            if self.cancelled:
+                self.cancelled.discard(handle)
+
+    # --- readiness -----------------------------------------------------------
+
+    cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept:
+        """Watch a handle's descriptor for these events, 0: for none any more; returns 0 or an errno."""
+        cdef int error = 0
+        if events == handle.watched or self.closed or self.forked():
+            return 0
+        if events == 0:
+            self.readiness.forget(handle, fd)
+        else:
+            error = self.readiness.register(handle, fd, events)
+        if error:
+            return error
+        if handle.watched == 0:
+            handle.watched = events
+            self.begin(handle)
+        elif events == 0:
+            handle.watched = 0
+            self.end(handle)
+        else:
+            handle.watched = events
+        return 0
+
+    cdef void renew_readiness(self) noexcept:
+        cdef Readiness fresh = self.readiness.successor()
+        if fresh is None:
+            return
+        if self.watch_instead(fresh):
+            if self.readiness.epoll_fd == fresh.epoll_fd:
+                self.readiness.epoll_fd = -1  # the number is the new one's
+            self.readiness = fresh
+
+    cdef void shut_readiness(self) noexcept:
+        self.readiness.close()
+        handles = list(self.live)
+        self.live.clear()
+        for handle in handles:
+            (<Handle>handle).in_flight = (<Handle>handle).watched = 0
+            if isinstance(handle, Flow):
+                (<Flow>handle).maybe_detached()
+
+    @final
+    cdef void work_without_ring(self) noexcept:
+        """A pass of the epoll engine, or of one that has lost its ring."""
+        cdef int rounds = 0
+        cdef int delivered = 0
+        cdef bint more = True
+        while rounds < MAX_ROUNDS and more and not self.over:
+            rounds += 1
+            if self.resync:
+                self.resync_all()
+            if self.forked():
+                return
+            more = self.hand_out_events(&delivered)
+            if self.forked():
+                return
+            if self.dirty or self.layers:
+                self.flush_direct()
+            if self.forked():
+                return
+            more = more or bool(self.resync)
+        if self.flush_scheduled:
+            return
+        if more or self.dirty or self.layers or self.resync or self.later:
+            self.schedule()
+        elif delivered and self.expectation > 0:
+            self.expecting = True
+            self.schedule()
+
+    @final
+    cdef bint hand_out_events(self, int* delivered) noexcept:
+        """Hand out events until the pass has to end; true when there may be more."""
+        cdef Readiness ready = self.readiness
+        cdef Handle handle
+        cdef unsigned int events = 0
+        if ready.next == ready.end and ready.fetch() == 0:
+            return False
+        while ready.next < ready.end:
+            delivered[0] += 1
+            handle = <Handle>ready.take(&events)
+            if handle is not None and handle.watched:
+                handle.on_ready(events)
+            if self.out_of_time(0) or self.forked():
+                return True
+        if ready.stale:
+            self.renew_readiness()
+        return ready.end == READY_BATCH
+
+    # --- gathering -------------------------------------------------------
+
+    @final
+    cdef void mark_dirty(self, Flow stream) noexcept:
+        stream.dirty = True
+        self.dirty.append(stream)
+        self.need_flush()
+
+    cdef void mark_layer(self, Layer layer) noexcept:
+        layer.gathering = True
+        self.layers.append(layer)
+        self.need_flush()
+
+    cdef void mark_resync(self, Flow stream) noexcept:
+        if stream.resyncing:
+            return
+        stream.resyncing = True
+        self.resync.append(stream)
+        self.need_pass()
+
+    @final
+    cdef void need_flush(self) noexcept:
+        """Something was queued: a pass is to send it."""
+        if self.depth and not self.is_nested():
+            return
+        if not self.flush_scheduled:
+            self.expectation = min(self.expectation + 1, EXPECTATION_MAX)
+            self.schedule()
+        if not self.depth and _get_running_loop() is None:
+            # Nobody knows when the loop will run again, if ever.
+            self.flush()
+
+    cdef void need_pass(self) noexcept:
+        if not self.flush_scheduled and (not self.depth or self.is_nested()):
+            self.schedule()
+
+    @final
+    cdef bint is_nested(self) noexcept:
+        """Whether a callback of the pass under way runs the loop, whose callbacks those of now are (nest_asyncio)."""
+        cdef PyObject* context = airn_context()
+        return context != self.pass_context and context != self.entered
+
+    cdef void schedule(self) noexcept:
+        """A pass in the loop's next iteration.  Until then nothing else need wake us."""
+        if self.closed or self.forked():
+            return
+        self.flush_scheduled = True
+        self.quiet()
+        self.soon(self._flush)
+
+    @final
+    cdef bint sends_now(self, Flow stream) noexcept:
+        """Whether a write to `stream` is to leave at once.
+
+        Gathering pays where several connections have just got something to
+        answer, and where one writes piece by piece.  Else, and whenever it is
+        not known who else will write, it is on its way while Python goes on.
+        """
+        cdef long long now
+        if self.gathering == GATHER_ALWAYS:
+            return False
+        if self.gathering == GATHER_NEVER:
+            return True
+        if self.depth:
+            if not self.is_nested():
+                return False  # the pass sends at its end
+            self.need_pass()  # the loop that runs in a callback is to find us
+        now = airn_now_ns()
+        if self.company and (self.flush_scheduled or now - self.fed_ns <= COMPANY_NS):
+            return False
+        if now - stream.burst_ns > BURST_NS:
+            stream.burst_ns = now
+            stream.written = 0
+        return stream.written < WRITES_AT_ONCE
+
+    cdef void gather_layers(self) noexcept:
+        """Let layers pass on what was written to them: to streams, which become dirty, or to other layers."""
+        cdef list batch
+        cdef Layer layer
+        while self.layers:
+            batch = self.layers
+            # None while a callback may come back here.
+            self.layers = [] if self.layers_spare is None else self.layers_spare
+            self.layers_spare = None
+            for item in batch:
+                layer = <Layer>item     # so that no subclass has to be told from others
+                layer.gathering = False
+                layer.gather()
+            batch.clear()
+            self.layers_spare = batch
+
+    cdef void flush_direct(self) noexcept:
+        """Send every dirty stream's queue with a call of its own."""
+        cdef list batch
+        cdef Flow stream
+        if self.layers:
+            self.gather_layers()
+        batch = self.take_dirty()
+        for item in batch:
+            stream = <Flow>item     # see gather_layers()
+            stream.dirty = False
+            stream.flush()
+        self.give_back(batch)
+
+    @final
+    cdef list take_dirty(self):
+        cdef list batch = self.dirty
+        self.dirty = [] if self.dirty_spare is None else self.dirty_spare
+        self.dirty_spare = None
+        return batch
+
+    @final
+    cdef void give_back(self, list batch) noexcept:
+        batch.clear()
+        self.dirty_spare = batch
+
+    # --- a pass ---------------------------------------------------------------
+
+    @final
+    cdef bint account(self, Flow stream, size_t size) noexcept:
+        """`size` bytes are delivered to a stream; true when it has got its share of this pass."""
+        if stream.taken_in != <unsigned int>self.n_passes:
+            stream.taken_in = <unsigned int>self.n_passes
+            stream.taken = 0
+            stream.spent = False
+        if size:
+            if stream.taken == 0:
+                self.fed += 1
+                if self.by_turns and self.last_fed != NULL and self.last_fed != <void*>stream:
+                    self.fed = 2
+                self.last_fed = <void*>stream
+            stream.taken += <unsigned int>size
+        return stream.taken >= self.read_budget
+
+    @final
+    cdef bint out_of_time(self, size_t size) noexcept:
+        """Whether the pass has to end.  Asked after each completion; `size`: bytes received."""
+        cdef long long now
+        self.unchecked += 1 + <int>(size >> BYTES_OF_WORK)
+        if self.unchecked < CLOCK_EVERY or self.closed:
+            return self.over
+        self.unchecked = 0
+        now = airn_now_ns()
+        if self.deadline_ns == 0:
+            self.deadline_ns = now + PASS_NS
+        elif now >= self.deadline_ns:
+            self.over = True
+        return self.over
+
+    def _flush(self):
+        self.flush_scheduled = False
+        if self.closed:
+            return
+        self.check()
+        self.n_flushes += 1
+        # Was it worth coming back right after the iteration's tasks?
+        if self.expecting:
+            self.expecting = False
+            if self.dirty or self.layers:
+                self.expectation = min(self.expectation + 2, EXPECTATION_MAX)
+            else:
+                self.expectation -= 1
+        self.run_pass()
+
+    cdef int run_pass(self) except -1:
+        cdef PyObject* pass_context = self.pass_context
+        cdef PyObject* entered = self.entered
+        if self.closed:
+            return 0
+        if not self.nests and (self.depth or NEST_ASYNCIO in modules):
+            self.nests = True
+            self.watch_level()
+        self.depth += 1
+        self.pass_context = self.entered = airn_context()
+        self.n_passes += 1
+        self.deadline_ns = 0
+        self.unchecked = 0
+        self.fed = 0
+        self.over = False
+        if self.later:
+            # Their share of this pass.
+            self.resync += [stream for stream in self.later if not (<Flow>stream).resyncing]
+            for stream in self.later:
+                (<Flow>stream).resyncing = True
+                (<Flow>stream).spent = False
+            self.later.clear()
+        guard = self.set_guard() if self.nests else None
+        self.work()
+        if guard is not None:
+            self.cancel_guard(guard)
+        if self.fed:
+            self.company = self.fed > 1
+            if self.company:
+                self.fed_ns = airn_now_ns()
+        self.pass_context = pass_context
+        self.entered = entered
+        self.leave()
+        if self.interrupt is not None:
+            exception = self.interrupt
+            self.interrupt = None
+            if not self.flush_scheduled:
+                self.schedule()
+            raise exception
+        return 0
+
+    cdef object set_guard(self):
+        """What a loop that a callback runs finds, and so finds us: the watch is quiet while a pass runs."""
+        try:
+            return self.loop.call_soon(self._guard)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.interrupted(exc)
+        return None
+
+    def _guard(self):
+        if self.depth:
+            self.run_pass()
+
+    cdef void cancel_guard(self, object handle) noexcept:
+        try:
+            handle.cancel()
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.interrupted(exc)
+
+    cdef void keep(self, object thing) noexcept:
+        """A callback has let go of something whose method may be running."""
+        if self.depth:
+            self.departed.append(thing)
+
+    @final
+    cdef void leave(self) noexcept:
+        """The pass, or what is like one, has ended: what it let go of may go."""
+        self.depth -= 1
+        if self.depth == 0 and self.departed:
+            departed, self.departed = self.departed, []
+            departed.clear()
+
+    cdef void resync_all(self) noexcept:
+        cdef list batch
+        cdef Flow stream
+        cdef Py_ssize_t i
+        if not self.resync:
+            return
+        batch = self.resync
+        self.resync = []
+        for i in range(len(batch)):
+            if self.over:
+                self.resync = batch[i:] + self.resync
+                return
+            stream = <Flow>batch[i]
+            stream.resyncing = False
+            stream.resync()
+            if self.forked():
+                return
+            self.out_of_time(stream.taken if stream.taken_in == <unsigned int>self.n_passes else 0)
+
+    def resumed(self):
+        """The loop begins to run: look at everything.
+
+        Python's epoll.poll() drops the events that it has fetched when a
+        signal handler raises, and an edge is not told twice.  So a selector
+        loop's watch is edge-triggered only where `told` promises this call,
+        and not where callbacks run the loop: what they catch nobody tells us.
+        """
+        if not self.closed and not self.forked() and not self.depth and not self.flush_scheduled:
+            self.schedule()
+
+    def flush(self):
+        """Send what is queued now, as far as the sockets take it.
+
+        For a loop that stops running while output is gathered.
+        """
+        if not self.closed and not self.forked() and not self.depth and self.on_own_thread():
+            self.depth = 1
+            self.silent = True
+            self.finish_sends()
+            self.flush_direct()
+            self.silent = False
+            self.leave()
+
+    # --- the end -----------------------------------------------------------
+
+    def close(self):
+        """End all operations and free the engine's resources.  Idempotent.
+
+        Called when the loop closes.  Queued output is offered to the sockets
+        once more; connections that are still open get no connection_lost, as
+        in asyncio.
+        """
+        if self.closed:
+            return
+        self.closed = True
+        self.depth += 1
+        if not self.forked() and self.depth == 1:
+            self.flush_direct()
+        for handle in list(self.live):
+            if isinstance(handle, Flow):
+                # What still arrives is for nobody: callbacks could not use the loop.
+                (<Flow>handle).reading = False
+        self.shut()
+        self.dirty.clear()
+        self.layers.clear()
+        self.resync.clear()
+        self.later.clear()
+        self.leave()
+
+    def stats(self):
+        """Counters since the engine was made, as a dict of ints."""
+        return {
+            "wakes": self.n_wakes,
+            "passes": self.n_passes,
+            "flushes": self.n_flushes,
+            "direct_sends": self.n_direct_sends,
+            "direct_reads": self.n_direct_reads,
+            "bytes_in": self.n_bytes_in,
+            "bytes_out": self.n_bytes_out,
+            "streams": self.n_streams,
+            "in_flight": sum([(<Handle>handle).in_flight for handle in self.live]),
+        }
+
+    def details(self):
+        """The engine's flags, features and sizes, as a dict."""
+        return {"kind": self.kind, "edge_triggered": self.loop_epoll_fd >= 0}
+
+    # --- what the engines implement ----------------------------------------
+
+    cdef Flow open_stream(self, int fd, Sink sink):
+        raise RuntimeError("not an engine")
+
+    cdef void work(self) noexcept:
+        pass
+
+    cdef void quiet(self) noexcept:
+        """A pass is scheduled: work that arrives until then need not wake the loop."""
+
+    cdef void shut(self) noexcept:
+        pass
+
+    cdef bint sends_direct(self) noexcept:
+        return True
+
+    cdef void poll_sends(self) noexcept:
+        """See whether sends have ended, where their completions do not wake the loop."""
+
+    cdef void push_sends(self) noexcept:
+        """What was submitted goes now."""
+
+    cdef void await_send(self, Flow stream) noexcept:
+        """Wait a moment for a send that needs no longer, where another thread does it."""
+
+    cdef void finish_sends(self) noexcept:
+        """The loop stands still from now on: what waits behind a send that is about to end is to follow it."""
+
+    cdef void on_urgent(self) noexcept:
+        """Somebody waits for a send to end: its completion must wake the loop."""
+
+    def connect(self, sock, address):
+        """Start connecting the non-blocking socket `sock`; a future that ends with None or OSError."""
+        raise RuntimeError("not an engine")
+
+    def listen(self, sock, on_accept):
+        """Call on_accept(conn, peername) for each connection that the listening socket `sock` accepts."""
+        raise RuntimeError("not an engine")

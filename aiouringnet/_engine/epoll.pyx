@@ -1,0 +1,60 @@
+"""The epoll engine: for where io_uring cannot be had.
+
+An epoll instance of our own, watched by the loop, so that here too one wake
+of the loop serves all connections.  Reads and sends are direct, sends are
+gathered until the pass ends: all that is what streams, listeners and
+connections do where nothing overrides it.
+
+Everything is watched edge-triggered: a direct read goes on until the socket
+is empty, and what it leaves behind (budget spent, reading stopped) is kept in
+mind by the stream.  Changing a registration reports readiness anew.
+"""
+
+from aiouringnet._engine.connection cimport Connection
+from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.interface cimport Flow, Sink
+from aiouringnet._engine.listener cimport Listener
+from aiouringnet._engine.readiness cimport Readiness
+from aiouringnet._engine.stream cimport Stream
+
+from aiouringnet._engine.address import pack_address
+
+
+cdef class Epoll(Engine):
+    kind = "epoll"
+
+    def __init__(self, loop, options):
+        Engine.__init__(self, loop, options)
+        self.readiness = Readiness()
+        self.closed = False
+        self.watch(self.readiness.epoll_fd)
+
+    cdef void on_wake(self) noexcept:
+        if not self.wake_tuned:
+            self.tune_wake()
+
+    cdef void work(self) noexcept:
+        self.work_without_ring()
+
+    cdef Flow open_stream(self, int fd, Sink sink):
+        cdef Stream stream = Stream.__new__(Stream)
+        stream.attach(self, fd, sink)
+        return stream
+
+    def listen(self, sock, on_accept):
+        self.check()
+        sock.setblocking(False)
+        cdef Listener listener = Listener(self, sock, on_accept)
+        listener.resume()
+        return listener
+
+    def connect(self, sock, address):
+        self.check()
+        if pack_address(sock.family, address) is None:
+            return self.loop.create_task(self.loop.sock_connect(sock, address))
+        cdef Connection connection = Connection(self, sock, address)
+        connection.begin()
+        return connection.future
+
+    cdef void shut(self) noexcept:
+        self.shut_readiness()

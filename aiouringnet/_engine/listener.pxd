@@ -1,0 +1,27 @@
+from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.interface cimport Handle
+
+
+cdef extern from "sys/socket.h" nogil:
+    struct sockaddr_storage:
+        unsigned short ss_family
+
+cdef enum:
+    MORE_WAITS = -1     # Listener.accept_ready(): it has stopped before the queue was empty
+
+
+# A listening socket.
+cdef class Listener(Handle):
+    cdef object __weakref__
+    cdef Engine engine
+    cdef readonly object sock
+    cdef object on_accept
+    cdef int fd, family, kind, proto
+    cdef readonly bint closed
+
+    cdef void accepted(self, int fd, sockaddr_storage* address, unsigned int size) noexcept
+    cdef int accept_ready(self) noexcept
+    cdef void accept_failed(self, int error) noexcept
+    cdef void cannot_accept(self, int error) noexcept
+    cdef void resume(self) noexcept
+    cdef void stop(self) noexcept

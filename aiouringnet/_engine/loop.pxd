@@ -1,0 +1,65 @@
+# Read loop.pyx first.
+
+from cython cimport final
+from cpython.object cimport PyObject
+
+from aiouringnet._engine.readiness cimport Readiness
+
+
+cdef extern from *:
+    """
+    /* The current context of context variables; borrowed, NULL for none yet. */
+    static inline PyObject *airn_context(void)
+    {
+        return PyThreadState_Get()->context;
+    }
+    """
+    PyObject* airn_context() noexcept
+
+cdef unsigned int fork_generation   # see loop.pyx
+cdef unsigned long current_thread() noexcept
+
+
+cdef class LoopBound:
+    cdef object __weakref__
+    cdef readonly object loop
+    cdef unsigned long thread_id    # the loop's thread
+    cdef unsigned int generation    # of forks: differs in a child
+    cdef readonly bint closed
+    cdef bint flush_scheduled
+    cdef object interrupt           # SystemExit or KeyboardInterrupt to raise when the pass ends
+    cdef object waker               # a weak reference to what the loop calls then
+    cdef int wake_fd                # watched by the loop
+    cdef int loop_epoll_fd          # where it is watched edge-triggered, -1: level-triggered, must be read
+    cdef bint wake_tuned
+    cdef public bint told           # the loop calls resumed() whenever it begins to run
+    cdef bint nests                 # a callback has run the loop
+    cdef unsigned long long n_wakes
+
+    # Whether this is a child that was forked from the engine's process: nothing of it may be touched
+    @final
+    cdef inline bint forked(self) noexcept:
+        return self.generation != fork_generation
+
+    cdef int check(self) except -1
+    cdef bint on_own_thread(self) noexcept
+    # Whether this is a thread from which nothing may be called: another than the loop's, and the loop does not run here
+    cdef bint is_foreign(self) except -1
+    cdef int move_thread(self) except -1
+    # From noexcept code into Python
+    cdef void soon(self, object callback, object context=*, object argument=*) noexcept
+    cdef void later_on(self, double delay_s, object callback, object argument=*) noexcept
+    cdef void report(self, dict context) noexcept
+    cdef void log_debug(self, str text, tuple arguments, object exc=*) noexcept
+    cdef void settle(self, object future, object exc) noexcept
+    cdef void interrupted(self, object exception) noexcept
+    # Being woken
+    cdef void watch(self, int fd) except *
+    cdef bint watch_instead(self, Readiness ready) noexcept
+    cdef void tune_wake(self) noexcept
+    cdef void watch_level(self) noexcept
+
+    # what engines implement
+    cdef void need_pass(self) noexcept
+    cdef void on_wake(self) noexcept
+    cdef int run_pass(self) except -1

@@ -1,0 +1,329 @@
+"""What ties an engine to its event loop: whose it is, calls into it, and how it wakes us.
+
+Engines are used on the loop's thread only, and not across fork(): check() says
+so to whoever calls from Python, forked() to our own code.
+
+Python is called from noexcept code by soon() and report() alone, or within a
+try that hands SystemExit and KeyboardInterrupt to interrupted(): what was begun
+is finished, and the pass raises them when it ends.
+
+The loop watches one descriptor of ours.  Only its reader entry refers to the
+Waker that it calls, and that to the engine.
+"""
+
+from libc.string cimport memset
+
+from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN, Readiness, epoll_event
+
+import logging
+from asyncio import _get_running_loop
+from weakref import ref
+
+
+cdef extern from *:
+    """
+    /* The calling thread's number.  It is never used again, unlike the C library's once a thread has ended. */
+    static unsigned long airn_threads;
+    static __thread unsigned long airn_this_thread;
+    static inline unsigned long airn_thread_id(void)
+    {
+        if (airn_this_thread == 0)
+            airn_this_thread = __atomic_add_fetch(&airn_threads, 1, __ATOMIC_RELAXED);
+        return airn_this_thread;
+    }
+    """
+    unsigned long airn_thread_id() noexcept nogil
+    int PyContext_Enter(object) except -1
+    int PyContext_Exit(object) except -1
+
+cdef extern from "pthread.h" nogil:
+    ctypedef void (*atfork_handler)() noexcept nogil
+    int pthread_atfork(atfork_handler prepare, atfork_handler parent, atfork_handler child)
+
+cdef extern from "sys/epoll.h" nogil:
+    int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
+    int EPOLL_CTL_ADD, EPOLL_CTL_MOD
+
+
+cdef enum:
+    TRIES = 3           # of a call into Python that an interrupt has hit
+
+cdef object logger = logging.getLogger("asyncio")
+
+
+# Counts forks in this process' ancestry.  pthread_atfork sees every fork(),
+# Python's or not.
+cdef unsigned int fork_generation = 0
+
+cdef void _in_forked_child() noexcept nogil:
+    global fork_generation
+    fork_generation += 1
+
+pthread_atfork(NULL, NULL, _in_forked_child)
+
+cdef unsigned long current_thread() noexcept:
+    return airn_thread_id()
+
+
+class NotWatched(Exception):
+    """The loop does not watch descriptors for us: nothing could wake the engine."""
+
+
+cdef class Waker:
+    """What the loop calls when the engine's descriptor is readable.
+
+    Only the loop's reader entry refers to it, so its end is the end of that
+    entry: loop.close() closes the engine, patched loop or not.
+    """
+    cdef LoopBound engine
+    cdef object __weakref__
+
+    def __init__(self, LoopBound engine):
+        self.engine = engine
+
+    def __call__(self):
+        if self.engine.forked():
+            return  # a child that runs its parent's loop: the wake is the parent's
+        self.engine.n_wakes += 1
+        self.engine.check()
+        self.engine.on_wake()
+        if not self.engine.flush_scheduled:
+            self.run_outside_context()
+
+    cdef int run_outside_context(self) except -1:
+        """A pass, in which the loop may be run again, and call this again in the same context.
+
+        Each callback enters its connection's context anyway.
+        """
+        cdef PyObject* context = airn_context()
+        if context == NULL:
+            return self.engine.run_pass()
+        own = <object>context
+        PyContext_Exit(own)
+        try:
+            return self.engine.run_pass()
+        finally:
+            PyContext_Enter(own)
+
+    def __del__(self):
+        self.engine.close()
+
+
+cdef class LoopBound:
+    def __cinit__(self):
+        self.wake_fd = -1
+        self.loop_epoll_fd = -1
+        self.closed = True
+
+    # --- whose it is: the loop's thread, and the process that made it ----------
+
+    cdef int check(self) except -1:
+        """Refuse use in a forked child, after the loop's end, and from a foreign thread."""
+        if (
+            self.generation == fork_generation
+            and not self.closed
+            and self.thread_id == airn_thread_id()
+        ):
+            return 0
+        if self.generation != fork_generation:
+            raise RuntimeError(
+                "this event loop was made before fork(): its connections belong to the parent process; "
+                "make a new event loop in the child"
+            )
+        if self.closed:
+            raise RuntimeError("Event loop is closed")
+        if _get_running_loop() is self.loop:
+            # A loop that ran on another thread before.
+            self.move_thread()
+        else:
+            raise RuntimeError(
+                "Non-thread-safe operation invoked on an event loop other than the current one; "
+                "use loop.call_soon_threadsafe()"
+            )
+        return 0
+
+    cdef bint on_own_thread(self) noexcept:
+        return self.thread_id == airn_thread_id()
+
+    cdef bint is_foreign(self) except -1:
+        return not self.forked() and not self.on_own_thread() and _get_running_loop() is not self.loop
+
+    cdef int move_thread(self) except -1:
+        """The loop runs on another thread than before."""
+        self.thread_id = airn_thread_id()
+        return 0
+
+    # --- calls from noexcept code into Python -------------------------------
+
+    cdef void soon(self, object callback, object context=None, object argument=None) noexcept:
+        """loop.call_soon(callback, argument); the argument is left out where it is None.
+
+        A KeyboardInterrupt in the middle leaves open whether it is scheduled:
+        it is scheduled again, so `callback` may be called twice.
+        """
+        cdef int _tries
+        for _tries in range(TRIES):
+            try:
+                if context is None and argument is None:
+                    self.loop.call_soon(callback)
+                elif argument is None:
+                    self.loop.call_soon(callback, context=context)
+                else:
+                    self.loop.call_soon(callback, argument, context=context)
+                return
+            except (SystemExit, KeyboardInterrupt) as exc:
+                self.interrupt = exc
+            except BaseException:
+                if self.loop.is_closed():
+                    return
+        # It is not to be had: a later pass is scheduled anew.
+        self.flush_scheduled = False
+
+    cdef void later_on(self, double delay_s, object callback, object argument=None) noexcept:
+        """loop.call_later(), as soon() is call_soon()."""
+        cdef int _tries
+        for _tries in range(TRIES):
+            try:
+                if argument is None:
+                    self.loop.call_later(delay_s, callback)
+                else:
+                    self.loop.call_later(delay_s, callback, argument)
+                return
+            except (SystemExit, KeyboardInterrupt) as exc:
+                self.interrupt = exc
+            except BaseException:
+                if self.loop.is_closed():
+                    return
+
+    cdef void report(self, dict context) noexcept:
+        """loop.call_exception_handler(context)."""
+        try:
+            self.loop.call_exception_handler(context)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.interrupted(exc)
+        except BaseException as exc:
+            logger.error("the exception handler of %r failed: %r", self.loop, exc)
+
+    cdef void log_debug(self, str text, tuple arguments, object exc=None) noexcept:
+        """To asyncio's log, in debug mode."""
+        try:
+            if self.loop.get_debug():
+                logger.debug(text, *arguments, exc_info=exc)
+        except (SystemExit, KeyboardInterrupt) as interrupt:
+            self.interrupted(interrupt)
+        except BaseException as error:
+            self.report({"message": "logging failed", "exception": error})
+
+    cdef void settle(self, object future, object exc) noexcept:
+        """future.set_result(None) or .set_exception(exc), unless it is done."""
+        try:
+            if future.done():
+                return
+            if exc is None:
+                future.set_result(None)
+            else:
+                future.set_exception(exc)
+        except (SystemExit, KeyboardInterrupt) as interrupt:
+            self.interrupted(interrupt)
+        except BaseException as error:
+            self.report({"message": "a future could not be settled", "exception": error, "future": future})
+
+    cdef void interrupted(self, object exception) noexcept:
+        """SystemExit or KeyboardInterrupt in a callback: the pass ends whole, then it is raised."""
+        if self.interrupt is None:
+            self.interrupt = exception
+        self.need_pass()
+
+    # --- being woken -------------------------------------------------------
+
+    cdef void watch(self, int fd) except *:
+        """Let the loop watch the descriptor that says there is work."""
+        waker = Waker(self)
+        self.wake_fd = fd
+        self.waker = ref(waker)
+        try:
+            self.loop.add_reader(fd, waker)
+        except Exception as exc:
+            self.close()
+            raise NotWatched(f"the event loop's add_reader() refuses: {exc!r}") from exc
+
+    cdef bint watch_instead(self, Readiness ready) noexcept:
+        """Let the loop watch this set from now on; false where that cannot be had."""
+        cdef epoll_event event
+        cdef int before = self.wake_fd
+        if self.loop_epoll_fd >= 0:
+            # Under the number that it watches: asking libuv may need an io_uring, which it cannot do without.
+            if not ready.take_number(before):
+                return False
+            memset(&event, 0, sizeof(event))
+            event.events = EPOLLIN | EPOLLET
+            event.data.u64 = before
+            return epoll_ctl(self.loop_epoll_fd, EPOLL_CTL_ADD, before, &event) == 0
+        waker = self.waker()
+        if waker is None:
+            return False  # the loop is being closed
+        try:
+            self.loop.add_reader(ready.epoll_fd, waker)
+            self.wake_fd = ready.epoll_fd
+            self.wake_tuned = False
+            self.loop.remove_reader(before)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.interrupted(exc)
+        except BaseException as exc:
+            self.report({"message": "the event loop refused a descriptor", "exception": exc})
+        return self.wake_fd == ready.epoll_fd
+
+    cdef void tune_wake(self) noexcept:
+        """Turn the loop's watch on our descriptor into an edge-triggered one.
+
+        Then it need not be read on every wake: a system call less.  Where the
+        loop's epoll descriptor is not to be had, or refuses, it stays
+        level-triggered and is read.  Called in the first wake, when libuv too
+        has put the descriptor into its epoll set.
+        """
+        cdef epoll_event event
+        self.wake_tuned = True
+        try:
+            get_backend_id = getattr(self.loop, "_get_backend_id", None)  # uvloop
+            if get_backend_id is not None:
+                fd = get_backend_id()
+            elif self.told and not self.nests:
+                fd = self.loop._selector.fileno()  # selectors.EpollSelector
+            else:
+                return  # see resumed()
+        except Exception:
+            return
+        memset(&event, 0, sizeof(event))
+        event.events = EPOLLIN | EPOLLET
+        event.data.u64 = self.wake_fd
+        if epoll_ctl(fd, EPOLL_CTL_MOD, self.wake_fd, &event) == 0:
+            self.loop_epoll_fd = fd
+
+    def before_fork(self):
+        """Parent and child share the loop's epoll set, and an edge is told to one of them.
+
+        A child that runs its loop once more before it exits would take the parent's.
+        """
+        self.watch_level()
+
+    cdef void watch_level(self) noexcept:
+        """Watch level-triggered from now on."""
+        cdef epoll_event event
+        if self.loop_epoll_fd < 0:
+            return
+        memset(&event, 0, sizeof(event))
+        event.events = EPOLLIN
+        event.data.u64 = self.wake_fd
+        if epoll_ctl(self.loop_epoll_fd, EPOLL_CTL_MOD, self.wake_fd, &event) == 0:
+            self.loop_epoll_fd = -1
+
+    # --- what engines implement ------------------------------------------------
+
+    cdef void need_pass(self) noexcept:
+        """Something is to be done that no descriptor tells of."""
+
+    cdef void on_wake(self) noexcept:
+        """The loop has found the descriptor ready."""
+
+    cdef int run_pass(self) except -1:
+        return 0

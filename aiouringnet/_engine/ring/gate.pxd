@@ -1,0 +1,28 @@
+# Read gate.pyx first.
+
+from aiouringnet._engine.interface cimport Handle, flag
+from aiouringnet._engine.readiness cimport Readiness
+from aiouringnet._engine.ring.queues cimport Queues
+from aiouringnet._engine.stream cimport Stream
+
+
+# A stream that may have to wait there.
+cdef class Gated(Stream):
+    cdef flag gated                 # waits in the engine's Gate for the socket to drain
+    cdef flag send_tag              # the send operation in flight: TAG_SEND, TAG_WRITABLE or 0
+
+    cdef void wait_at_gate(self) noexcept
+    cdef void leave_gate(self) noexcept
+    cdef void on_writable(self, int result) noexcept
+
+
+cdef class Gate(Handle):
+    cdef Queues engine
+    cdef Readiness ready
+    cdef Py_ssize_t waiting
+    cdef bint armed
+
+    cdef void close(self) noexcept
+    cdef bint add(self, Gated stream) noexcept
+    cdef void remove(self, Gated stream) noexcept
+    cdef void arm(self) noexcept

@@ -1,0 +1,79 @@
+"""A listening socket on the ring."""
+
+from aiouringnet._engine.listener cimport Listener, MORE_WAITS
+from aiouringnet._engine.poll cimport POLLIN
+from aiouringnet._engine.ring.liburing cimport *
+from aiouringnet._engine.ring.queues cimport Queues, TAG_ACCEPT, user_data
+
+
+cdef extern from "errno.h" nogil:
+    int ECANCELED
+
+cdef extern from "unistd.h" nogil:
+    int usleep(unsigned int microseconds)
+
+
+cdef class RingListener(Listener):
+    cdef void resume(self) noexcept:
+        cdef Queues engine = <Queues>self.engine
+        cdef io_uring_sqe* sqe
+        if self.closed or self.armed:
+            return
+        if engine.readiness is not None:
+            Listener.resume(self)
+            return
+        sqe = engine.get_sqe(&engine.ring)
+        if sqe == NULL:
+            engine.soon(self._resume)
+            return
+        io_uring_prep_poll_add(sqe, self.fd, POLLIN)
+        sqe.user_data = user_data(self, TAG_ACCEPT)
+        self.armed = True
+        engine.begin(self)
+        engine.need_pass()
+
+    cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
+        cdef int error = -result
+        self.armed = False
+        self.engine.end(self)
+        if result >= 0:
+            error = self.accept_ready()
+        if self.armed or self.closed or self.engine.closed or self.engine.forked():
+            return
+        if error == 0 or error == MORE_WAITS or error == ECANCELED:
+            self.resume()
+        else:
+            self.accept_failed(error)
+
+    cdef void stop(self) noexcept:
+        """Cancel now, so that the port is free as soon as the caller closes the socket."""
+        cdef Queues engine = <Queues>self.engine
+        cdef int _tries
+        if engine.readiness is not None:
+            Listener.stop(self)
+            return
+        if not self.armed:
+            return
+        engine.cancel(self, TAG_ACCEPT, &engine.ring)
+        engine.enter()
+        if engine.sqpoll:
+            # The poller does it; usually it has by now.  20 ms at the most.
+            for _tries in range(400):
+                if airn_has_ended(&engine.ring, user_data(self, TAG_ACCEPT)):
+                    break
+                usleep(50)
+        engine.need_pass()
+
+    cdef void cancel_again(self) noexcept:
+        if self.closed:
+            self.cancel_operations()
+
+    cdef void cancel_operations(self) noexcept:
+        if self.armed:
+            (<Queues>self.engine).cancel(self, TAG_ACCEPT, &(<Queues>self.engine).ring)
+
+    cdef void rearm(self) noexcept:
+        self.in_flight = 0
+        self.armed = False
+        if not self.closed:
+            self.resume()

@@ -1,0 +1,563 @@
+"""The io_uring engine.
+
+One ring serves all connections of a loop.  Its eventfd is what the loop
+watches.  With DEFER_TASKRUN (Linux 6.1) the eventfd fires when the kernel has
+work queued for us; the completions appear when we enter with GETEVENTS.
+A pass masks the eventfd, enters, copies completions out, delivers them,
+gathers what was written into submissions and enters again: one system call
+sends for all connections and collects the next completions.
+
+Wake-up discipline.  The eventfd is signalled only when the list of deferred
+work goes from empty to not empty, and not at all while it is masked.  So
+after unmasking, a full fence, and then a look at SQ_TASKRUN, SQ_CQ_OVERFLOW
+and the completion queue: if anything is there, another pass is scheduled.
+
+With a kernel poller (SQPOLL) nothing is direct: the poller's core runs the
+network stack, and sends have a ring of their own (queues.pyx).
+"""
+
+from libc.stdint cimport uint64_t, uintptr_t
+from libc.string cimport memcpy
+
+from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.interface cimport Flow, Handle, Sink
+from aiouringnet._engine.loop cimport current_thread
+from aiouringnet._engine.listener cimport sockaddr_storage
+from aiouringnet._engine.poll cimport POLLOUT, poll, pollfd
+from aiouringnet._engine.readiness cimport Readiness
+from aiouringnet._engine.ring.connection cimport RingConnection
+from aiouringnet._engine.ring.gate cimport Gate
+from aiouringnet._engine.ring.liburing cimport *
+from aiouringnet._engine.ring.listener cimport RingListener
+from aiouringnet._engine.ring.queues cimport (
+    BATCH, CANCEL_FAILED, Queues, TAG_MASK, TAG_RECV, TAG_SEND, user_data,
+)
+from aiouringnet._engine.ring.stream cimport RingStream
+from aiouringnet._engine.stream cimport Stream
+
+import os
+
+from aiouringnet._engine.address import pack_address
+
+
+cdef extern from "unistd.h" nogil:
+    ssize_t c_read "read"(int fd, void* data, size_t size)
+    int c_close "close"(int fd)
+    int usleep(unsigned int microseconds)
+
+cdef extern from "sys/socket.h" nogil:
+    int sockatmark(int fd)
+
+
+cdef enum:
+    # Rounds of a pass before other callbacks of the loop get their turn.
+    MAX_ROUNDS = 16
+    # A poller sends within microseconds what a socket takes; for one that is full the end of a run does not wait.
+    AWAIT_TRIES = 500
+    AWAIT_US = 20
+    # Where the poller has to wait for a processor, the end of a run waits for it: 0.2 s in all.
+    FINISH_TRIES = 4000
+    FINISH_WAIT_US = 50
+    DRAIN_MS = 1000     # how long the end of a ring waits for the end of its operations
+    ASK_AGAIN_MS = 100  # until those left are cancelled once more: the kernel may have been about to try them again
+
+# For so long at most, data may lie unread behind an urgent byte.
+DOUBT_S = 0.01
+
+# Rings whose thread was elsewhere when they had to go, with all that the
+# kernel might have touched still: kept until the process ends.
+cdef list abandoned = []
+
+
+cdef bint has_room(int fd) noexcept:
+    """Whether a socket takes output, or has an error to tell."""
+    cdef pollfd state
+    state.fd = fd
+    state.events = POLLOUT
+    return poll(&state, 1, 0) == 1
+
+
+cdef class Ring(Queues):
+    @property
+    def kind(self):
+        return "uring" if self.readiness is None else "epoll"
+
+    @property
+    def refusal(self):
+        """The errno with which the kernel has refused the ring after its start, 0: it has not."""
+        return self.refused
+
+    def __init__(self, loop, options):
+        Engine.__init__(self, loop, options)
+        self.sqpoll = options.sqpoll
+        self.buffer_size = options.buffer_size
+        self.buffer_count = options.buffer_count
+        self.doubts = []
+        self.direct_limit = 0 if self.sqpoll else 1
+        self.by_turns = self.sqpoll
+        self.refused = 0
+        if not self.sqpoll:
+            # With a poller it is the poller that encrypts.
+            self.worker_bytes = options.ktls_worker_bytes or 0
+        try:
+            self.set_up()
+        except BaseException:
+            self.take_down()
+            raise
+        self.closed = False
+        self.watch(self.event_fd)
+
+    # --- streams, listeners, connections ------------------------------------------
+
+    cdef Flow open_stream(self, int fd, Sink sink):
+        cdef RingStream stream = RingStream.__new__(RingStream)
+        stream.attach(self, fd, sink)
+        # A Unix socket's queue says nothing of the peer's end that follows the
+        # data, and a multishot recv that has emptied it then waits for ever.
+        stream.bulk = not stream.tcp
+        return stream
+
+    def listen(self, sock, on_accept):
+        self.check()
+        cdef RingListener listener = RingListener(self, sock, on_accept)
+        listener.resume()
+        return listener
+
+    def connect(self, sock, address):
+        self.check()
+        cdef RingConnection connection
+        packed = pack_address(sock.family, address)
+        if packed is None or len(packed) > <Py_ssize_t>sizeof(sockaddr_storage):
+            return self.loop.create_task(self.loop.sock_connect(sock, address))
+        connection = RingConnection(self, sock, address)
+        memcpy(&connection.storage, <char*><bytes>packed, len(packed))
+        connection.storage_size = len(packed)
+        connection.submit()
+        return connection.future
+
+    # --- a pass -------------------------------------------------------------------
+
+    cdef bint sends_direct(self) noexcept:
+        return not self.sqpoll or self.readiness is not None
+
+    cdef void on_wake(self) noexcept:
+        cdef uint64_t value
+        if self.readiness is not None:
+            if not self.wake_tuned:
+                self.tune_wake()
+        elif self.loop_epoll_fd < 0:
+            c_read(self.event_fd, &value, sizeof(value))
+            if not self.wake_tuned:
+                self.tune_wake()
+
+    cdef void work(self) noexcept:
+        cdef int rounds = 0
+        cdef int delivered = 0
+        cdef int n
+        cdef bint ok = True
+        if self.refused and self.readiness is None:
+            self.give_up_ring()
+        if self.readiness is not None:
+            self.work_without_ring()
+            return
+        self.mask(True)
+        while rounds < MAX_ROUNDS and not self.over:
+            rounds += 1
+            if self.resync:
+                self.resync_all()
+            if self.dirty or self.layers:
+                self.flush_output()
+            if self.forked():
+                return
+            if airn_unsubmitted(&self.ring) or (
+                airn_sq_flags(&self.ring) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)
+            ):
+                ok = self.enter()
+            n = self.reap()
+            delivered += n
+            if self.forked():
+                return
+            if self.send_ring_up:
+                # Refused now and then: the pass that ok = False brings tries again.
+                if io_uring_submit(&self.send_ring) < 0:
+                    ok = False
+                n += self.reap_sends()
+            if n == 0 and not self.dirty and not self.layers and not self.resync and not airn_unsubmitted(&self.ring):
+                break
+            if not ok:
+                break
+        else:
+            # Others get their turn; what was written goes out before.
+            if self.dirty or self.layers:
+                self.flush_output()
+            if self.forked():
+                return
+            if airn_unsubmitted(&self.ring):
+                ok = self.enter()
+            if self.send_ring_up and io_uring_submit(&self.send_ring) < 0:
+                ok = False
+        if self.flush_scheduled:
+            return
+        if not ok or self.dirty or self.layers or self.resync or self.later or self.pending():
+            self.schedule()
+            return
+        if delivered and self.expectation > 0:
+            # Tasks that this data woke run in the next iteration: come back right after them.
+            self.expecting = True
+            self.schedule()
+            return
+        self.mask(False)
+        airn_full_fence()
+        if self.pending():
+            self.schedule()
+
+    cdef int reap(self) noexcept:
+        """Take completions and hand them to their handles, until the pass has to end; returns how many.
+
+        Those left over are the next to be handed out, here or by the pass of
+        a loop that a callback runs.
+        """
+        cdef int n = 0
+        cdef uint64_t data
+        cdef Handle handle
+        cdef io_uring_cqe* cqe
+        if self.batch_next == self.batch_end:
+            if self.forked():
+                return 0
+            self.batch_next = 0
+            self.batch_end = airn_take_cqes(&self.ring, self.batch, BATCH)
+            self.n_cqes += self.batch_end
+            if airn_sq_flags(&self.ring) & IORING_SQ_CQ_OVERFLOW:
+                self.n_overflows += 1
+        while self.batch_next < self.batch_end:
+            cqe = &self.batch[self.batch_next]
+            self.batch_next += 1
+            n += 1
+            data = cqe.user_data
+            if data <= TAG_MASK:
+                if data == CANCEL_FAILED:
+                    self.cancel_failed(cqe.res)
+                continue
+            handle = <Handle><void*><uintptr_t>(data & ~<uint64_t>TAG_MASK)
+            handle.complete(<int>(data & TAG_MASK), cqe.res, cqe.flags)
+            if self.out_of_time(0) or self.forked():
+                break
+        if self.returned and not self.forked():
+            io_uring_buf_ring_advance(self.buf_ring, self.returned)
+            self.returned = 0
+        return n
+
+    cdef void flush_output(self) noexcept:
+        """Send what was written: directly for few streams, through the ring for many."""
+        cdef list batch
+        cdef Stream stream
+        if self.layers:
+            self.gather_layers()
+        if len(self.dirty) <= self.direct_limit:
+            self.flush_direct()
+            return
+        batch = self.take_dirty()
+        for item in batch:
+            stream = <Stream>item   # see gather_layers()
+            stream.dirty = False
+            if stream.sending or stream.closed or self.forked():
+                continue
+            if stream.count:
+                stream.submit_send()
+            elif stream.file is None or stream.send_direct():
+                stream.sink.on_sent()
+        self.give_back(batch)
+
+    cdef void doubt(self, Handle stream) noexcept:
+        """Look soon whether a direct read has stopped at urgent data.
+
+        recv() of TCP stops there, which looks like an empty socket, and no
+        further event follows.  The kernel announces urgent data with the
+        wake-up of any data (sock_def_readable()), so it is worth no system
+        call for each message.
+        """
+        if not self.doubts:
+            self.later_on(DOUBT_S, self._look_for_urgent)
+        try:
+            self.doubts.append(stream)
+            (<RingStream>stream).doubted = True
+        except MemoryError:
+            (<RingStream>stream).thorough = True
+
+    def _look_for_urgent(self):
+        cdef RingStream stream
+        doubts, self.doubts = self.doubts, []
+        for stream in doubts:
+            stream.doubted = False
+            if not (stream.closed or self.closed or self.forked()) and sockatmark(stream.fd) == 1:
+                stream.readable = True
+                self.mark_resync(stream)
+
+    # --- with a poller: the ring of sends -----------------------------------------
+
+    cdef int reap_sends(self) noexcept:
+        cdef int n = 0
+        cdef uint64_t data
+        cdef Handle handle
+        cdef io_uring_cqe* cqe
+        if self.forked():
+            return 0
+        if self.send_next == self.send_end:
+            self.send_next = 0
+            self.send_end = airn_take_cqes(&self.send_ring, self.send_batch, BATCH)
+            self.n_cqes += self.send_end
+        while self.send_next < self.send_end and not self.forked():
+            cqe = &self.send_batch[self.send_next]
+            self.send_next += 1
+            n += 1
+            data = cqe.user_data
+            if data <= TAG_MASK:
+                if data == CANCEL_FAILED:
+                    self.cancel_failed(cqe.res)
+                continue
+            handle = <Handle><void*><uintptr_t>(data & ~<uint64_t>TAG_MASK)
+            handle.complete(<int>(data & TAG_MASK), cqe.res, cqe.flags)
+        return n
+
+    cdef void poll_sends(self) noexcept:
+        if not self.send_ring_up:
+            return
+        # Somebody is in the middle of a transport's method: protocols are called when a pass comes.
+        self.depth += 1
+        self.polling = True
+        self.reap_sends()
+        self.polling = False
+        self.leave()
+        if self.dirty or self.layers or self.resync:
+            self.need_pass()
+
+    cdef void push_sends(self) noexcept:
+        # Refused now and then: the pass that submit_send() has scheduled tries again.
+        if self.send_ring_up and not self.forked():
+            io_uring_submit(&self.send_ring)
+
+    cdef void await_send(self, Flow flow) noexcept:
+        cdef RingStream stream = <RingStream>flow
+        cdef int _tries
+        if not self.send_ring_up:
+            return
+        io_uring_submit(&self.send_ring)
+        for _tries in range(AWAIT_TRIES):
+            self.poll_sends()
+            if stream.send_tag != TAG_SEND or not has_room(stream.fd):
+                break  # it has ended, or the socket is full
+            with nogil:
+                usleep(AWAIT_US)
+
+    cdef void finish_sends(self) noexcept:
+        cdef int tries = FINISH_TRIES
+        cdef RingStream stream
+        if not self.send_ring_up:
+            return
+        io_uring_submit(&self.send_ring)
+        self.reap_sends()
+        for handle in list(self.live):
+            if not isinstance(handle, RingStream):
+                continue
+            stream = <RingStream>handle
+            while stream.send_tag == TAG_SEND and tries and has_room(stream.fd) and not self.forked():
+                tries -= 1
+                with nogil:
+                    usleep(FINISH_WAIT_US)
+                self.reap_sends()
+
+    # --- the end, of a ring or of the engine --------------------------------------
+
+    cdef void give_up_ring(self) noexcept:
+        """Go on without the ring: by readiness, as the epoll engine does.
+
+        Nothing is lost where the ring's work is done only when we enter
+        (DEFER_TASKRUN) or was not submitted; a connection of which that is
+        not known ends with the error.
+        """
+        cdef Handle handle
+        cdef RingStream stream
+        cdef set unsubmitted = set()
+        cdef unsigned int i
+        try:
+            ready = Readiness()
+        except OSError as exc:
+            self.report({"message": "neither io_uring nor an epoll set is to be had", "exception": exc})
+            return
+        for i in range(0 if self.sqpoll else airn_unsubmitted(&self.ring)):
+            unsubmitted.add(airn_unsubmitted_data(&self.ring, i))
+        while self.reap():
+            pass
+        handles = list(self.live)
+        doubtful = []
+        for handle in handles:
+            if isinstance(handle, RingStream):
+                stream = <RingStream>handle
+                if self.sqpoll or not self.deferred and stream.read_tag == TAG_RECV or (
+                    stream.send_tag == TAG_SEND and user_data(stream, TAG_SEND) not in unsubmitted
+                ):
+                    doubtful.append(stream)
+        self.abandon(handles)
+        self.take_down_rings()
+        self.live.clear()
+        self.cancelled.clear()
+        self.gate = None
+        self.readiness = ready
+        self.watch_instead(ready)
+        if ready.epoll_fd == self.event_fd:
+            self.event_fd = -1  # the number is the set's
+        self.report({
+            "message": "io_uring is refused to this process since its event loop has begun; "
+                       "the connections go on with the epoll engine",
+            "exception": OSError(self.refused, os.strerror(self.refused)),
+        })
+        for handle in handles:
+            handle.rearm()
+        for handle in doubtful:
+            if (<Stream>handle).sink is not None:
+                (<Stream>handle).sink.on_error(self.refused, False)
+
+    cdef bint drain(self) noexcept:
+        """Cancel everything and take the final completions.  False: something is still in flight.
+
+        Each operation by its user_data: IORING_ASYNC_CANCEL_ANY looks through
+        all requests anew for each one that it ends.  By submissions, which a
+        poller carries out: IORING_REGISTER_SYNC_CANCEL does not reach what
+        has gone from it to a worker thread.
+
+        It takes one round; with a poller, or a busy worker thread, some
+        milliseconds.  A second is the limit.
+        """
+        cdef int attempts
+        for attempts in range(DRAIN_MS):
+            if attempts % ASK_AGAIN_MS == 0:
+                for handle in list(self.live):
+                    (<Handle>handle).cancel_operations()
+            self.enter()
+            if self.send_ring_up:
+                io_uring_submit(&self.send_ring)
+                self.reap_sends()
+            while self.reap() or self.send_ring_up and self.reap_sends() or self.pending() and self.enter():
+                pass
+            if not self.live:
+                return True
+            with nogil:
+                usleep(1000)
+        return False
+
+    cdef void shut(self) noexcept:
+        if self.readiness is not None:
+            self.shut_readiness()
+        if not self.ring_up:
+            return
+        if self.forked():
+            # In a forked child the rings' memory is not mapped, only the
+            # descriptors are there.
+            c_close(self.ring.ring_fd)
+            if self.send_ring_up:
+                c_close(self.send_ring.ring_fd)
+            c_close(self.event_fd)
+            self.ring_up = self.send_ring_up = False
+            return
+        if self.refused:
+            clean = not self.live
+        elif self.thread_id == current_thread() or not self.deferred:
+            clean = self.drain()
+        else:
+            # SINGLE_ISSUER: only its own thread may enter.  What has been
+            # posted can be taken; what has not stays in flight.
+            while self.reap():
+                pass
+            clean = not self.live
+        handles = list(self.live)
+        if not clean:
+            self.abandon(handles)
+        self.take_down()
+        self.live.clear()
+        for handle in handles:
+            (<Handle>handle).in_flight = 0
+            if isinstance(handle, Stream):
+                (<Stream>handle).maybe_detached()
+
+    cdef void abandon(self, list handles) noexcept:
+        """Leave all that the kernel may still touch to the process, for good.
+
+        Descriptors are not among that: a request keeps the file, not its number.
+        """
+        cdef RingStream stream
+        cdef Py_ssize_t i
+        cdef list owners = []
+        for handle in handles:
+            if isinstance(handle, RingStream):
+                stream = <RingStream>handle
+                stream.gather = NULL
+                for i in range(stream.head, stream.head + stream.count):
+                    owners.append(<object>stream.chunks[i].owner)
+        abandoned.append(owners)
+        self.pool = NULL
+        self.buf_ring = NULL
+
+    cdef void take_down(self) noexcept:
+        self.take_down_rings()
+        if self.gate is not None:
+            (<Gate>self.gate).close()
+            self.gate = None
+        if self.event_fd >= 0:
+            c_close(self.event_fd)
+            self.event_fd = -1
+
+    cdef int move_thread(self) except -1:
+        """The loop runs on another thread now, but a ring belongs to the thread that made it.
+
+        With DEFER_TASKRUN an operation of the old ring cannot proceed unless
+        its thread enters, so all are begun anew in a new ring and the old one
+        is closed.  What it may have touched is abandoned.
+        """
+        cdef list handles
+        cdef Handle handle
+        self.thread_id = current_thread()
+        if not self.deferred or self.refused:
+            return 0
+        while self.reap():
+            pass
+        handles = list(self.live)
+        if handles:
+            self.abandon(handles)
+        self.take_down_rings()
+        self.live.clear()
+        self.cancelled.clear()
+        self.gate = None
+        self.set_up()
+        for handle in handles:
+            handle.rearm()
+        if not self.flush_scheduled:
+            self.schedule()
+        return 0
+
+    def stats(self):
+        result = Engine.stats(self)
+        result.update(
+            enters=self.n_enters,
+            completions=self.n_cqes,
+            ring_sends=self.n_sends,
+            short_sends=self.n_short_sends,
+            worker_sends=self.n_worker_sends,
+            buffers_exhausted=self.n_starved,
+            submission_queue_full=self.n_sq_full,
+            completion_overflows=self.n_overflows,
+            retries=self.n_retries,
+            mode_switches=self.n_switches,
+        )
+        return result
+
+    def details(self):
+        result = Engine.details(self)
+        result.update(
+            flags=self.flag_names,
+            sqpoll=self.sqpoll,
+            submission_entries=self.ring.sq.ring_entries,
+            completion_entries=self.ring.cq.ring_entries,
+            buffer_size=self.buffer_size,
+            buffer_count=self.buffer_count,
+        )
+        return result

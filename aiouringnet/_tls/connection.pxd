@@ -1,0 +1,116 @@
+# Read connection.pyx first.
+
+from cpython.object cimport PyObject
+
+from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.interface cimport Layer, flag
+from aiouringnet._tls.plaintext cimport Plaintext
+from aiouringnet._tls.records cimport Records
+from aiouringnet._transports.stream cimport StreamTransport
+
+
+cdef enum:
+    NEW
+    HANDSHAKE
+    OPEN
+    FLUSHING
+    SHUTDOWN
+    OVER
+
+cdef enum:
+    RECORD_BYTES = 16384    # plaintext of a full record, RFC 8446 section 5.1
+    # Answers to records without data, unsent, that pause reading
+    MAX_ANSWER_BYTES = 65536
+
+# What functions return that pass on exceptions, beside what Records.read() says
+cdef enum:
+    RAISED = -9
+
+
+cdef class TLSConnection(Plaintext):
+    # the connection
+    cdef Engine engine
+    cdef Records records
+    cdef object lower               # the transport below
+    cdef StreamTransport stream     # the same, where it is a stream's
+    cdef object loop, protocol, context, sslcontext
+    cdef Layer layer                # the protocol, where it takes bytes where they lie
+    cdef object waiter, timer
+    cdef object handshake_timeout_s, shutdown_timeout_s
+    cdef object started_at          # in debug mode, when the handshake started
+    cdef object __weakref__
+    cdef dict __dict__              # attributes of the application's own, as on asyncio's transports
+
+    # state
+    cdef int state
+    cdef flag closing               # close() was called, or it is over
+    cdef flag buffered              # the protocol is a BufferedProtocol
+    cdef flag timed                 # asyncio's debug mode: slow callbacks are named
+    cdef flag made, ended           # connection_made() and eof_received() were called
+    cdef flag server_side
+    cdef flag accepted              # by a server: nobody waits for the handshake
+    cdef flag in_context            # a callback of ours is running
+    cdef flag eof                   # the transport below has ended
+    cdef flag peer_closed           # the peer's close_notify has come
+    cdef flag clean                 # both sides have said goodbye, and nothing is left to send
+    cdef flag busy, again           # a call of `records` runs; something was turned away because of it
+    cdef flag abandoning            # what was written is being offered for the last time
+    cdef int dropped                # how often a write was dropped
+
+    # input
+    cdef flag paused                # by the application
+    cdef flag holding               # until whoever made the connection has the transport in hand
+    cdef flag resuming              # _resume() is scheduled
+    cdef flag resting               # records without data: until _resume()
+    cdef flag choked                # the peer does not read our answers: until it does
+    cdef unsigned long long turn, turn_began    # the engine's pass, and records without data before it
+    cdef Py_ssize_t answers         # bytes of those since the transport below was paused
+    cdef bytes kept                 # decrypted by the kernel, not yet delivered
+    cdef Py_ssize_t read_bytes
+    cdef object read_limits
+
+    # output
+    cdef Py_ssize_t batch_bytes
+    cdef flag blocked               # nothing can be written before something is read (renegotiation)
+    cdef flag lower_paused
+    cdef flag protocol_paused
+    cdef Py_ssize_t high, low
+    cdef object empty_waiter        # of sendfile(): no write meanwhile
+
+    # kernel TLS
+    cdef flag offered               # the handshake reads from the socket
+    cdef flag finishing             # finish() waits for control records to be sent
+    cdef object ktls_why_not        # a sentence, where it was asked for
+
+    # the protocol's callbacks
+    cdef bint enter(self, PyObject** before) except -1
+    cdef int leave(self, PyObject* before) except -1
+    cdef void receive(self, object data) noexcept
+    cdef bint get_buffer(self, Py_buffer* view, Py_ssize_t hint) noexcept
+    cdef void buffer_updated(self, Py_ssize_t size) noexcept
+    cdef void call_connection_made(self) noexcept
+    cdef void call_eof_received(self) noexcept
+    cdef void call_flow_control(self, str name) noexcept
+
+    # failures
+    cdef void abandon(self, object exc) noexcept
+    cdef void interrupted(self, object exc) noexcept
+    cdef void report(self, str message, object exc) noexcept
+    cdef void failed(self, object exc, str message) noexcept
+    cdef void broke(self, object exc, str message=*) noexcept
+    cdef void handshake_failed(self, object exc) noexcept
+    cdef void fatal(self, object exc, str message) noexcept
+    cdef void wake_waiter(self, object exc) noexcept
+    cdef void cancel_timer(self) noexcept
+    cdef object take_error(self)
+
+    # what the parts above implement
+    cdef int handshake(self) except -1
+    cdef int encrypt(self, bint full_records_only=*) except -1
+    cdef int emit(self, bint answering=*) except -1
+    cdef int shut_down(self) except -1
+    cdef int start_shutdown(self) except -1
+    cdef int finish(self) except -1
+    cdef int pass_on(self, bint full_records_only) except -1
+    cdef int send_control(self) except -1
+    cdef bint keys_are_lost(self) noexcept

@@ -1,0 +1,93 @@
+"""What transports have in common: protocols, threads, limits, and the bytes that are written."""
+
+import asyncio
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
+
+from aiouringnet._engine.engine cimport Engine
+
+
+cdef extern from "Python.h":
+    bint PyMemoryView_Check(object)
+    PyObject* PyMemoryView_GET_BASE(object)
+    PyObject** _PyObject_GetDictPtr(object)
+    void Py_CLEAR(PyObject*)
+
+
+cdef object BufferedProtocol = asyncio.BufferedProtocol
+
+
+cdef void drop_empty_dict(object instance) noexcept:
+    """Cython makes the dictionary of attributes with each instance: memory, and slower calls of all methods.
+
+    CPython makes it where it is missing, when the first attribute is set.
+    """
+    Py_CLEAR(_PyObject_GetDictPtr(instance)[0])
+
+
+cdef bint is_buffered(object protocol) except -1:
+    """As its own method says (aiofastnet's protocols), as asyncio takes it, or else by what it has, as uvloop does."""
+    asked = getattr(protocol, "is_buffered_protocol", None)
+    if asked is not None:
+        answer = asked()
+        if isinstance(answer, bool):  # a mock says anything
+            return answer
+    if isinstance(protocol, BufferedProtocol):
+        return True
+    return (
+        not hasattr(protocol, "data_received")
+        and hasattr(protocol, "get_buffer") and hasattr(protocol, "buffer_updated")
+    )
+
+
+cdef bint handed_over(Engine engine, object call) except -1:
+    """Whether this is another thread than the loop's, which makes the call now: the collector runs anywhere."""
+    if engine.closed or not engine.is_foreign():
+        return False
+    try:
+        engine.loop.call_soon_threadsafe(call)
+    except RuntimeError:
+        if not engine.loop.is_closed():
+            raise
+    return True
+
+
+cdef tuple limits(object high, object low, Py_ssize_t default):
+    if high is None:
+        high = default if low is None else 4 * low
+    if low is None:
+        low = high // 4
+    if not high >= low >= 0:
+        raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
+    return high, low
+
+
+cdef object own(object data, const char** start, Py_ssize_t* size):
+    """An immutable bytes object that holds `data`, and where in it the data lies."""
+    cdef Py_buffer view
+    cdef PyObject* base
+    if PyMemoryView_Check(data):
+        try:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        except BufferError:
+            pass  # not contiguous
+        else:
+            try:
+                base = PyMemoryView_GET_BASE(data)
+                if base != NULL and PyBytes_CheckExact(<object>base):
+                    start[0] = <const char*>view.buf
+                    size[0] = view.len
+                    return <object>base
+            finally:
+                PyBuffer_Release(&view)
+    if PyBytes_CheckExact(data):
+        copy = data
+    elif PyObject_CheckBuffer(data):
+        copy = bytes(data)
+    else:
+        raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+    start[0] = PyBytes_AS_STRING(copy)
+    size[0] = PyBytes_GET_SIZE(copy)
+    return copy

@@ -1,0 +1,47 @@
+# Read input.pyx first.  All fields of a StreamTransport are here.
+
+from cpython.object cimport PyObject
+
+from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.interface cimport Layer, Room, Sink, flag
+from aiouringnet._engine.stream cimport Stream
+
+
+cdef class StreamInput(Sink):
+    # the connection
+    cdef Engine engine
+    cdef Stream stream
+    cdef object loop, sock
+    cdef int fileno
+    cdef object protocol, context
+    cdef Layer layer                # the protocol, where it takes bytes where they lie
+    cdef object server
+    cdef object extra               # dict or None
+    cdef object peername, sockname, transport_socket
+    cdef object __weakref__
+    cdef dict __dict__              # attributes of the application's own, as on asyncio's transports
+
+    # state
+    cdef flag closing, paused, eof
+    cdef flag in_context            # a callback of ours is running
+    cdef flag detached              # nothing is in flight
+    cdef flag timed                 # asyncio's debug mode: slow callbacks are named
+    cdef flag finished              # connection_lost was called
+    cdef int lost                   # how often a write was dropped, plus one; 0: not lost
+
+    # flow control
+    cdef flag protocol_paused
+    cdef flag pausing               # pause_writing() is told of a queue that has just been offered
+    cdef size_t high, low
+
+    # loop.sendfile() waits with it for the queue to drain; no write meanwhile
+    cdef object empty_waiter
+
+    cdef bint enter(self, PyObject** before) except -1
+    cdef int leave(self, PyObject* before) except -1
+    cdef void receive(self, object data) noexcept
+    cdef void feed(self, const char* data, Py_ssize_t size) noexcept
+    cdef bint lend(self, Room* room, Py_ssize_t hint) noexcept
+    cdef void updated(self, Py_ssize_t size) noexcept
+    cdef void failed(self, object exc, str message) noexcept
+    cdef void fatal(self, object exc, str message) noexcept

@@ -1,0 +1,264 @@
+"""A stream transport's input: what the stream reads goes to the protocol, in the connection's own context.
+
+To a Layer it goes where it lies; to a BufferedProtocol into its own buffers;
+else as bytes.
+"""
+
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+from aiouringnet._engine.interface cimport Layer, ROOM_BYTES, ROOM_VIEW, ROOM_WIDE, Room, Sink
+
+from aiouringnet._transports.slow import timed
+
+
+cdef extern from "Python.h":
+    PyObject* new_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
+    int _PyBytes_Resize(PyObject** data, Py_ssize_t size)
+    int PyContext_Enter(object) except -1
+    int PyContext_Exit(object) except -1
+    void PyErr_Clear()
+
+
+cdef enum:
+    # A direct read's bytes object.  Below glibc's 128 KiB: larger blocks come
+    # from mmap and cost page faults each time, until the process has once
+    # freed one whole (mallopt(3), M_MMAP_THRESHOLD).
+    READ_BYTES = 122880
+    # That object is shrunk and handed over when it holds so much; less is
+    # cheaper to copy.
+    HANDOVER_BYTES = 8192
+    # What a layer is given at once, from a buffer that all of a loop's share; read_budget's default.
+    LAYER_READ_BYTES = 262144
+
+
+cdef class StreamInput(Sink):
+    cdef bint enter(self, PyObject** before) except -1:
+        """Into the connection's context; false where it is entered already, by a callback that runs the loop."""
+        if self.in_context:
+            return False
+        PyContext_Enter(self.context)
+        self.in_context = True
+        before[0] = self.engine.entered
+        self.engine.entered = <PyObject*>self.context
+        return True
+
+    cdef int leave(self, PyObject* before) except -1:
+        self.in_context = False
+        self.engine.entered = before
+        PyContext_Exit(self.context)
+        return 0
+
+    cdef void on_data(self, const char* data, Py_ssize_t size) noexcept:
+        cdef Layer layer = self.layer
+        if layer is not None:
+            layer.received(data, size)
+        elif self.buffered:
+            self.feed(data, size)
+        else:
+            try:
+                piece = PyBytes_FromStringAndSize(data, size)
+            except MemoryError as exc:
+                # What comes next must not be taken for what was lost.
+                self.fatal(exc, "Fatal read error on socket transport")
+                return
+            self.receive(piece)
+
+    cdef void receive(self, object data) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
+        try:
+            entered = self.enter(&before)
+            try:
+                if self.timed:
+                    timed(self.loop, self.protocol.data_received, data)
+                else:
+                    self.protocol.data_received(data)
+            finally:
+                if entered:
+                    self.leave(before)
+        except BaseException as exc:
+            self.failed(exc, "Fatal error: protocol.data_received() call failed.")
+
+    cdef void feed(self, const char* data, Py_ssize_t size) noexcept:
+        """Copy into the BufferedProtocol's buffers, as many as it takes."""
+        cdef Room room
+        cdef Py_ssize_t n
+        # In a child that a callback has forked the ring's memory is not there.
+        while size > 0 and not self.engine.forked():
+            if not self.stream.reading:
+                # Paused or closed between two buffers.
+                self.stream.put_back(data, size)
+                return
+            if not self.buffered:
+                # Another protocol was set meanwhile.
+                self.on_data(data, size)
+                return
+            protocol = self.protocol
+            if not self.lend(&room, size):
+                if self.closing or self.engine.forked():
+                    return
+                if self.protocol is protocol:
+                    # An interrupt: it is asked again.
+                    self.stream.put_back(data, size)
+                    self.engine.mark_resync(self.stream)
+                    return
+                continue
+            if self.engine.forked():
+                PyBuffer_Release(&room.view)
+                return
+            n = min(room.size, size)
+            memcpy(room.data, data, n)
+            PyBuffer_Release(&room.view)
+            self.updated(n)
+            data += n
+            size -= n
+
+    cdef bint acquire_room(self, Room* room) noexcept:
+        while self.buffered:
+            protocol = self.protocol
+            if self.lend(room, -1):
+                return True
+            if self.closing or self.protocol is protocol:
+                return False
+            # Another protocol was set in get_buffer().
+        if self.layer is not None:
+            room.kind = ROOM_WIDE
+            room.size = LAYER_READ_BYTES
+            room.data = self.engine.wide
+            self.engine.wide = NULL
+            if room.data == NULL:
+                room.data = <char*>malloc(LAYER_READ_BYTES)
+        else:
+            room.kind = ROOM_BYTES
+            room.size = READ_BYTES
+            room.spare = self.engine.spare
+            self.engine.spare = NULL
+            if room.spare == NULL:
+                room.spare = new_bytes(NULL, READ_BYTES)
+            room.data = NULL if room.spare == NULL else PyBytes_AS_STRING(<object>room.spare)
+        if room.data == NULL:
+            PyErr_Clear()
+            self.fatal(MemoryError(), "Fatal read error on socket transport")
+            return False
+        return True
+
+    cdef bint lend(self, Room* room, Py_ssize_t hint) noexcept:
+        """The protocol's own buffer; false when there is none: the transport closes, or has another protocol now."""
+        cdef PyObject* before = NULL
+        cdef bint entered
+        protocol = self.protocol
+        room.kind = ROOM_VIEW
+        try:
+            entered = self.enter(&before)
+            try:
+                buffer = timed(self.loop, protocol.get_buffer, hint) if self.timed else protocol.get_buffer(hint)
+                PyObject_GetBuffer(buffer, &room.view, PyBUF_WRITABLE)
+            finally:
+                if entered:
+                    self.leave(before)
+            if room.view.len == 0:
+                PyBuffer_Release(&room.view)
+                raise RuntimeError("get_buffer() returned an empty buffer")
+        except BaseException as exc:
+            self.failed(exc, "Fatal error: protocol.get_buffer() call failed.")
+            return False
+        if self.closing or self.protocol is not protocol:
+            # In get_buffer().  One that merely paused gets what it asked room for, as in asyncio.
+            PyBuffer_Release(&room.view)
+            return False
+        room.data = <char*>room.view.buf
+        room.size = room.view.len
+        return True
+
+    cdef void release_room(self, Room* room, Py_ssize_t size) noexcept:
+        cdef Layer layer
+        if room.kind == ROOM_VIEW:
+            PyBuffer_Release(&room.view)
+            if size:
+                self.updated(size)
+        elif room.kind == ROOM_WIDE:
+            layer = self.layer
+            if size:
+                layer.received(room.data, size)
+            if self.engine.wide == NULL:
+                self.engine.wide = room.data
+            else:
+                free(room.data)  # a pass within the callback took another
+        elif size < HANDOVER_BYTES:
+            data = None
+            if size:
+                try:
+                    data = PyBytes_FromStringAndSize(room.data, size)
+                except MemoryError as exc:
+                    self.fatal(exc, "Fatal read error on socket transport")
+            if self.engine.spare == NULL:
+                self.engine.spare = room.spare
+            else:
+                Py_DECREF(<object>room.spare)
+            if data is not None:
+                self.receive(data)
+        elif _PyBytes_Resize(&room.spare, size) < 0:
+            PyErr_Clear()
+            self.fatal(MemoryError(), "Fatal read error on socket transport")
+        else:
+            data = <object>room.spare
+            Py_DECREF(data)
+            self.receive(data)
+
+    cdef void updated(self, Py_ssize_t size) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
+        try:
+            entered = self.enter(&before)
+            try:
+                if self.timed:
+                    timed(self.loop, self.protocol.buffer_updated, size)
+                else:
+                    self.protocol.buffer_updated(size)
+            finally:
+                if entered:
+                    self.leave(before)
+        except BaseException as exc:
+            self.failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
+
+    cdef int on_readable(self) noexcept:
+        cdef Layer layer = self.layer
+        return 0 if layer is None else layer.readable()
+
+    cdef bint on_control_record(self) noexcept:
+        cdef Layer layer = self.layer
+        return layer is not None and layer.control_record()
+
+    cdef void on_eof(self) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
+        self.engine.log_debug("%r received EOF", (self,))
+        try:
+            entered = self.enter(&before)
+            try:
+                if self.timed:
+                    keep_open = timed(self.loop, self.protocol.eof_received)
+                else:
+                    keep_open = self.protocol.eof_received()
+            finally:
+                if entered:
+                    self.leave(before)
+            if not keep_open:
+                self.close()
+        except BaseException as exc:
+            self.failed(exc, "Fatal error: protocol.eof_received() call failed.")
+
+    cdef void failed(self, object exc, str message) noexcept:
+        """A protocol callback raised."""
+        if isinstance(exc, (SystemExit, KeyboardInterrupt)):
+            self.engine.interrupted(exc)
+        else:
+            self.fatal(exc, message)
+
+    cdef void fatal(self, object exc, str message) noexcept:
+        """Something failed: the connection ends."""

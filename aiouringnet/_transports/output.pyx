@@ -1,0 +1,113 @@
+"""A stream transport's output: what the stream's queue means to the protocol, and to what waits for its end."""
+
+import asyncio
+
+from cpython.object cimport PyObject
+
+from aiouringnet._engine.interface cimport Layer
+from aiouringnet._transports.input cimport StreamInput
+
+from aiouringnet._transports.slow import timed
+
+
+cdef object logger = asyncio.log.logger
+
+cdef enum:
+    LOG_THRESHOLD_FOR_CONNLOST_WRITES = 5   # asyncio.constants
+
+
+cdef class StreamOutput(StreamInput):
+    cdef void put(self, object owner, const char* data, size_t size) noexcept:
+        if self.lost:
+            return
+        try:
+            self.stream.write(owner, data, size)
+        except MemoryError as exc:
+            self.fatal(exc, "Fatal write error on socket transport")
+            return
+        if self.stream.queued > self.high:
+            self.on_high_water()
+
+    cdef void on_sent(self) noexcept:
+        cdef Layer layer
+        cdef bint over = self.engine.closed  # nobody is told any more
+        if self.lost:
+            return
+        if self.protocol_paused and self.stream.queued <= self.low and not over:
+            if self.engine.silent:
+                self.engine.soon(self._resume_writing)
+            else:
+                self.resume_writing()
+            if self.lost:
+                return
+        if self.stream.queued == 0:
+            layer = self.layer
+            if layer is not None and layer.waiting:
+                layer.drained()
+                if self.lost:
+                    return
+            if self.empty_waiter is not None and not over:
+                self.engine.settle(self.empty_waiter, None)
+            if self.closing:
+                self.lose(None)
+            elif self.eof:
+                self.stream.shutdown_write()
+        elif (
+            self.protocol_paused or self.closing or self.eof or self.empty_waiter is not None
+            or (self.layer is not None and self.layer.waiting)
+        ):
+            self.stream.expect_sent()
+
+    def _resume_writing(self):
+        if self.protocol_paused and not self.lost and self.stream.queued <= self.low and not self.engine.closed:
+            self.resume_writing()
+
+    cdef void on_high_water(self) noexcept:
+        # Queued is not yet "the peer is slow": offer it to the socket first.
+        self.stream.offer()
+        if self.stream.queued > self.high:
+            self.pause_writing()
+
+    cdef void pause_writing(self) noexcept:
+        if self.protocol_paused or self.lost:
+            return
+        self.protocol_paused = True
+        self.stream.expect_sent()
+        self.pausing = True
+        self.call_flow_control("pause_writing", False)
+        self.pausing = False
+
+    cdef void resume_writing(self) noexcept:
+        self.protocol_paused = False
+        self.call_flow_control("resume_writing", True)
+
+    cdef void call_flow_control(self, str name, bint in_own_context) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
+        try:
+            entered = in_own_context and self.enter(&before)
+            try:
+                if self.timed:
+                    timed(self.loop, getattr(self.protocol, name))
+                else:
+                    getattr(self.protocol, name)()
+            finally:
+                if entered:
+                    self.leave(before)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.engine.interrupted(exc)
+        except BaseException as exc:
+            self.engine.report({
+                "message": f"protocol.{name}() failed",
+                "exception": exc,
+                "transport": self,
+                "protocol": self.protocol,
+            })
+
+    cdef void on_write_after_loss(self) noexcept:
+        if self.lost >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
+            logger.warning("socket.send() raised exception.")
+        self.lost += 1
+
+    cdef void lose(self, object exc) noexcept:
+        """The connection is over."""
