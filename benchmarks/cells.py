@@ -4,13 +4,18 @@
 16Kx10          echo, 16 KiB
 64x1:sleep      echo with a client that sleeps in epoll_wait instead of spinning
 64x100:depth=8  echo with 8 messages in flight on each connection
+streams-64x1    echo by asyncio streams; also pair-, unbuffered- and task-, as echo_server.py explains them
+broadcast-64x100  one message that goes to 100 connections is a request
+connectx10      a connection for each echo of 64 bytes, 10 at a time
+unix-64x10      any of the above through a Unix socket
 http-smallx10   uvicorn + httptools under wrk, small body, 10 keep-alive connections
 http-largex10   the same with a body of 100 KiB
 tls-64x100      any of these over TLS: what is negotiated by default, which is TLS 1.3
 tls-handshakex10  a TLS connection for each echo of 64 bytes, 10 at a time: a request is a full handshake
 tls-resumedx10  the same, each connection resumes the session of the one before
-tls             all TLS cells with a target
-ktls            TLS echo, 64 B to 256 KiB, 10 connections of a client that sleeps: one core will do
+
+Groups: tls, all TLS cells with a target; ktls, TLS echo of 64 B to 256 KiB on 10 connections of a client that sleeps,
+for which one core will do; shapes, the ways to write a server, few connections and Unix sockets.
 """
 
 from __future__ import annotations
@@ -21,8 +26,9 @@ from collections.abc import Iterable
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 HTTP_BODIES = ("small", "large")
-HANDSHAKES = ("handshake", "resumed")
-HANDSHAKE_SIZE_BYTES = 64
+SHAPES = ("pair", "unbuffered", "task", "streams", "broadcast")  # beside an ordinary protocol's
+RECONNECTING = ("connect", "handshake", "resumed")
+RECONNECTING_SIZE_BYTES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,9 @@ class Cell:
     sleeping: bool = False
     depth: int = 1
     tls: bool = False
-    handshake: str | None = None
+    reconnecting: str | None = None  # one of RECONNECTING
+    shape: str = "protocol"
+    unix: bool = False
 
     @property
     def is_http(self) -> bool:
@@ -43,14 +51,19 @@ class Cell:
     @property
     def title(self) -> str:
         """For people: what the picture prints above the cell."""
-        if self.handshake:
-            load = "TLS handshakes" + (", resumed" if self.handshake == "resumed" else "")
+        if self.reconnecting:
+            load = {"connect": "connections", "handshake": "TLS handshakes", "resumed": "TLS handshakes, resumed"}[
+                self.reconnecting
+            ]
         elif self.is_http:
             load = f"HTTP{'S' if self.tls else ''}, {'100 KiB' if self.http_body == 'large' else 'small'} body"
         else:
             kib = self.size_bytes >> 10
             size = f"{kib} KiB" if kib and not self.size_bytes % 1024 else f"{self.size_bytes} B"
-            load = f"{size} {'TLS ' if self.tls else ''}echo"
+            work = {"protocol": "echo", "pair": "echo, two writes", "broadcast": "to all"}.get(
+                self.shape, f"echo, {self.shape}"
+            )
+            load = f"{size} {'TLS ' if self.tls else ''}{'Unix ' if self.unix else ''}{work}"
         parts = [load, f"{self.connections} connection{'s' if self.connections > 1 else ''}"]
         if self.sleeping:
             parts.append("sleeping client")
@@ -64,17 +77,24 @@ class Cell:
         return self.is_http or self.sleeping
 
 
+CELL = re.compile(
+    rf"(?P<tls>tls-)?(?:http-(?P<body>{'|'.join(HTTP_BODIES)})|(?P<unix>unix-)?"
+    rf"(?:(?P<reconnecting>{'|'.join(RECONNECTING)})|(?:(?P<shape>{'|'.join(SHAPES)})-)?(?P<size>\d+)(?P<unit>[KM]?)))"
+    r"x(?P<connections>\d+)"
+)
+
+
 def parse_cell(text: str) -> Cell:
     load, *modifiers = text.split(":")
-    tls = load.startswith("tls-")
-    match = re.fullmatch(
-        rf"(?:(\d+)([KM]?)|http-({'|'.join(HTTP_BODIES)})|({'|'.join(HANDSHAKES)}))x(\d+)", load.removeprefix("tls-")
-    )
-    if match is None or (match[4] and not tls):
+    match = CELL.fullmatch(load)
+    if match is None:
         raise ValueError(
-            f"cell {text!r} is not like 64x100, 16Kx10[:sleep][:depth=N] or http-smallx10, nor like one "
-            "of these after tls-, nor tls-handshakex10 or tls-resumedx10"
+            f"cell {text!r} is not like 64x100, 16Kx10[:sleep][:depth=N], http-smallx10 or connectx10, nor like one of "
+            f"these after unix- or tls-, an echo also after {'-, '.join(SHAPES)}-"
         )
+    reconnecting, tls = match["reconnecting"], bool(match["tls"])
+    if reconnecting and tls != (reconnecting != "connect"):
+        raise ValueError(f"cell {text!r}: connections are connectx10, over TLS tls-handshakex10 and tls-resumedx10")
     depth, sleeping = 1, False
     for modifier in modifiers:
         if modifier == "sleep":
@@ -83,13 +103,21 @@ def parse_cell(text: str) -> Cell:
             depth = int(modifier[6:])
         else:
             raise ValueError(f"cell {text!r}: {modifier!r} is neither sleep nor depth=N")
-    if match[4]:
-        if depth > 1:
-            raise ValueError(f"cell {text!r}: a handshake has one message")
-        size_bytes = HANDSHAKE_SIZE_BYTES
-    else:
-        size_bytes = int(match[1]) * UNITS[match[2]] if match[1] else 0
-    return Cell(text, int(match[5]), size_bytes, match[3], sleeping, depth, tls, match[4])
+    if depth > 1 and (reconnecting or match["shape"] == "broadcast"):
+        raise ValueError(f"cell {text!r} has one message at a time")
+    size_bytes = int(match["size"]) * UNITS[match["unit"]] if match["size"] else 0
+    return Cell(
+        text,
+        int(match["connections"]),
+        RECONNECTING_SIZE_BYTES if reconnecting else size_bytes,
+        match["body"],
+        sleeping,
+        depth,
+        tls,
+        reconnecting,
+        match["shape"] or "protocol",
+        bool(match["unix"]),
+    )
 
 
 ECHO_CELLS = (
@@ -130,7 +158,24 @@ TLS_CELLS = (
     "tls-http-smallx100",
 )
 KTLS_CELLS = ("tls-64x10:sleep", "tls-1Kx10:sleep", "tls-16Kx10:sleep", "tls-256Kx10:sleep")
-GROUPS = {"tls": TLS_CELLS, "ktls": KTLS_CELLS}
+SHAPE_CELLS = (
+    "64x2",
+    "64x5",
+    *(f"streams-{size}x{n}" for size in ("64", "1K") for n in (1, 2, 5, 10, 100)),
+    *(f"{shape}-64x{n}" for shape in ("pair", "unbuffered", "task") for n in (1, 10, 100)),
+    *(f"broadcast-{size}x{n}" for size in ("64", "4K") for n in (100, 1000)),
+    "connectx10",
+    *(f"unix-64x{n}" for n in (1, 10, 100)),
+    "unix-streams-64x1",
+    "unix-16Kx10",
+    "tls-64x2",
+    "tls-streams-64x1",
+    "tls-streams-64x10",
+    "tls-broadcast-64x100",
+    "tls-unix-64x1",
+)
+ALL_CELLS = FULL_CELLS + SHAPE_CELLS + TLS_CELLS
+GROUPS = {"tls": TLS_CELLS, "ktls": KTLS_CELLS, "shapes": SHAPE_CELLS}
 QUICK_CELLS = ("64x1", "64x100", "16Kx10", "64x100:sleep", "http-smallx100")
 
 

@@ -1,7 +1,14 @@
-"""The Python echo server under test: an ordinary asyncio.Protocol on the loop of your choice.
+"""The Python echo server under test, on the loop of your choice.
 
 It listens on a free port of the loopback (or on --unix PATH), prints one line of JSON with the port, and echoes what
-it receives by transport.write from data_received until it is killed or --seconds are over.
+it receives until it is killed or --seconds are over, in one of the shapes that programs have (--shape):
+
+    protocol    an asyncio.Protocol that calls transport.write() in data_received()
+    pair        the same, with two writes for each reply, as head and body are
+    unbuffered  the same with set_write_buffer_limits(0): after each write it must not be told to pause
+    task        a task for each connection writes what the protocol has put into its asyncio.Queue
+    streams     asyncio streams: read(), write(), drain()
+    broadcast   what one connection sends goes to all; --members says how many there have to be
 """
 
 from __future__ import annotations
@@ -12,6 +19,7 @@ import os
 import socket
 import ssl
 import sys
+from collections.abc import Callable
 
 import loops
 
@@ -26,6 +34,106 @@ class EchoProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.transport.write(data)
+
+
+class PairProtocol(EchoProtocol):
+    def data_received(self, data: bytes) -> None:
+        head = len(data) // 2
+        self.transport.write(data[:head])
+        self.transport.write(data[head:])
+
+
+class UnbufferedProtocol(EchoProtocol):
+    """Counts on it that a socket takes a message whole; else it does what asyncio's flow control wants."""
+
+    paused = False
+    waiting: list[bytes]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.transport.set_write_buffer_limits(0)
+        self.waiting = []
+
+    def data_received(self, data: bytes) -> None:
+        if self.paused:
+            self.waiting.append(data)
+        else:
+            self.transport.write(data)
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        waiting, self.waiting = self.waiting, []
+        for data in waiting:
+            self.data_received(data)
+
+
+class TaskProtocol(EchoProtocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.queue: asyncio.Queue[bytes] = asyncio.Queue()
+        self.task = asyncio.get_running_loop().create_task(self.answer())
+
+    def data_received(self, data: bytes) -> None:
+        self.queue.put_nowait(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.task.cancel()
+
+    async def answer(self) -> None:
+        while True:
+            self.transport.write(await self.queue.get())
+
+
+class BroadcastProtocol(EchoProtocol):
+    wanted = 1
+    members: set[asyncio.Transport] = set()
+    early: list[bytes] = []  # what was said before all had come
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.members.add(self.transport)
+        if len(self.members) >= self.wanted:
+            for data in self.early:
+                self.data_received(data)
+            self.early.clear()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.members.discard(self.transport)
+
+    def data_received(self, data: bytes) -> None:
+        if len(self.members) < self.wanted:
+            self.early.append(data)
+            return
+        for member in self.members:
+            member.write(data)
+
+
+STREAM_READ_BYTES = 64 << 10  # as much as a StreamReader lets wait by default
+
+
+async def echo_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(STREAM_READ_BYTES):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+
+
+def stream_protocol() -> asyncio.StreamReaderProtocol:
+    """What asyncio.start_server() makes for each connection."""
+    return asyncio.StreamReaderProtocol(asyncio.StreamReader(), echo_stream)
+
+
+SHAPES: dict[str, Callable[[], asyncio.BaseProtocol]] = {
+    "protocol": EchoProtocol,
+    "pair": PairProtocol,
+    "unbuffered": UnbufferedProtocol,
+    "task": TaskProtocol,
+    "streams": stream_protocol,
+    "broadcast": BroadcastProtocol,
+}
 
 
 class KernelTLSEchoProtocol(EchoProtocol):
@@ -53,7 +161,8 @@ def echo_once(port: int) -> None:
 async def serve(args: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     context = loops.tls_context(args)
-    protocol = KernelTLSEchoProtocol if context and args.ktls else EchoProtocol
+    protocol = KernelTLSEchoProtocol if context and args.ktls else SHAPES[args.shape]
+    BroadcastProtocol.wanted = args.members
     if args.unix:
         server = await loop.create_unix_server(protocol, args.unix, ssl=context, backlog=BACKLOG)
         port = 0
@@ -72,6 +181,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     loops.add_arguments(parser)
     parser.add_argument("--unix", metavar="PATH", help="listen on a Unix socket instead of TCP")
+    parser.add_argument("--shape", choices=SHAPES, default="protocol", help="how the echo is made (%(default)s)")
+    parser.add_argument("--members", type=int, default=1, metavar="N", help="connections of a broadcast (%(default)s)")
     args = parser.parse_args()
     loops.prepare_process(args)
     loops.make_loop(args).run_until_complete(serve(args))

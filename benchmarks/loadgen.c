@@ -27,10 +27,16 @@
  * compiling with -DWITH_TLS puts TLS (--tls). Handshakes are done before the
  * warm-up begins. The client verifies no certificate.
  *
- * With --handshakes each connection sends one message only, waits until the
- * server has answered its close_notify by closing, and is replaced by a new
- * one: a request is then a handshake with one echo. --resume offers the session
- * of the connection before; a server that does not take it makes an error.
+ * With --reconnect each connection sends one message only, waits until the
+ * server has answered its end (over TLS its close_notify, too) by closing, and
+ * is replaced by a new one: a request is then a connection, over TLS with its
+ * handshake, and one echo. --resume offers the session of the connection
+ * before; a server that does not take it makes an error.
+ *
+ * With --broadcast the server sends what one connection says to all of them.
+ * The first one speaks, again as soon as everybody has heard it all: a request
+ * is one message that has reached every connection, and its latency the last
+ * one's.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -85,8 +91,9 @@ struct options {
     bool verify;
     bool tls;
     int tls_version;      /* 0: what is negotiated */
-    bool handshakes;
+    bool reconnect;
     bool resume;
+    bool broadcast;
 };
 
 static void die(const char *what)
@@ -107,12 +114,13 @@ static void usage(FILE *out)
             "  --seconds SECONDS   length of the measured window (1)\n"
             "  --pid PID           server whose CPU time and memory to sample\n"
             "  --sleep             sleep in epoll_wait instead of spinning\n"
+            "  --reconnect         a new connection for each message\n"
+            "  --broadcast         the server sends what the first connection says to all\n"
             "  --verify            copy and compare every echo instead of counting its bytes\n"
 #ifdef WITH_TLS
             "  --tls               TLS; certificates are not verified\n"
             "  --tls-version V     1.2 or 1.3 (what is negotiated)\n"
-            "  --handshakes        a new TLS connection for each message: a request is a handshake\n"
-            "  --resume            let these handshakes resume the session of the one before\n"
+            "  --resume            let --reconnect's handshakes resume the session of the one before\n"
 #endif
             "Prints START and END around the measured window, then one line of JSON.\n");
 }
@@ -147,9 +155,10 @@ static struct options parse_options(int argc, char **argv)
         {"connections", 1, 0, 'n'}, {"size", 1, 0, 's'}, {"depth", 1, 0, 'd'},
         {"warmup", 1, 0, 'w'},  {"seconds", 1, 0, 't'}, {"pid", 1, 0, 'P'},
         {"sleep", 0, 0, 'z'},   {"verify", 0, 0, 'v'}, {"help", 0, 0, 'H'},
+        {"reconnect", 0, 0, 'N'}, {"broadcast", 0, 0, 'B'},
 #ifdef WITH_TLS
         {"tls", 0, 0, 'T'},     {"tls-version", 1, 0, 'V'},
-        {"handshakes", 0, 0, 'N'}, {"resume", 0, 0, 'R'},
+        {"resume", 0, 0, 'R'},
 #endif
         {0, 0, 0, 0},
     };
@@ -173,19 +182,20 @@ static struct options parse_options(int argc, char **argv)
 #ifdef WITH_TLS
         case 'V': o.tls_version = parse_tls_version(optarg); break;
 #endif
-        case 'N': o.handshakes = true; break;
+        case 'N': o.reconnect = true; break;
+        case 'B': o.broadcast = true; break;
         case 'R': o.resume = true; break;
         case 'H': usage(stdout); exit(0);
         default: usage(stderr); exit(2);
         }
     }
-    bool lacks_tls = (o.handshakes || o.tls_version) && !o.tls;
-    if (!o.port == !o.unix_path || optind != argc || lacks_tls || (o.resume && !o.handshakes)) {
+    bool lacks_tls = (o.resume || o.tls_version) && !o.tls;
+    if (!o.port == !o.unix_path || optind != argc || lacks_tls || (o.resume && !o.reconnect)) {
         usage(stderr);
         exit(2);
     }
-    if (o.handshakes && o.depth > 1) {
-        fprintf(stderr, "loadgen: --handshakes sends one message per connection\n");
+    if ((o.reconnect || o.broadcast) && (o.depth > 1 || (o.reconnect && o.broadcast))) {
+        fprintf(stderr, "loadgen: --reconnect and --broadcast have one message at a time\n");
         exit(2);
     }
     if (o.size * o.depth > MAX_IN_FLIGHT_BYTES) {
@@ -406,14 +416,6 @@ static void prepare_tls(const struct options *o)
         tls_die("loadgen: --tls-version");
 }
 
-static void tls_open(struct connection *c)
-{
-    c->ssl = tls_new(tls);
-    SSL_set_connect_state(c->ssl);
-    if (c->session)
-        SSL_set_session(c->ssl, c->session);
-}
-
 /* Sends the records that the kernel did not take before; false while it does not, or on an error (errno). */
 static bool tls_send_rest(struct connection *c)
 {
@@ -458,6 +460,17 @@ static bool tls_send_output(struct connection *c)
     c->rest_start = 0;
     c->rest_end = kept + len - sent;
     return true;
+}
+
+/* The first flight leaves at once; what goes wrong shows when the connection is used. */
+static void tls_open(struct connection *c)
+{
+    c->ssl = tls_new(tls);
+    SSL_set_connect_state(c->ssl);
+    if (c->session)
+        SSL_set_session(c->ssl, c->session);
+    SSL_do_handshake(c->ssl);
+    tls_send_output(c);
 }
 
 static ssize_t tls_failed(void)
@@ -582,9 +595,11 @@ static bool channel_shutdown(struct connection *c)
 {
     c->closing = true;
 #ifdef WITH_TLS
-    SSL_shutdown(c->ssl);
-    if (!tls_send_output(c))
-        return false;
+    if (tls) {
+        SSL_shutdown(c->ssl);
+        if (!tls_send_output(c))
+            return false;
+    }
 #endif
     return shutdown(c->fd, SHUT_WR) == 0;
 }
@@ -594,7 +609,8 @@ static void channel_close(struct connection *c)
     close(c->fd);
     c->fd = -1;
 #ifdef WITH_TLS
-    tls_close(c);
+    if (tls)
+        tls_close(c);
 #endif
 }
 
@@ -616,6 +632,7 @@ struct run {
     int epoll_fd;
     int alive;
     int idle;                /* alive connections with nothing in flight, while draining */
+    int heard;               /* --broadcast: connections that have received the message */
     char *messages;          /* depth + 1 copies of the message, so any send is contiguous */
     char *received;
 
@@ -666,16 +683,50 @@ static bool flush_messages(struct run *r, struct connection *c)
     return true;
 }
 
-static void complete_message(struct run *r, struct connection *c, uint64_t now)
+/* --broadcast: the first connection speaks, and all expect it. Sent by the caller. */
+static void queue_broadcast(struct run *r, uint64_t now)
+{
+    r->heard = 0;
+    for (int i = 0; i < r->options.connections; i++) {
+        r->connections[i].sent_at[0] = now;
+        r->connections[i].in_flight = 1;
+    }
+    r->connections[0].unsent += r->options.size;
+}
+
+static void count_request(struct run *r, uint64_t latency_ns)
 {
     r->all_requests++;
     if (r->phase == MEASURING || r->phase == ALIGNING_END) {
         r->requests++;
-        histogram_add(&r->latency, now - c->sent_at[c->oldest]);
+        histogram_add(&r->latency, latency_ns);
     }
+}
+
+static void complete_broadcast(struct run *r, struct connection *c, uint64_t now)
+{
+    c->in_flight--;
+    if (r->phase >= DRAINING)
+        r->idle++;
+    if (++r->heard < r->alive)
+        return;
+    count_request(r, now - c->sent_at[0]);
+    if (r->phase < DRAINING) {
+        queue_broadcast(r, now);
+        flush_messages(r, &r->connections[0]);
+    }
+}
+
+static void complete_message(struct run *r, struct connection *c, uint64_t now)
+{
+    if (r->options.broadcast) {
+        complete_broadcast(r, c, now);
+        return;
+    }
+    count_request(r, now - c->sent_at[c->oldest]);
     c->oldest = (c->oldest + 1) % r->options.depth;
     c->in_flight--;
-    if (r->options.handshakes)
+    if (r->options.reconnect)
         return; /* on_echo goes on */
     if (r->phase < DRAINING)
         queue_message(r, c, now);
@@ -717,7 +768,7 @@ static void open_connection(struct run *r, struct connection *c)
         die("loadgen: epoll_ctl");
 }
 
-/* --handshakes: the echo has come, so the connection has served. */
+/* --reconnect: the echo has come, so the connection has served. */
 static bool on_echo(struct run *r, struct connection *c)
 {
 #ifdef WITH_TLS
@@ -733,7 +784,7 @@ static bool on_echo(struct run *r, struct connection *c)
     return true;
 }
 
-/* --handshakes: the server has closed, too. */
+/* --reconnect: the server has closed, too. */
 static void replace_connection(struct run *r, struct connection *c)
 {
     channel_close(c);
@@ -768,7 +819,7 @@ static void on_event(struct run *r, struct connection *c)
         /* A TLS handshake that is done lets the first message go, though nothing was received. */
         if (!flush_messages(r, c))
             return;
-        if (r->options.handshakes && !c->in_flight && !c->closing && !on_echo(r, c))
+        if (r->options.reconnect && !c->in_flight && !c->closing && !on_echo(r, c))
             return;
         if (c->drained)
             return;
@@ -813,10 +864,10 @@ static void begin_window(struct run *r)
     fflush(stdout);
 }
 
-/* With --handshakes a connection is at rest only when it is closed, without them when it awaits nothing. */
+/* With --reconnect a connection is at rest only when it is closed, without them when it awaits nothing. */
 static bool is_idle(const struct run *r, const struct connection *c)
 {
-    return !r->options.handshakes && c->fd >= 0 && c->in_flight == 0;
+    return !r->options.reconnect && c->fd >= 0 && c->in_flight == 0;
 }
 
 static bool all_shaken(const struct run *r)
@@ -846,7 +897,7 @@ static void advance_phase(struct run *r)
     uint64_t now = now_ns();
     switch (r->phase) {
     case SHAKING:
-        if (r->options.handshakes || all_shaken(r) || now >= r->phase_deadline_ns) {
+        if (r->options.reconnect || all_shaken(r) || now >= r->phase_deadline_ns) {
             r->phase = WARMING;
             r->phase_deadline_ns = now + (uint64_t)(r->options.warmup_seconds * 1e9);
         }
@@ -956,6 +1007,11 @@ static void open_connections(struct run *r)
 
 static void start_connections(struct run *r)
 {
+    if (r->options.broadcast) {
+        queue_broadcast(r, now_ns());
+        flush_messages(r, &r->connections[0]);
+        return;
+    }
     for (int i = 0; i < r->options.connections; i++) {
         struct connection *c = &r->connections[i];
         uint64_t now = now_ns();

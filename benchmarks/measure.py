@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
+import tempfile
 import typing
 from collections.abc import Callable
 
@@ -47,8 +50,7 @@ def _run_loadgen(
     program = build.program("loadgen_tls" if cell.tls else "loadgen")
     command = [
         str(program),
-        "--port",
-        str(ready["port"]),
+        *(("--unix", str(ready["unix"])) if cell.unix else ("--port", str(ready["port"]))),
         "--connections",
         str(cell.connections),
         "--size",
@@ -66,9 +68,11 @@ def _run_loadgen(
         command.append("--sleep")
     if cell.tls:
         command.append("--tls")
-    if cell.handshake:
-        command.append("--handshakes")
-    if cell.handshake == "resumed":
+    if cell.shape == "broadcast":
+        command.append("--broadcast")
+    if cell.reconnecting:
+        command.append("--reconnect")
+    if cell.reconnecting == "resumed":
         command.append("--resume")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_pin(placement.load_cpu))
     assert process.stdout is not None
@@ -205,7 +209,15 @@ def measure(
 ) -> Measurement:
     """Starts the server, loads it, and gives what it cost per request."""
     script = "http_app.py" if cell.is_http else "echo_server.py"
-    with running(server, script, warm, placement, cell.tls) as ready:
+    arguments = []
+    if cell.shape != "protocol" and server.loop != "c":  # in C an echo is an echo
+        arguments += ["--shape", cell.shape, "--members", str(cell.connections)]
+    with contextlib.ExitStack() as stack:
+        if cell.unix:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
+            arguments += ["--unix", str(pathlib.Path(folder, "socket"))]
+        ready = stack.enter_context(running(server, script, warm, placement, cell.tls, arguments))
+        ready["unix"] = arguments[-1] if cell.unix else None
         result = (_http if cell.is_http else _echo)(cell, ready, placement, timing)
         if with_syscalls:
             result |= (_http_syscalls if cell.is_http else _echo_syscalls)(cell, ready, placement)

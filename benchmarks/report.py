@@ -257,6 +257,39 @@ def target_table(view: View, markdown: bool = False) -> str:
     return _grid(rows, markdown) if len(rows) > 1 else "no target could be checked: none of ours was measured"
 
 
+# What --against-peers compares, and how much more than the best peer's is no miss: noise, and for the latency a tenth.
+COMPARED = (("cpu_us", 1.03), ("p50_us", 1.10), ("p99_us", 1.10))
+
+
+def against_peers(result: dict[str, object], markdown: bool = False) -> str:
+    """How each of ours compares with the best peer in each cell, the worst CPU first; misses have a mark."""
+    measurements = result["measurements"]
+    assert isinstance(measurements, list)
+    data = medians(measurements)
+    parts = []
+    for state in dict.fromkeys(key[0] for key in data):
+        view = View(state, data)
+        found = []
+        for cell in map(parse_cell, view.cells()):
+            for server in map(parse_server, view.servers()):
+                if server.is_ours and view.ratio(cell, server, "best peer"):
+                    found.append((cell, server, [view.ratio(cell, server, "best peer", m) for m, _ in COMPARED]))
+        found.sort(key=lambda each: -each[2][0][0])
+        rows = [["cell", "server", "best peer", *(metric for metric, _ in COMPARED), "C, cpu_us"]]
+        for cell, server, ratios in found:
+            marked = [
+                "-" if ratio is None else f"{ratio[0]:.2f}{'!' if ratio[0] > limit else ' '}"
+                for ratio, (_, limit) in zip(ratios, COMPARED)
+            ]
+            floor = view.ratio(cell, server, "c")
+            rows.append([cell.text, server.text, ratios[0][1], *marked, f"{floor[0]:.2f}" if floor else "-"])
+        missed = sum(ratio is not None and ratio[0] > COMPARED[0][1] for _, _, (ratio, *_) in found)
+        parts.append(f"malloc {state}: ours / the best peer; ! is above the limit\n\n{_grid(rows, markdown)}")
+        parts.append(f"{missed} of {len(found)} above {COMPARED[0][1]} of the best peer's CPU")
+    parts += _remarks(result)
+    return "\n\n".join(parts)
+
+
 def full_report(result: dict[str, object], markdown: bool = False) -> str:
     measurements = result["measurements"]
     assert isinstance(measurements, list)
@@ -277,6 +310,12 @@ def full_report(result: dict[str, object], markdown: bool = False) -> str:
                 parts.append(ratio_table(view, markdown))
         parts.append("targets\n\n" + target_table(view, markdown))
     parts += _memory_report(result, heading, markdown)
+    return "\n\n".join(parts + _remarks(result))
+
+
+def _remarks(result: dict[str, object]) -> list[str]:
+    parts = []
+    measurements: list[dict[str, object]] = result["measurements"]  # type: ignore[assignment]
     noisy = sum(not m.get("quiet", True) for m in measurements)
     if noisy:
         parts.append(
@@ -285,7 +324,7 @@ def full_report(result: dict[str, object], markdown: bool = False) -> str:
         )
     parts += [f"failed: {text}" for text in result.get("failures", [])]  # type: ignore[attr-defined]
     parts += [f"skipped {name}: {why}" for name, why in result.get("skipped", {}).items()]  # type: ignore[attr-defined]
-    return "\n\n".join(parts)
+    return parts
 
 
 def _memory_report(result: dict[str, object], heading: str, markdown: bool) -> list[str]:

@@ -4,6 +4,8 @@
     python benchmarks/run.py --cells tls    # TLS: echo, handshakes, HTTPS; about an hour, too
     python benchmarks/run.py --cells ktls --servers ours-uvloop,ours-uvloop+ktls   # where the kernel has TLS
     python benchmarks/run.py --quick        # under two minutes
+    python benchmarks/run.py --against-peers            # ratios to the best peer and to C, the worst first
+    python benchmarks/run.py --against-peers --cells shapes,tls,64x1,16Kx10 --rounds 3
     python benchmarks/run.py --cells 64x1,64x100 --servers c,uvloop,ours-uvloop --rounds 3 --seconds 0.7
     python benchmarks/run.py --servers uvloop,ours-uvloop,ours-uvloop@/path/to/other/checkout
 
@@ -64,6 +66,12 @@ def parse_arguments() -> argparse.Namespace:
         description=f"{__doc__}\n{epilog}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a few cells, one round, warm only: under two minutes")
+    parser.add_argument(
+        "--against-peers",
+        action="store_true",
+        help="print nothing but how ours compare with the best peer and with C, the worst first; without --cells "
+        "every cell that there is, which takes a night, without --servers SQPOLL is left out",
+    )
     parser.add_argument("--cells", type=listed, help="what to measure (all without TLS)")
     parser.add_argument("--servers", type=listed, help="whom to measure (all)")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (5; quick: 1)")
@@ -103,8 +111,9 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
     args.seconds = args.seconds or (0.3 if quick else 0.6)
     if args.retries is None:
         args.retries = 1 if quick else 2
-    args.states = args.states or STATES["warm" if quick else "both"]
-    args.no_memory = args.no_memory or quick or args.cells is not None
+    args.states = args.states or STATES["warm" if quick or args.against_peers else "both"]
+    args.no_memory = args.no_memory or quick or args.cells is not None or args.against_peers
+    args.no_syscalls = args.no_syscalls or args.against_peers
     cores = sorted(os.sched_getaffinity(0))
     if not args.report and not {args.server_cpu, args.load_cpu} <= set(cores):
         parser.error(f"--server-cpu and --load-cpu must be among {cores}")
@@ -112,9 +121,14 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
         spare = [cpu for cpu in cores if cpu not in (args.server_cpu, args.load_cpu)]
         args.sqpoll_cpu = spare[0] if spare else args.load_cpu
     try:
-        default_cells = cells_module.QUICK_CELLS if quick else cells_module.FULL_CELLS
+        default_cells, default_servers = cells_module.FULL_CELLS, servers_module.DEFAULT_SERVERS
+        if quick:
+            default_cells = cells_module.QUICK_CELLS
+        elif args.against_peers:
+            default_cells = cells_module.ALL_CELLS
+            default_servers = servers_module.WITHOUT_SQPOLL
         args.cells = [parse_cell(text) for text in cells_module.expand_groups(args.cells or default_cells)]
-        args.servers = [parse_server(text) for text in args.servers or servers_module.DEFAULT_SERVERS]
+        args.servers = [parse_server(text) for text in args.servers or default_servers]
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -161,7 +175,11 @@ def usable_servers(
 
 
 def takes_part(server: Server, cell: Cell, placement: Placement, tls_servers: list[Server]) -> bool:
-    if (cell.is_http and server.loop == "c") or (cell.tls and server not in tls_servers):
+    # The C server only echoes.
+    if (server.loop == "c" and (cell.is_http or cell.shape == "broadcast")) or (cell.tls and server not in tls_servers):
+        return False
+    # rloop has no Unix sockets, and does not close when its peer has ended.
+    if server.loop == "rloop" and (cell.unix or cell.reconnecting):
         return False
     if server.changes_tls and (cell.is_http or not cell.tls):  # uvicorn makes its own context
         return False
@@ -316,16 +334,20 @@ def run_all(args: argparse.Namespace, path: pathlib.Path) -> dict[str, object]:
     return result
 
 
+def make_report(result: dict[str, object], args: argparse.Namespace) -> str:
+    return (report.against_peers if args.against_peers else report.full_report)(result, args.markdown)
+
+
 def main() -> int:
     args = parse_arguments()
     if args.report:
-        print(report.full_report(json.loads(args.report.read_text()), args.markdown))
+        print(make_report(json.loads(args.report.read_text()), args))
         return 0
     path = args.json or RESULTS / time.strftime("%Y%m%d-%H%M%S.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     result = run_all(args, path)
-    text = report.full_report(result, args.markdown)
+    text = make_report(result, args)
     path.with_suffix(".txt").write_text(text + "\n")
     print(f"\n{text}\n\nwrote {path} after {time.monotonic() - started:.0f} s")
     try:

@@ -24,7 +24,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import build
 from loops import LOOPS
@@ -36,7 +36,8 @@ LIFE_SECONDS = 300  # a server ends by itself when the harness was killed before
 PEERS = LOOPS[:5]
 OURS = LOOPS[5:]
 TLS_MODIFIERS = ("ktls", "tls12")
-DEFAULT_SERVERS = ("c", *PEERS, *OURS, *(f"{name}+epoll" for name in OURS), *(f"{name}+sqpoll" for name in OURS))
+WITHOUT_SQPOLL = ("c", *PEERS, *OURS, *(f"{name}+epoll" for name in OURS))
+DEFAULT_SERVERS = (*WITHOUT_SQPOLL, *(f"{name}+sqpoll" for name in OURS))
 
 
 class ServerUnavailable(Exception):
@@ -124,8 +125,10 @@ def _arguments(server: Server, warm: bool, placement: Placement) -> list[str]:
     return arguments
 
 
-def command_line(server: Server, script: str, warm: bool, placement: Placement, tls: bool) -> list[str]:
-    life = ("--seconds", str(LIFE_SECONDS))
+def command_line(
+    server: Server, script: str, warm: bool, placement: Placement, tls: bool, more: Sequence[str]
+) -> list[str]:
+    life = ("--seconds", str(LIFE_SECONDS), *more)
     cert, key = map(str, build.certificate()) if tls else ("", "")
     if server.loop == "c":
         if tls:
@@ -175,12 +178,12 @@ def _check_engine(server: Server, ready: dict[str, object]) -> None:
 
 @contextlib.contextmanager
 def running(
-    server: Server, script: str, warm: bool, placement: Placement, tls: bool = False
+    server: Server, script: str, warm: bool, placement: Placement, tls: bool = False, more: Sequence[str] = ()
 ) -> Iterator[dict[str, object]]:
-    """Runs a server on its core; gives its ready line (port, pid, engine). It is killed at the end."""
+    """Runs a server on its core, with `more` arguments; gives its ready line (port, pid, engine). Killed at the end."""
     with tempfile.NamedTemporaryFile(prefix="bench-", suffix=".err") as errors:
         process = subprocess.Popen(
-            command_line(server, script, warm, placement, tls),
+            command_line(server, script, warm, placement, tls, more),
             env=environment(server),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
