@@ -26,6 +26,9 @@ the uring half is skipped and says why.
         marks what asks something of the kernel: `--kernel-runner` runs that on
         other kernels, too. Its arguments narrow the parameters there:
         `kernel(engine="uring", endpoint="tcp")`.
+    @pytest.mark.every_kernel
+        marks, of those, what asks for the ring or for the kernel's TLS itself: `-k every_kernel` leaves out, on a
+        kernel after the first, what a kernel changes nothing of.
 
 Options of the test command
 
@@ -132,6 +135,7 @@ def pytest_configure(config):
         "pairs(parameter=value): base loop, engine and that parameter meet in pairs",
         "slow: left out by -m 'not slow'",
         "kernel(**parameters): runs on other kernels, too (--kernel-runner), with these parameters only",
+        "every_kernel: of those, what asks for the ring or kernel TLS itself (-k every_kernel)",
     ):
         config.addinivalue_line("markers", line)
 

@@ -22,7 +22,10 @@ from aiouringnet import _engine as engines
 
 # With child processes, which are dear there, one kind of failure is enough; and a poller
 # that starts and ends on the only core of a virtual machine is late for who looks at its thread.
-pytestmark = pytest.mark.kernel(engine="uring", sqpoll=False, errno_name="EAGAIN", unknown=0)
+pytestmark = [
+    pytest.mark.kernel(engine="uring", sqpoll=False, errno_name="EAGAIN", unknown=0),
+    pytest.mark.every_kernel,
+]
 
 MIB = 1 << 20
 

@@ -29,6 +29,7 @@ import aiouringnet
 
 pytestmark = [
     pytest.mark.kernel,
+    pytest.mark.every_kernel,
     tls.needs_openssl,
     pytest.mark.usefixtures("kernel_tls"),
     pytest.mark.matrix(base="asyncio", debug=False),

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.limit(15),
     # The other engine asks nothing new, and what differs over Unix is ours.
     pytest.mark.kernel(engine="uring", endpoint="tcp"),
+    pytest.mark.every_kernel,
 ]
 
 MIB = 1 << 20
