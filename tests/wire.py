@@ -22,6 +22,9 @@ import pytest
 
 IDENTITY = b"are you there"
 
+# What a write to a peer that has gone may end with, by timing.
+PEER_IS_GONE = (BrokenPipeError, ConnectionResetError)
+
 
 def over(kind):
     return pytest.mark.parametrize("endpoint", [kind], indirect=True)
