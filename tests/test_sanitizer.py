@@ -29,7 +29,15 @@ SELECTED = {
         "((asyncio-uring and not unix) or (uvloop-epoll and not tcp)) and not debug",
     ),
     "tls": (
-        ["tls_transport"],
+        [
+            "tls_writing",
+            "tls_reading",
+            "tls_flow_control",
+            "tls_negotiation",
+            "tls_closing",
+            "tls_callbacks",
+            "tls_upgrades",
+        ],
         (
             "((openssl and asyncio-uring and not server) or (ssl and asyncio-epoll and nested)) and not debug"
             " and not flooded and not backlog and not bulk and not interrupt"

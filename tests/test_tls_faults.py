@@ -12,7 +12,7 @@ import helpers
 import pytest
 import tls
 from helpers import BufferedRecorder, Recorder, pattern
-from tls_wire import TLSPeer, echoing, meet, place, role, secure  # noqa: F401
+from tls_wire import ANY_BASE, TLSPeer, echoing, meet, place, role, secure  # noqa: F401
 from wire import Boom, recorder
 
 pytestmark = [
@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.limit(15),
 ]
 
-ANY_BASE = pytest.mark.matrix(base=("asyncio", "uvloop"))
 BOTH_LAYERS = pytest.mark.usefixtures("tls_engine")
 INTERRUPTS = (KeyboardInterrupt, SystemExit)
 

@@ -31,8 +31,12 @@ import aiouringnet._tls
 
 HANDSHAKE_RECORD, ALERT_RECORD, DATA_RECORD = 22, 21, 23
 HEADER_BYTES = 5
+RECORD_BYTES = 16384  # of data, at most
 
 both_places = pytest.mark.parametrize("place", ["tcp", "unix"], indirect=True)
+KINDS = pytest.mark.parametrize("base", [helpers.Recorder, helpers.BufferedRecorder])
+VERSIONS = pytest.mark.parametrize("version", [tls.TLS_1_2, tls.TLS_1_3], ids=["1.2", "1.3"])
+ANY_BASE = pytest.mark.matrix(base=("asyncio", "uvloop"))  # in a module that leaves out one of them
 
 
 class RecordHeaders:
@@ -212,6 +216,12 @@ class SecureWire(Wire):
     @property
     def sslobj(self):
         return self.transport.get_extra_info("ssl_object")
+
+
+async def passes(count=10):
+    """Lets the loop go round."""
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 @pytest.fixture

@@ -12,10 +12,13 @@ Asking for `wire` runs the test once over TCP and once over a Unix socket;
 """
 
 import asyncio
+import contextlib
 import fcntl
+import gc
 import socket
 import struct
 import termios
+import warnings
 
 import helpers
 import pytest
@@ -59,6 +62,15 @@ def _extend(protocol, name, callback):
         return returned if more is None else more
 
     setattr(protocol, name, method)
+
+
+@contextlib.contextmanager
+def resource_warnings_ignored():
+    """For tests that leave things open, as asyncio says with a ResourceWarning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
 
 
 class Wire:
