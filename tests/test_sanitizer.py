@@ -46,7 +46,7 @@ SELECTED = {
     "tls_errors": (["tls_errors"], "openssl and asyncio-uring and not debug"),
     "tls_fuzz": (["tls_fuzz"], "openssl and asyncio-uring"),
     "reliability": (
-        ["reliability"],
+        ["endings", "loop_end", "processes", "slow_peers", "limits", "connecting", "threads", "stopped_loops"],
         (
             "((asyncio-uring and not unix) or (uvloop-epoll and not tcp) or (uvloop-sqpoll and not unix))"
             " and not debug and not floods"
