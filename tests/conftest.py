@@ -209,9 +209,9 @@ def _beyond_pairs(items):
     for item in items:
         mark = item.get_closest_marker("pairs")
         here = item.callspec.params if mark and hasattr(item, "callspec") else {}
+        [(name, value)] = mark.kwargs.items() if mark else [(None, None)]
         # Where a base loop or an engine cannot be had, the others do its part.
-        if "case" in here and not any(mark.name == "skip" for mark in item.own_markers):
-            [(name, value)] = mark.kwargs.items()
+        if {"case", name} <= here.keys() and not any(mark.name == "skip" for mark in item.own_markers):
             seconds = (here["case"].base == "uvloop", here["case"].engine == "epoll", here[name] == value)
             combinations[item.nodeid.partition("[")[0]][item] = seconds
     return {

@@ -16,6 +16,7 @@ pytestmark = [
     # The other engine asks nothing new, and what differs over Unix is ours.
     pytest.mark.kernel(engine="uring", endpoint="tcp"),
     pytest.mark.every_kernel,
+    pytest.mark.pairs(endpoint="unix"),
 ]
 
 

@@ -11,6 +11,8 @@ from helpers import Recorder
 from in_flight import FullBacklog, nothing_under_way
 from wire import PEER_IS_GONE
 
+pytestmark = pytest.mark.pairs(endpoint="unix")
+
 
 @pytest.mark.matrix(sqpoll=True)
 async def test_connecting_can_time_out_and_be_cancelled(loop):

@@ -24,6 +24,8 @@ from in_flight import (
 )
 from wire import PEER_IS_GONE, Boom, barrier, boom, over, recorder, serve, wire  # noqa: F401
 
+pytestmark = pytest.mark.pairs(endpoint="unix")
+
 MIB = 1 << 20
 
 

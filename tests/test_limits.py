@@ -14,6 +14,8 @@ from helpers import BufferedRecorder, Recorder, pattern
 from in_flight import engine_of, exchange
 from wire import serve  # noqa: F401
 
+pytestmark = pytest.mark.pairs(endpoint="unix")
+
 MIB = 1 << 20
 
 

@@ -14,6 +14,8 @@ from wire import resource_warnings_ignored
 
 import aiouringnet
 
+pytestmark = pytest.mark.pairs(endpoint="unix")
+
 
 @pytest.mark.matrix(sqpoll=True)
 def test_closing_the_loop_with_everything_in_flight(make_loop):

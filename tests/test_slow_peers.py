@@ -15,6 +15,8 @@ from helpers import Recorder, pattern
 from in_flight import engine_of, nothing_under_way
 from wire import barrier, over, wire  # noqa: F401
 
+pytestmark = pytest.mark.pairs(endpoint="unix")
+
 MIB = 1 << 20
 
 

@@ -12,6 +12,8 @@ from helpers import Recorder, pattern
 from in_flight import exchange
 from wire import serve  # noqa: F401
 
+pytestmark = pytest.mark.pairs(endpoint="unix")
+
 
 @pytest.mark.parametrize("size", [10, 100_000])
 @pytest.mark.matrix(sqpoll=True)

@@ -13,6 +13,8 @@ from helpers import Recorder, pattern
 from in_flight import Everything, engine_of, exchange
 from wire import over, resource_warnings_ignored, serve, wire  # noqa: F401
 
+pytestmark = pytest.mark.pairs(endpoint="unix")
+
 
 @pytest.mark.matrix(sqpoll=True)
 def test_two_loops_in_two_threads(make_loop, endpoint, case):
