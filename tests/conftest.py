@@ -13,9 +13,10 @@ the uring half is skipped and says why.
         narrows a dimension (a value or a tuple) for a test, class or module.
     @pytest.mark.matrix(sqpoll=True)
         adds `asyncio-sqpoll` and `uvloop-sqpoll` (uring, debug off).
-    @pytest.mark.pairs(tls_engine="ssl")
+    @pytest.mark.pairs(tls_engine="ssl"), @pytest.mark.pairs(endpoint="unix")
         lets each base loop meet each engine, and each of the two each value of that parameter (the one
-        that is named, and the others), but not all three each other.
+        that is named, and the others), but not all three each other. A test that is there with one base loop,
+        one engine or one value only keeps all that it has; with --whole-suites each test does.
     @pytest.mark.limit(seconds)
         replaces the 30 s after which a hanging test fails with every thread's
         traceback. Ten seconds later the process is ended, in case the hang is
@@ -26,6 +27,9 @@ the uring half is skipped and says why.
         marks what asks something of the kernel: `--kernel-runner` runs that on
         other kernels, too. Its arguments narrow the parameters there:
         `kernel(engine="uring", endpoint="tcp")`.
+    @pytest.mark.every_kernel
+        marks, of those, what asks for the ring or for the kernel's TLS itself: `-k every_kernel` leaves out, on a
+        kernel after the first, what a kernel changes nothing of.
 
 Options of the test command
 
@@ -41,8 +45,8 @@ Options of the test command
         kernel.io_uring_disabled. What uses io_uring there meanwhile fails, and if the suite is killed the sysctl
         stays: for machines that have nothing else to do, like those behind --kernel-runner, where it is given.
     --whole-suites
-        runs other projects' suites whole, not just what of them uses the network;
-        see test_other_suites.py.
+        runs other projects' suites whole, not just what of them uses the network,
+        see test_other_suites.py; and all three each other where else they meet in pairs.
     --patience FACTOR
         lets each test take so much longer before it counts as hung, where programs
         are slow: under the sanitizer, in a virtual machine.
@@ -72,6 +76,7 @@ certificates and SSLContexts in tls.py, kernel TLS in ktls.py.
 """
 
 import asyncio
+import collections
 import dataclasses
 import faulthandler
 import gc
@@ -113,7 +118,11 @@ def pytest_addoption(parser):
         help="let the sysctl kernel.io_uring_disabled be 2 for an instant, on the whole machine",
     )
     group.addoption("--ktls", action="store_true", help="have every TLS test ask for kernel TLS, which must be there")
-    parser.addoption("--whole-suites", action="store_true", help="run other projects' test suites whole")
+    parser.addoption(
+        "--whole-suites",
+        action="store_true",
+        help="run other projects' test suites whole, and what else meets in pairs",
+    )
     parser.addoption("--patience", type=float, default=1, metavar="FACTOR", help="let each test take so much longer")
 
 
@@ -132,6 +141,7 @@ def pytest_configure(config):
         "pairs(parameter=value): base loop, engine and that parameter meet in pairs",
         "slow: left out by -m 'not slow'",
         "kernel(**parameters): runs on other kernels, too (--kernel-runner), with these parameters only",
+        "every_kernel: of those, what asks for the ring or kernel TLS itself (-k every_kernel)",
     ):
         config.addinivalue_line("markers", line)
 
@@ -187,20 +197,30 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if _is_of_kernel_part(item)]
     elif not config.getoption("whole_suites"):
-        config.hook.pytest_deselected(items=[item for item in items if not _is_of_pairs(item)])
-        items[:] = [item for item in items if _is_of_pairs(item)]
+        repeated = _beyond_pairs(items)
+        config.hook.pytest_deselected(items=repeated)
+        items[:] = [item for item in items if item not in repeated]
     items[:] = _spread(items)
 
 
-def _is_of_pairs(item):
-    """Of eight combinations of three times two values the four in which each two values meet once."""
-    mark = item.get_closest_marker("pairs")
-    here = item.callspec.params if mark and hasattr(item, "callspec") else {}
-    if "case" not in here:
-        return True
-    [(name, value)] = mark.kwargs.items()
-    seconds = (here["case"].base == "uvloop", here["case"].engine == "epoll", here[name] == value)
-    return sum(seconds) % 2 == 0
+def _beyond_pairs(items):
+    """Of eight combinations of three times two values all but the four in which each two values meet once."""
+    combinations = collections.defaultdict(dict)
+    for item in items:
+        mark = item.get_closest_marker("pairs")
+        here = item.callspec.params if mark and hasattr(item, "callspec") else {}
+        [(name, value)] = mark.kwargs.items() if mark else [(None, None)]
+        # Where a base loop or an engine cannot be had, the others do its part.
+        if {"case", name} <= here.keys() and not any(mark.name == "skip" for mark in item.own_markers):
+            seconds = (here["case"].base == "uvloop", here["case"].engine == "epoll", here[name] == value)
+            combinations[item.nodeid.partition("[")[0]][item] = seconds
+    return {
+        item
+        for of_test in combinations.values()
+        if all(len(set(values)) == 2 for values in zip(*of_test.values()))
+        for item, seconds in of_test.items()
+        if sum(seconds) % 2
+    }
 
 
 def _spread(items):

@@ -4,22 +4,32 @@
     proof(transport, tls.TLS_1_3)       # what it should do by itself, and says it does, ...
     proof.check()                       # ... the kernel has done, and nothing else
 
+The fixture `proof` is one, for a test whose loops ask OpenSSL for it, and is checked at its end.
+
 A connection that was encrypted in user space after all is a failure, whatever
 the transport says.
 """
 
 import functools
+import hashlib
 import os
+import random
 import socket
 import ssl
 import threading
 from pathlib import Path
 
+import pytest
 import tls
 
 STATISTICS = Path("/proc/net/tls_stat")
 
 TCP_ULP = 31
+
+# Each way, in the tests that are there for the amount.
+BULK_BYTES = int(os.environ.get("AIOURINGNET_TEST_BULK_MIB", 8)) << 20
+
+roles = pytest.mark.parametrize("role", ["client", "server"])
 
 
 def counters():
@@ -66,6 +76,52 @@ class Proof:
         found = [grown[f"Tls{way}Sw"] + grown[f"Tls{way}Device"] for way in ("Tx", "Rx")]
         assert found == [self.sending, self.receiving], grown
         assert grown["TlsDecryptError"] == self.forged
+
+
+@pytest.fixture
+def proof(monkeypatch):
+    """proof(transport, version): the test's connection is one that the kernel has taken over."""
+    monkeypatch.setenv("AIOURINGNET_TLS", "openssl")
+    proof = Proof()
+    yield proof
+    proof.check()
+
+
+class Pump:
+    """Random bytes in random pieces, and the hash of them all; the same again for the same seed."""
+
+    def __init__(self, size_bytes, seed):
+        self.random = random.Random(seed)
+        self.left = size_bytes
+        self.hash = hashlib.sha256()
+
+    def __iter__(self):
+        while self.left:
+            # Most are small in number of pieces, and large in number of bytes.
+            piece = self.random.randbytes(min(self.left, int(2 ** self.random.uniform(0, 19))))
+            self.left -= len(piece)
+            self.hash.update(piece)
+            yield piece
+
+
+async def pumped(writer, seed, interrupt=None):
+    pump = Pump(BULK_BYTES, seed)
+    for number, piece in enumerate(pump):
+        writer.write(piece)
+        await writer.drain()
+        if interrupt is not None and number % 10 == 9:
+            interrupt(number // 10)
+    return pump.hash.hexdigest()
+
+
+async def swallowed(reader):
+    digest, left = hashlib.sha256(), BULK_BYTES
+    while left:
+        data = await reader.read(1 << 18)
+        assert data, f"the stream ended with {left} bytes to come"
+        digest.update(data)
+        left -= len(data)
+    return digest.hexdigest()
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 #
 #   bash tests/newer_openssl.sh DIR [PYTHON]           PYTHON: .venv/bin/python
 #   bash tests/run.sh --kernel-runner 'PYTHON=DIR/bin/python vng -r v6.12 --'
-#   DIR/bin/python -m pytest tests/test_ktls.py        on a kernel that has TLS
+#   DIR/bin/python -m pytest tests/test_ktls*.py       on a kernel that has TLS
 #
 # For Debian 12 and Ubuntu 24.04, whose OpenSSL 3.0 gives only half of TLS 1.3 to
 # the kernel. The libraries are Debian 13's, with the C library that they need;

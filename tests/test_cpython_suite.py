@@ -34,7 +34,7 @@ TLS_ENGINE = {"uring": "openssl", "epoll": "ssl"}
 EXCLUDED = {
     "test_ssl.TestSSL.test_remote_shutdown_receives_trailing_data": (
         "writes into the list in which asyncio's SSLProtocol keeps its output;"
-        " test_tls_transport.py has the test for output that waits when the peer ends"
+        " test_tls_closing.py has the test for output that waits when the peer ends"
     ),
     "test_ssl.TestSSL.test_remote_shutdown_receives_trailing_data_on_slow_socket": (
         "the same, and replaces the socket within asyncio's transport"

@@ -18,6 +18,7 @@ import aiouringnet
 
 pytestmark = [
     pytest.mark.kernel,
+    pytest.mark.every_kernel,
     tls.needs_openssl,
     pytest.mark.matrix(base="asyncio", debug=False),
 ]

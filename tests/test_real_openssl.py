@@ -264,7 +264,7 @@ commands = pytest.mark.parametrize(
 
 
 def ready_for_commands(version, key):
-    # Not all kernels follow new keys: test_ktls.py has what becomes of that.
+    # Not all kernels follow new keys: test_ktls_new_keys.py has what becomes of that.
     may_ktls = None if key == b"c\n" else False
     context = tls.authority().context_client(version=version, pair=tls.authority().client_pair(), ktls=may_ktls)
     if version == tls.TLS_1_3:

@@ -43,6 +43,7 @@ def has_user(name):
 
 pytestmark = [
     pytest.mark.matrix(sqpoll=True),
+    pytest.mark.pairs(where="unix"),
     pytest.mark.skipif(why_no_postgres() is not None, reason=str(why_no_postgres())),
 ]
 

@@ -14,6 +14,7 @@ NoBackoff = pytest.importorskip("redis.backoff").NoBackoff
 
 pytestmark = [
     pytest.mark.matrix(sqpoll=True),
+    pytest.mark.pairs(where="unix"),
     pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed"),
 ]
 

@@ -13,7 +13,7 @@ from helpers import Recorder, pattern
 
 import aiouringnet
 
-pytestmark = [pytest.mark.kernel, pytest.mark.matrix(debug=False, sqpoll=True)]
+pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel, pytest.mark.matrix(debug=False, sqpoll=True)]
 
 SIZE = 3_000_000  # bytes
 MUCH = 200 << 20  # bytes: more than the buffers of two sockets take

@@ -31,8 +31,13 @@ import aiouringnet._tls
 
 HANDSHAKE_RECORD, ALERT_RECORD, DATA_RECORD = 22, 21, 23
 HEADER_BYTES = 5
+RECORD_BYTES = 16384  # of data, at most
 
 both_places = pytest.mark.parametrize("place", ["tcp", "unix"], indirect=True)
+KINDS = pytest.mark.parametrize("base", [helpers.Recorder, helpers.BufferedRecorder])
+VERSIONS = pytest.mark.parametrize("version", [tls.TLS_1_2, tls.TLS_1_3], ids=["1.2", "1.3"])
+BOTH_LAYERS = pytest.mark.usefixtures("tls_engine")
+ANY_BASE = pytest.mark.matrix(base=("asyncio", "uvloop"))  # in a module that leaves out one of them
 
 
 class RecordHeaders:
@@ -214,6 +219,12 @@ class SecureWire(Wire):
         return self.transport.get_extra_info("ssl_object")
 
 
+async def passes(count=10):
+    """Lets the loop go round."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 @pytest.fixture
 def place(request):
     with helpers.Endpoint(getattr(request, "param", "tcp")) as place:
@@ -322,6 +333,27 @@ def secure(loop, meet):
 
 
 echoing = recorder(data_received=lambda protocol, data: protocol.transport.write(data))
+
+
+def client_with(kind):
+    """A client's context whose TLS objects are of a class of one's own."""
+    context = tls.authority().context_client()
+    context.sslobject_class = kind
+    return context
+
+
+async def connect_to_echo(loop, place, context, factory=helpers.Recorder):
+    server = await place.serve(loop, echoing, ssl=tls.authority().context_server())
+    transport, protocol = await place.connect(loop, factory, ssl=context, server_hostname="localhost")
+    return server, transport, protocol
+
+
+async def end(server, place, *protocols):
+    for protocol in [*protocols, *place.accepted]:
+        if protocol.transport is not None:
+            protocol.transport.abort()
+            await protocol.lost
+    server.close()
 
 
 @pytest.fixture

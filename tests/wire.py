@@ -12,15 +12,21 @@ Asking for `wire` runs the test once over TCP and once over a Unix socket;
 """
 
 import asyncio
+import contextlib
 import fcntl
+import gc
 import socket
 import struct
 import termios
+import warnings
 
 import helpers
 import pytest
 
 IDENTITY = b"are you there"
+
+# What a write to a peer that has gone may end with, by timing.
+PEER_IS_GONE = (BrokenPipeError, ConnectionResetError)
 
 
 def over(kind):
@@ -56,6 +62,15 @@ def _extend(protocol, name, callback):
         return returned if more is None else more
 
     setattr(protocol, name, method)
+
+
+@contextlib.contextmanager
+def resource_warnings_ignored():
+    """For tests that leave things open, as asyncio says with a ResourceWarning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
 
 
 class Wire:

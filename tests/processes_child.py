@@ -1,6 +1,6 @@
-"""What must be seen from outside of the process, for test_reliability.py.
+"""What must be seen from outside of the process, for test_processes.py.
 
-    python reliability_child.py BASE direct|sqpoll SCENARIO
+    python processes_child.py BASE direct|sqpoll SCENARIO
 
 The engine is AIOURINGNET_ENGINE's. A scenario is one of the functions below.
 """

@@ -1,0 +1,129 @@
+"""What a transport says about itself is what asyncio's says, until after its end."""
+
+import asyncio
+import contextlib
+import socket
+
+import helpers
+import pytest
+from helpers import Recorder
+from wire import over, serve, wire  # noqa: F401
+
+pytestmark = [
+    pytest.mark.limit(15),
+    # The other engine asks nothing new, and what differs over Unix is ours.
+    pytest.mark.kernel(engine="uring", endpoint="tcp"),
+    pytest.mark.every_kernel,
+]
+
+
+@over("tcp")
+@pytest.mark.matrix(sqpoll=True)
+async def test_extra_info_of_a_tcp_connection(loop, endpoint, serve, case):
+    await serve(Recorder)
+    transport, protocol = await endpoint.connect(loop, Recorder)
+    await helpers.eventually(lambda: endpoint.accepted)
+    server_side = await endpoint.accepted[0].made
+    assert transport.get_extra_info("peername") == endpoint.address
+    assert server_side.get_extra_info("sockname") == endpoint.address
+    assert server_side.get_extra_info("peername") == transport.get_extra_info("sockname")
+    sock = transport.get_extra_info("socket")
+    assert sock.family == socket.AF_INET and sock.getsockname() == transport.get_extra_info("sockname")
+    assert transport.get_extra_info("uring")["kind"] == case.engine
+    assert transport.get_extra_info("no such thing") is None
+    assert transport.get_extra_info("no such thing", "default") == "default"
+    assert transport.get_extra_info("sslcontext") is None
+    transport.close()
+    await protocol.lost
+    # Logs are written after the end too.
+    assert transport.get_extra_info("peername") == endpoint.address
+    assert transport.get_extra_info("sockname")
+    await endpoint.accepted[0].lost
+    assert server_side.get_extra_info("peername")
+
+
+@over("unix")
+@pytest.mark.matrix(debug=False)
+async def test_extra_info_of_a_unix_connection(loop, endpoint, serve):
+    await serve(Recorder)
+    transport, protocol = await endpoint.connect(loop, Recorder)
+    assert transport.get_extra_info("peername") == endpoint.address
+    assert transport.get_extra_info("sockname") == ""
+    assert transport.get_extra_info("socket").family == socket.AF_UNIX
+    await helpers.eventually(lambda: endpoint.accepted)
+    assert (await endpoint.accepted[0].made).get_extra_info("sockname") == endpoint.address
+    transport.close()
+    await protocol.lost
+    await endpoint.accepted[0].lost
+
+
+@pytest.mark.matrix(debug=False)
+async def test_a_transport_is_an_asyncio_transport(loop, wire):
+    w = await wire()
+    for kind in (asyncio.Transport, asyncio.ReadTransport, asyncio.WriteTransport, asyncio.BaseTransport):
+        assert isinstance(w.transport, kind)
+    assert not isinstance(w.transport, asyncio.DatagramTransport)
+    hash(w.transport)
+    assert w.transport == w.transport
+
+
+@pytest.mark.matrix(debug=False)
+async def test_repr_at_every_stage(loop, wire):
+    w = await wire()
+    fd = str(w.transport.get_extra_info("socket").fileno())
+    assert "StreamTransport" in repr(w.transport) and fd in repr(w.transport)
+    w.transport.pause_reading()
+    assert "paused" in repr(w.transport)
+    written = await w.block_writing()
+    assert str(w.transport.get_write_buffer_size()) in repr(w.transport)
+    w.transport.close()
+    assert "closing" in repr(w.transport)
+    await w.receive(len(written))
+    await w.protocol.lost
+    await helpers.eventually(lambda: "closed" in repr(w.transport))
+
+
+@pytest.mark.matrix(debug=False)
+async def test_is_closing_and_is_reading_follow_the_connection(loop, wire):
+    w = await wire()
+    assert w.transport.is_reading() and not w.transport.is_closing()
+    written = await w.block_writing()
+    w.transport.close()
+    assert w.transport.is_closing() and not w.transport.is_reading()
+    await w.receive(len(written))
+    await w.protocol.lost
+    assert w.transport.is_closing() and not w.transport.is_reading()
+
+
+@over("tcp")
+@pytest.mark.matrix(debug=False)
+async def test_every_tcp_connection_has_nodelay(loop, endpoint, serve):
+    """Whatever the protocol number of its socket says: a listener from socket.socket() has 0."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = await loop.create_server(endpoint._remembering(Recorder), sock=listener)
+    endpoint.address = server.sockets[0].getsockname()
+    mine = socket.socket()
+    mine.setblocking(False)
+    await loop.sock_connect(mine, endpoint.address)
+    transports = [
+        (await endpoint.connect(loop, Recorder))[0],
+        (await loop.create_connection(Recorder, sock=mine))[0],
+    ]
+    await helpers.eventually(lambda: len(endpoint.accepted) == 2)
+    transports += [await protocol.made for protocol in endpoint.accepted]
+    for transport in transports:
+        assert transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        transport.abort()
+    server.close()
+
+
+async def test_a_stream_transport_is_made_once(loop, wire):
+    w = await wire()
+    kind = type(w.transport)
+    with pytest.raises(TypeError):
+        kind.__new__(kind)
+    with contextlib.suppress(TypeError):
+        kind.__init__(w.transport, w.transport._engine, None, Recorder())
+    w.transport.write(b"goes on")
+    assert await w.receive(7) == b"goes on"
