@@ -548,17 +548,47 @@ async def test_connection_made_may_wait_for_what_it_has_written(loop, endpoint):
 
 
 @pytest.mark.matrix(debug=False)
-async def test_connections_that_are_collected_together_wake_a_closed_server_once(loop, endpoint):
-    """Each leaves the server's WeakSet before any of them says goodbye."""
-
-    made = []
+def paused_in_a_cycle(made):
+    """A protocol whose connections are for the collector alone; `made`: references to their transports."""
 
     class Paused(asyncio.Protocol):
         def connection_made(self, transport):
             transport.pause_reading()
-            self.transport = transport  # a cycle: for the collector
+            self.transport = transport
             made.append(weakref.ref(transport))
 
+    return Paused
+
+
+async def test_a_connection_that_is_collected_while_its_server_closes(loop, endpoint, monkeypatch):
+    """Any allocation may start the collector, one of Server.close() too."""
+    made = []
+    endpoint.accepted = Forgetful()
+    server = await endpoint.serve(loop, paused_in_a_cycle(made))
+    stop_serving = server._loop._stop_serving
+
+    def stop_and_collect(sock):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+        stop_serving(sock)
+
+    peer = endpoint.peer()
+    await helpers.eventually(lambda: made)
+    for _ in range(3):
+        await asyncio.sleep(0.01)
+    monkeypatch.setattr(server._loop, "_stop_serving", stop_and_collect)
+    server.close()
+    assert made[0]() is None
+    await asyncio.wait_for(server.wait_closed(), 5)
+    assert peer.recv(1) == b""
+    peer.close()
+
+
+async def test_connections_that_are_collected_together_wake_a_closed_server_once(loop, endpoint):
+    """Each leaves the server's WeakSet before any of them says goodbye."""
+    made = []
+    Paused = paused_in_a_cycle(made)
     endpoint.accepted = Forgetful()
     server = await endpoint.serve(loop, Paused)
     peers = [endpoint.peer() for _ in range(3)]

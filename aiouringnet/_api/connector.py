@@ -293,6 +293,11 @@ class Server(asyncio.base_events.Server):
             self._loop._listeners.clear()
         super().close()
 
+    def _wakeup(self):
+        # A transport that is collected in the middle of close() leaves the server, too.
+        if self._waiters is not None:
+            super()._wakeup()
+
 
 def _ours(server):
     """asyncio's functions make servers of asyncio's class."""

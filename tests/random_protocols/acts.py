@@ -237,4 +237,5 @@ def starts_tls_wildly(program, transport, protocol, where):
                 program.remember(new)
 
     program.upgrade_failed = program.secure = True
+    program.held_up = None  # who has been told what, while protocols change hands, is nobody's knowledge
     program.round.doomed.add(program.round.start(upgrade(transport)))

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import gc
 import itertools
@@ -125,6 +126,9 @@ class Round:
             loop = uvloop.new_event_loop()
         else:
             loop = asyncio.SelectorEventLoop()
+        # The round waits for its thread, which keeps what it has done last for a moment.
+        self.executor = concurrent.futures.ThreadPoolExecutor(1)
+        loop.set_default_executor(self.executor)
         loop.set_debug(self.debug)
         loop.slow_callback_duration = 1000
         loop.set_exception_handler(self.on_report)
@@ -219,6 +223,7 @@ class Round:
                 self.loop.run_until_complete(asyncio.sleep(0))
         self.over = True
         self.loop.close()
+        self.executor.shutdown()
         self.note("the loop is closed")
         for server in self.servers:
             server.close()
