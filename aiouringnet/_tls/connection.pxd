@@ -4,6 +4,7 @@ from cpython.object cimport PyObject
 
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Layer, flag
+from aiouringnet._tls.offload cimport Offload
 from aiouringnet._tls.plaintext cimport Plaintext
 from aiouringnet._tls.records cimport Records
 from aiouringnet._transports.stream cimport StreamTransport
@@ -31,6 +32,7 @@ cdef class TLSConnection(Plaintext):
     # the connection
     cdef Engine engine
     cdef Records records
+    cdef Offload offload            # the kernel's part in it, or None
     cdef object lower               # the transport below
     cdef StreamTransport stream     # the same, where it is a stream's
     cdef object loop, protocol, context, sslcontext
@@ -38,6 +40,7 @@ cdef class TLSConnection(Plaintext):
     cdef object waiter, timer
     cdef object handshake_timeout_s, shutdown_timeout_s
     cdef object started_at          # in debug mode, when the handshake started
+    cdef object ktls_why_not        # a sentence, where kernel TLS was asked for
     cdef object __weakref__
     cdef dict __dict__              # attributes of the application's own, as on asyncio's transports
 
@@ -65,7 +68,6 @@ cdef class TLSConnection(Plaintext):
     cdef flag choked                # the peer does not read our answers: until it does
     cdef unsigned long long turn, turn_began    # the engine's pass, and records without data before it
     cdef Py_ssize_t answers         # bytes of those since the transport below was paused
-    cdef bytes kept                 # decrypted by the kernel, not yet delivered
     cdef Py_ssize_t read_bytes
     cdef object read_limits
 
@@ -75,12 +77,6 @@ cdef class TLSConnection(Plaintext):
     cdef flag lower_paused
     cdef flag protocol_paused
     cdef Py_ssize_t high, low
-    cdef object empty_waiter        # of sendfile(): no write meanwhile
-
-    # kernel TLS
-    cdef flag offered               # the handshake reads from the socket
-    cdef flag finishing             # finish() waits for control records to be sent
-    cdef object ktls_why_not        # a sentence, where it was asked for
 
     # the protocol's callbacks
     cdef bint enter(self, PyObject** before) except -1
@@ -110,7 +106,12 @@ cdef class TLSConnection(Plaintext):
     cdef int emit(self, bint answering=*) except -1
     cdef int shut_down(self) except -1
     cdef int start_shutdown(self) except -1
+    cdef bint may_finish(self) noexcept
     cdef int finish(self) except -1
+
+    # what KernelTLS implements, for a connection with an Offload
     cdef int pass_on(self, bint full_records_only) except -1
     cdef int send_control(self) except -1
+    cdef int deliver_plain(self, const char* data, Py_ssize_t size) except -1
+    cdef int deliver_kept(self) except -1
     cdef bint keys_are_lost(self) noexcept

@@ -24,7 +24,6 @@ What holds up input, and output, is told apart, since each ends in its own way:
     blocked         OpenSSL wants to read first (renegotiation): until advance() has read
     waiting         for the socket to take what it was given, before keys or control records (kernel TLS): until
                     drained()
-    ... finishing   ... and so does the connection's end
 
 Invariants:
 
@@ -312,6 +311,9 @@ cdef class TLSConnection(Plaintext):
     cdef int start_shutdown(self) except -1:
         return 0
 
+    cdef bint may_finish(self) noexcept:
+        return False
+
     cdef int finish(self) except -1:
         return 0
 
@@ -319,6 +321,12 @@ cdef class TLSConnection(Plaintext):
         return 0
 
     cdef int send_control(self) except -1:
+        return 0
+
+    cdef int deliver_plain(self, const char* data, Py_ssize_t size) except -1:
+        return 0
+
+    cdef int deliver_kept(self) except -1:
         return 0
 
     cdef bint keys_are_lost(self) noexcept:

@@ -11,8 +11,6 @@ cdef class TLSInput(TLSConnection):
     cdef Py_ssize_t fill_buffer(self) except RAISED
     cdef Py_ssize_t read_into(self, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept
     cdef Py_ssize_t decrypt(self, char* buffer, Py_ssize_t room) noexcept
-    cdef int deliver_plain(self, const char* data, Py_ssize_t size) except -1
-    cdef int feed(self, const char* data, Py_ssize_t size) except -1
     cdef int on_close_notify(self) except -1
     cdef int end_of_input(self) except -1
     cdef int discard_input(self) except -1

@@ -10,10 +10,9 @@ pause reading, too.
 import ssl
 
 from cpython.buffer cimport PyBuffer_Release
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
-from libc.string cimport memcpy
 
 from aiouringnet._engine.interface cimport Layer
 from aiouringnet._tls.connection cimport (
@@ -43,7 +42,7 @@ cdef class TLSInput(TLSConnection):
         if self.state == OVER:
             return
         try:
-            if self.records.kernel_receives:
+            if self.offload is not None and self.offload.kernel.receives:
                 self.deliver_plain(data, size)
                 return
             self.records.feed(data, size)
@@ -76,7 +75,7 @@ cdef class TLSInput(TLSConnection):
             self.encrypt()
             if self.state == FLUSHING:
                 self.shut_down()
-        if self.keys_are_lost():
+        if self.offload is not None and self.keys_are_lost():
             return 0
         # Tickets, alerts, answers to KeyUpdate.
         self.emit(True)
@@ -170,49 +169,15 @@ cdef class TLSInput(TLSConnection):
         self.busy = False
         return n
 
-    cdef int deliver_plain(self, const char* data, Py_ssize_t size) except -1:
-        """What the kernel has decrypted."""
-        cdef Layer layer = self.layer
-        self.records.dataless = 0
-        if self.state != OPEN:
-            return 0  # after close()
-        if self.kept is not None or self.paused or self.holding or self.resting:
-            self.kept = PyBytes_FromStringAndSize(data, size) if self.kept is None else self.kept + data[:size]
-        elif layer is not None:
-            layer.received(data, size)
-        elif self.buffered:
-            self.feed(data, size)
-        else:
-            self.receive(PyBytes_FromStringAndSize(data, size))
-        return 0
-
-    cdef int feed(self, const char* data, Py_ssize_t size) except -1:
-        """Copy into the BufferedProtocol's buffers, as many as it takes."""
-        cdef Py_buffer view
-        cdef Py_ssize_t n
-        while size > 0 and self.state == OPEN:
-            if self.paused or not self.buffered:
-                return self.deliver_plain(data, size)
-            protocol = self.protocol
-            if not self.get_buffer(&view, size):
-                if self.protocol is protocol:
-                    return 0
-                continue
-            n = min(view.len, size)
-            memcpy(view.buf, data, n)
-            PyBuffer_Release(&view)
-            self.buffer_updated(n)
-            data += n
-            size -= n
-        return 0
-
     # --- the end of input ---------------------------------------------------------
 
     cdef int on_close_notify(self) except -1:
         self.peer_closed = True
         if self.state == SHUTDOWN:
             self.finish()  # close() was called meanwhile
-        elif self.state == OPEN and not self.paused and not self.holding and self.kept is None:
+        elif self.state == OPEN and not self.paused and not self.holding and (
+            self.offload is None or self.offload.kept is None
+        ):
             self.end_of_input()
         return 0
 
@@ -278,7 +243,9 @@ cdef class TLSInput(TLSConnection):
         return 0
 
     cdef int breathe(self) except -1:
-        if self.choked and not self.lower_paused and self.records.unsent() <= MAX_ANSWER_BYTES:
+        if self.choked and not self.lower_paused and (
+            self.offload is None or self.offload.unsent() <= MAX_ANSWER_BYTES
+        ):
             self.choked = False
             self.schedule_resume()
         return 0
@@ -305,9 +272,8 @@ cdef class TLSInput(TLSConnection):
 
     cdef int take_up(self) except -1:
         """Reading goes on: with what was kept, and then with the transport below."""
-        if self.kept is not None:
-            kept, self.kept = self.kept, None
-            self.deliver_plain(PyBytes_AS_STRING(kept), PyBytes_GET_SIZE(kept))
+        if self.offload is not None:
+            self.deliver_kept()
         self.advance()
         self.keep_input()
         if self.state == OVER or self.resting:

@@ -1,21 +1,21 @@
-"""A TLS connection whose records the kernel makes, or reads, or both.
+"""What a TLS connection with an Offload does otherwise: the kernel makes its records, or reads them, or both.
 
-During the handshake OpenSSL reads from the socket itself, never more than a
-record, and hands its keys to the kernel in the middle of it (hand_over() in
-bio.pyx).  Then plaintext goes to and comes from the stream.  Records that are
-not data keep their way through OpenSSL: it hands over those to send with their
-type, and gets those that arrive.
+offload.pyx has the state and says how it works.  Plaintext goes to and comes
+from the stream here; records that are not data keep their way through OpenSSL.
 """
 
 import logging
 import ssl
 
-from cpython.bytes cimport PyBytes_AS_STRING
+from cpython.buffer cimport PyBuffer_Release
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, EBADMSG, EINTR, EINVAL, EMSGSIZE
+from libc.string cimport memcpy
 
-from aiouringnet._engine.interface cimport EOF_HELD
+from aiouringnet._engine.interface cimport EOF_HELD, Layer
 from aiouringnet._engine.stream cimport Stream
-from aiouringnet._tls.connection cimport FLUSHING, HANDSHAKE, OVER, RECORD_BYTES
+from aiouringnet._tls.connection cimport FLUSHING, HANDSHAKE, OPEN, OVER, RECORD_BYTES
+from aiouringnet._tls.offload cimport Offload
 from aiouringnet._tls.output cimport TLSOutput
 from aiouringnet._tls.plaintext cimport contents
 from aiouringnet._tls.records cimport FAILED
@@ -73,26 +73,49 @@ cdef class KernelTLS(TLSOutput):
             self.advance()
         except BaseException as exc:
             self.broke(exc)
-        if self.offered and self.records.socket_ended():
+        if self.offload is not None and self.offload.kernel.reads and self.offload.kernel.ended:
             return EOF_HELD
         return 0
 
+    cdef int start_offer(self) except -1:
+        # What was received before an upgrade the kernel cannot decrypt any more.
+        self.stream.reads_itself = not self.records.has_input() and self.stream.stream.held is None
+        self.offload.offer(self.stream.fileno, self.stream.reads_itself)
+        return 0
+
+    cdef bint may_hand_over(self) except -1:
+        """Whether all that precedes new keys has left: OpenSSL may hand them over in the handshake's next step."""
+        if self.stream.stream.sending:
+            self.engine.poll_sends()
+        if self.state != HANDSHAKE:
+            return False
+        if not self.socket_is_idle():
+            self.waiting = True
+            self.stream.stream.expect_sent()
+            return False
+        self.offload.kernel.idle = True
+        return True
+
     cdef int end_offer(self) except -1:
         """The handshake is done: whatever the kernel has taken over is its own from now on."""
-        self.offered = False
-        self.ktls_why_not = self.records.withdraw_socket()
+        cdef Offload offload = self.offload
+        cdef Stream stream = self.stream.stream
+        self.ktls_why_not = offload.withdraw()
         if self.ktls_why_not is not None:
             logger.debug("%r: kernel TLS is not active for %s", self, self.ktls_why_not)
-        if self.records.kernel_sends or self.records.kernel_receives:
-            self.stream.stream.ktls = True
-        if self.records.kernel_receives:
+        if offload.kernel.sends or offload.kernel.receives:
+            stream.ktls = True
+        else:
+            self.offload = None
+            self.waiting = False
+        if offload.kernel.receives:
             # A read stops at each control record: a short one does not mean that the socket is empty.
-            self.stream.stream.thorough = self.stream.stream.mute = True
+            stream.thorough = stream.mute = True
         if self.stream.reads_itself:
             self.stream.reads_itself = False
             # What has arrived meanwhile has been announced already.
-            self.stream.stream.readable = True
-            self.engine.mark_resync(self.stream.stream)
+            stream.readable = True
+            self.engine.mark_resync(stream)
         return 0
 
     cdef int decline_ktls(self) except -1:
@@ -116,9 +139,9 @@ cdef class KernelTLS(TLSOutput):
         """Plaintext to the stream, for the kernel to encrypt: each send ends a record, so small pieces are joined."""
         cdef const char* data = NULL
         cdef Py_ssize_t size, room
-        if self.records.in_handshake() and not self.continue_handshake():
+        if self.offload.in_handshake() and not self.continue_handshake():
             return 0
-        while self.queued and not self.lower_paused and not self.records.has_control():
+        while self.queued and not self.lower_paused and not self.offload.has_control():
             room = self.queued
             if full_records_only:
                 room -= room % RECORD_BYTES
@@ -141,7 +164,7 @@ cdef class KernelTLS(TLSOutput):
         """Authentication after the handshake, new keys: what SSL_write(), which nobody calls, would send first."""
         cdef Py_ssize_t n
         self.busy = True
-        n = self.records.continue_handshake()
+        n = self.records.write(b"", 0)
         self.busy = False
         if self.keys_are_lost():
             return False
@@ -152,9 +175,9 @@ cdef class KernelTLS(TLSOutput):
 
     cdef int send_control(self) except -1:
         """Tickets, alerts and KeyUpdates of ours, when the data before them is in the socket."""
-        if not self.records.has_control() or self.stream.lost:
+        if not self.offload.has_control() or self.stream.lost:
             return 0
-        if self.socket_is_idle() and self.records.send_control() or self.keys_are_lost():
+        if self.socket_is_idle() and self.offload.send_control() or self.keys_are_lost():
             return 0
         if self.socket_is_idle():
             # The socket is full of what went before.
@@ -196,21 +219,64 @@ cdef class KernelTLS(TLSOutput):
         self.control_writing()
         if self.state == FLUSHING:
             self.shut_down()
-        if self.finishing:
-            self.finishing = False
+        if self.may_finish():
             self.finish()
         return 0
 
     # --- receiving ----------------------------------------------------------------
+
+    cdef int deliver_plain(self, const char* data, Py_ssize_t size) except -1:
+        """What the kernel has decrypted."""
+        cdef Layer layer = self.layer
+        self.records.dataless = 0
+        if self.state != OPEN:
+            return 0  # after close()
+        kept = self.offload.kept
+        if kept is not None or self.paused or self.holding or self.resting:
+            self.offload.kept = PyBytes_FromStringAndSize(data, size) if kept is None else kept + data[:size]
+        elif layer is not None:
+            layer.received(data, size)
+        elif self.buffered:
+            self.feed(data, size)
+        else:
+            self.receive(PyBytes_FromStringAndSize(data, size))
+        return 0
+
+    cdef int deliver_kept(self) except -1:
+        kept = self.offload.kept
+        if kept is not None:
+            self.offload.kept = None
+            self.deliver_plain(PyBytes_AS_STRING(kept), PyBytes_GET_SIZE(kept))
+        return 0
+
+    cdef int feed(self, const char* data, Py_ssize_t size) except -1:
+        """Copy into the BufferedProtocol's buffers, as many as it takes."""
+        cdef Py_buffer view
+        cdef Py_ssize_t n
+        while size > 0 and self.state == OPEN:
+            if self.paused or not self.buffered:
+                return self.deliver_plain(data, size)
+            protocol = self.protocol
+            if not self.get_buffer(&view, size):
+                if self.protocol is protocol:
+                    return 0
+                continue
+            n = min(view.len, size)
+            memcpy(view.buf, data, n)
+            PyBuffer_Release(&view)
+            self.buffer_updated(n)
+            data += n
+            size -= n
+        return 0
 
     cdef bint control_record(self) noexcept:
         """The kernel has decrypted a record that is not data: OpenSSL shall see it."""
         cdef char record[MAX_RECORD_BYTES]
         cdef Py_ssize_t size = 0
         cdef int kind
-        if not self.records.kernel_receives or self.state == OVER:
+        if self.offload is None or not self.offload.kernel.receives or self.state == OVER:
             return False
-        kind = self.records.take_control_record(self.stream.fileno, record, sizeof(record), &size)
+        kind = self.offload.take_record(record, sizeof(record), &size)
         try:
             if kind == DATA_RECORD:
                 self.deliver_plain(record + RECORD_HEADER, size - RECORD_HEADER)
@@ -222,8 +288,9 @@ cdef class KernelTLS(TLSOutput):
 
     cdef void read_failed(self, int error) noexcept:
         """A record that the kernel refuses: the peer is told why, as by OpenSSL, as far as its socket takes that."""
-        if self.records.kernel_receives and self.records.kernel_sends and error in ALERTS:
-            self.records.send_alert(ALERTS[error])
+        cdef Offload offload = self.offload
+        if offload is not None and offload.kernel.receives and offload.kernel.sends and error in ALERTS:
+            offload.send_alert(ALERTS[error])
 
     cdef int take_record(self, const char* record, Py_ssize_t size) except -1:
         cdef char scratch[RECORD_BYTES]
@@ -247,7 +314,7 @@ cdef class KernelTLS(TLSOutput):
 
     cdef bint keys_are_lost(self) noexcept:
         """Whether new keys, which the kernel did not take, end the connection: what it sends nobody can decrypt."""
-        if not self.records.keys_are_stuck() or self.state == OVER:
+        if not self.offload.keys_are_stuck() or self.state == OVER:
             return False
         self.records.error = None
         self.fatal(
@@ -264,12 +331,14 @@ cdef class KernelTLS(TLSOutput):
 
     @property
     def _sends_files(self):
-        return bool(self.records.kernel_sends)
+        return self.offload is not None and bool(self.offload.kernel.sends)
 
     def _make_empty_waiter(self):
-        if self.empty_waiter is not None:
+        if not self._sends_files:
+            raise RuntimeError("the kernel does not encrypt what this connection sends")
+        if self.offload.empty_waiter is not None:
             raise RuntimeError("Empty waiter is already set")
-        waiter = self.empty_waiter = self.loop.create_future()
+        waiter = self.offload.empty_waiter = self.loop.create_future()
         try:
             self.encrypt()
             self.check_empty()
@@ -278,13 +347,15 @@ cdef class KernelTLS(TLSOutput):
         return waiter
 
     def _reset_empty_waiter(self):
-        self.empty_waiter = None
+        if self.offload is not None:
+            self.offload.empty_waiter = None
         if self.lower is not None:
             self.lower._reset_empty_waiter()
 
     cdef int check_empty(self) except -1:
         """What was written before the file is with the stream: wait for that to be sent."""
-        if self.empty_waiter is None or self.empty_waiter.done() or self.queued or self.records.has_control():
+        waiter = self.offload.empty_waiter
+        if waiter is None or waiter.done() or self.queued or self.offload.has_control():
             return 0
         if self.stream.empty_waiter is None:
             lower_waiter = self.stream._make_empty_waiter()
@@ -295,19 +366,20 @@ cdef class KernelTLS(TLSOutput):
         return 0
 
     def _lower_is_empty(self, lower_waiter):
-        if self.empty_waiter is None or self.empty_waiter.done() or lower_waiter.cancelled():
+        waiter = self.offload.empty_waiter
+        if waiter is None or waiter.done() or lower_waiter.cancelled():
             return
         if lower_waiter.exception() is not None:
-            self.empty_waiter.set_exception(lower_waiter.exception())
+            waiter.set_exception(lower_waiter.exception())
         else:
-            self.empty_waiter.set_result(None)
+            waiter.set_result(None)
 
     @property
     def _is_empty(self):
         # What OpenSSL has yet to say before data, an answer to KeyUpdate, precedes a file as well.
-        if self.queued or self.records.has_control() or self.records.in_handshake():
+        if not self._sends_files or self.queued or self.offload.has_control() or self.offload.in_handshake():
             return False
-        return self.empty_waiter is None and self.stream._is_empty
+        return self.offload.empty_waiter is None and self.stream._is_empty
 
     def _send_file(self, fd, offset, count):
         return self.stream._send_file(fd, offset, count)

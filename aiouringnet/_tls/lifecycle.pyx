@@ -42,8 +42,9 @@ cdef class Lifecycle(KernelTLS):
             transport.abort()
             return 0
         self.timer = self.loop.call_later(self.handshake_timeout_s, self._check_handshake_timeout)
-        self.offered = self.stream is not None and self.stream.stream.tcp and self.records.wants_socket()
-        if self.offered and self.stream.stream.in_flight:
+        if self.stream is not None and self.stream.stream.tcp:
+            self.offload = self.records.new_offload()
+        if self.offload is not None and self.stream.stream.in_flight:
             # An upgrade: what is being received or sent in the clear ends first.
             transport.pause_reading()
             self.loop.call_later(QUIET_RETRY_S, self._begin_when_quiet)
@@ -64,10 +65,8 @@ cdef class Lifecycle(KernelTLS):
 
     cdef int begin(self) except -1:
         transport = self.lower
-        if self.offered:
-            # What was received before an upgrade the kernel cannot decrypt any more.
-            self.stream.reads_itself = not self.records.has_input() and self.stream.stream.held is None
-            self.records.offer_socket(self.stream.fileno, self.stream.reads_itself)
+        if self.offload is not None:
+            self.start_offer()
         self.limit_lower()
         if self.loop.get_debug():
             logger.debug("%r starts SSL handshake", self)
@@ -129,7 +128,7 @@ cdef class Lifecycle(KernelTLS):
     def connection_lost(self, exc):
         if self.clean:
             exc = None  # a peer that closed its socket resets it when our close_notify arrives
-        elif isinstance(exc, OSError) and self.records.kernel_receives:
+        elif isinstance(exc, OSError) and self.offload is not None and self.offload.kernel.receives:
             exc = as_ssl_error(exc)
         self.closing = True
         self.state = OVER
@@ -143,8 +142,10 @@ cdef class Lifecycle(KernelTLS):
             if not self.busy:
                 self.records.drop_input()
             self.dropped += 1
-            if self.empty_waiter is not None:
-                self.engine.settle(self.empty_waiter, exc or ConnectionError("Connection is closed by peer"))
+            if self.offload is not None and self.offload.empty_waiter is not None:
+                self.engine.settle(
+                    self.offload.empty_waiter, exc or ConnectionError("Connection is closed by peer")
+                )
             self.wake_waiter(exc or ConnectionAbortedError("the connection was closed during the TLS handshake"))
         finally:
             if self.made and protocol is not None:
@@ -165,7 +166,8 @@ cdef class Lifecycle(KernelTLS):
             self.encrypt()
             if self.state == FLUSHING:
                 self.shut_down()
-            self.check_empty()
+            if self.offload is not None:
+                self.check_empty()
             self.control_writing()
             self.breathe()
         except BaseException as exc:
@@ -174,17 +176,8 @@ cdef class Lifecycle(KernelTLS):
     # --- the handshake ------------------------------------------------------------
 
     cdef int handshake(self) except -1:
-        if self.offered:
-            if self.stream.stream.sending:
-                self.engine.poll_sends()
-            if self.state != HANDSHAKE:
-                return 0
-            if not self.socket_is_idle():
-                # OpenSSL may hand over its keys in the next step, and what precedes them must be out.
-                self.waiting = True
-                self.stream.stream.expect_sent()
-                return 0
-            self.records.socket_idle(True)
+        if self.offload is not None and not self.may_hand_over():
+            return 0
         try:
             self.step()
         except AGAIN:
@@ -196,12 +189,13 @@ cdef class Lifecycle(KernelTLS):
             return 0
         except BaseException as exc:
             self.emit()  # the alert, which a socket that is closed with unread input would take back by a reset
-            self.records.drain_socket()
+            if self.offload is not None:
+                self.offload.drain()
             self.handshake_failed(exc)
             return 0
         if self.state != HANDSHAKE:
             return 0  # a callback has closed the connection
-        if self.offered:
+        if self.offload is not None:
             self.end_offer()
         elif self.asks_for_ktls():
             self.decline_ktls()
@@ -284,15 +278,17 @@ cdef class Lifecycle(KernelTLS):
             finally:
                 self.busy = False
             self.emit()
-        if self.state == SHUTDOWN and (self.eof or self.peer_closed):
+        if self.may_finish():
             self.finish()
         return 0
 
+    cdef bint may_finish(self) noexcept:
+        return self.state == SHUTDOWN and (self.eof or self.peer_closed)
+
     cdef int finish(self) except -1:
         """Both sides have said goodbye."""
-        if self.waiting and self.records.has_control():
-            self.finishing = True
-            return 0
+        if self.waiting and self.offload.has_control():
+            return 0  # go_on() comes back to it
         self.call_eof_received()
         if self.state == SHUTDOWN:
             self.clean = self.lower_queued() == 0

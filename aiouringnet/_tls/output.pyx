@@ -58,7 +58,7 @@ cdef class TLSOutput(TLSInput):
         if self.busy:
             self.again = True
             return 0
-        if self.records.kernel_sends:
+        if self.offload is not None and self.offload.kernel.sends:
             self.pass_on(full_records_only)
             return 0
         while self.queued and not self.lower_paused and not self.blocked:
@@ -116,9 +116,9 @@ cdef class TLSOutput(TLSInput):
         """Pass ciphertext to the transport below; `answering`: what the peer's records have caused."""
         cdef const char* data = NULL
         cdef Py_ssize_t size = 0
-        if (self.records.kernel_sends or self.offered) and self.records.has_control():
+        if self.offload is not None and self.offload.has_control():
             self.send_control()
-            if answering and self.records.unsent() > MAX_ANSWER_BYTES:
+            if answering and self.offload.unsent() > MAX_ANSWER_BYTES:
                 self.choke()
             return 0
         output = self.records.take_output(&data, &size)
@@ -149,7 +149,7 @@ cdef class TLSOutput(TLSInput):
 
     cdef Py_ssize_t control_queued(self) noexcept:
         """Control records that wait for the kernel; those that still do when the connection is over nobody sends."""
-        return 0 if self.state == OVER else self.records.unsent()
+        return 0 if self.state == OVER or self.offload is None else self.offload.unsent()
 
     cdef int control_writing(self) except -1:
         """Tell the protocol to pause or to resume."""

@@ -167,9 +167,9 @@ cdef class SSLStreamTransport(Lifecycle):
         if name == "tls_engine":
             return self.records.kind
         if name == "ktls_send_enabled":
-            return bool(self.records.kernel_sends)
+            return self.offload is not None and bool(self.offload.kernel.sends)
         if name == "ktls_recv_enabled":
-            return bool(self.records.kernel_receives)
+            return self.offload is not None and bool(self.offload.kernel.receives)
         if name == "ktls_why_not":
             return self.ktls_why_not
         if self.made and self.state != NEW:
@@ -339,7 +339,7 @@ cdef class SSLStreamTransport(Lifecycle):
             self.push(self.queued - size)
 
     cdef bint may_write(self) except -1:
-        if self.empty_waiter is not None:
+        if self.offload is not None and self.offload.empty_waiter is not None:
             raise RuntimeError("unable to write; sendfile is in progress")
         if self.closing:
             if self.dropped >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
