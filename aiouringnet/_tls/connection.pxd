@@ -10,6 +10,7 @@ from aiouringnet._tls.records cimport Records
 from aiouringnet._transports.stream cimport StreamTransport
 
 
+# In their order, both; connection.pyx has the tables
 cdef enum:
     NEW
     HANDSHAKE
@@ -17,6 +18,12 @@ cdef enum:
     FLUSHING
     SHUTDOWN
     OVER
+
+cdef enum:
+    READING
+    HELD
+    RESTING
+    CHOKED
 
 cdef enum:
     RECORD_BYTES = 16384    # plaintext of a full record, RFC 8446 section 5.1
@@ -45,8 +52,7 @@ cdef class TLSConnection(Plaintext):
     cdef dict __dict__              # attributes of the application's own, as on asyncio's transports
 
     # state
-    cdef int state
-    cdef flag closing               # close() was called, or it is over
+    cdef flag state
     cdef flag buffered              # the protocol is a BufferedProtocol
     cdef flag timed                 # asyncio's debug mode: slow callbacks are named
     cdef flag made, ended           # connection_made() and eof_received() were called
@@ -62,10 +68,8 @@ cdef class TLSConnection(Plaintext):
 
     # input
     cdef flag paused                # by the application
-    cdef flag holding               # until whoever made the connection has the transport in hand
+    cdef flag reading               # READING, or what else it waits for
     cdef flag resuming              # _resume() is scheduled
-    cdef flag resting               # records without data: until _resume()
-    cdef flag choked                # the peer does not read our answers: until it does
     cdef unsigned long long turn, turn_began    # the engine's pass, and records without data before it
     cdef Py_ssize_t answers         # bytes of those since the transport below was paused
     cdef Py_ssize_t read_bytes

@@ -13,12 +13,15 @@ States, in their order:
     SHUTDOWN    our close_notify is on its way, the peer's is awaited; data before it is dropped
     OVER        the transport below closes, or is lost; connection_lost() follows from there
 
-What holds up input, and output, is told apart, since each ends in its own way:
+From FLUSHING on it is closing, as is_closing() says.  Unless the application has `paused` it, input is
 
-    paused          by the application: until resume_reading()
-    holding         until whoever made the connection has the transport in hand: until _resume()
-    resting         by records without data, in this turn: until _resume()
-    choked          and by answers to them that the peer does not read: until it does; goes with `resting`
+    READING     delivered as it comes
+    HELD        kept until whoever made the connection has the transport in hand: until _resume()
+    RESTING     left to the transport below, which is paused: there were records without data enough for this turn.
+                Until _resume()
+    CHOKED      the same, since the peer does not read our answers to them: RESTING when it has, in breathe()
+
+A state gives way to those below it.  What holds up output is told apart, since each ends in its own way:
 
     lower_paused    the transport below is above its limit: until it calls resume_writing()
     blocked         OpenSSL wants to read first (renegotiation): until advance() has read
@@ -211,7 +214,6 @@ cdef class TLSConnection(Plaintext):
                 if isinstance(error, (SystemExit, KeyboardInterrupt)):
                     self.engine.interrupted(error)
                 # Else: `exc` says why it ends.
-        self.closing = True
         self.state = OVER
         self.cancel_timer()
         self.drop_output()

@@ -16,7 +16,8 @@ from cpython.ref cimport Py_DECREF
 
 from aiouringnet._engine.interface cimport Layer
 from aiouringnet._tls.connection cimport (
-    FLUSHING, HANDSHAKE, MAX_ANSWER_BYTES, OPEN, OVER, RAISED, RECORD_BYTES, SHUTDOWN, TLSConnection,
+    CHOKED, FLUSHING, HANDSHAKE, HELD, MAX_ANSWER_BYTES, OPEN, OVER, RAISED, READING, RECORD_BYTES, RESTING, SHUTDOWN,
+    TLSConnection,
 )
 from aiouringnet._tls.records cimport FAILED, NO_DATA, WANTS_MORE
 
@@ -89,7 +90,7 @@ cdef class TLSInput(TLSConnection):
         cdef Py_ssize_t n
         self.begin_turn()
         while (
-            self.state == OPEN and not self.paused and not self.holding and not self.resting
+            self.state == OPEN and not self.paused and self.reading == READING
             and self.records.has_input()
         ):
             n = self.fill_buffer() if self.buffered else self.read()
@@ -175,7 +176,7 @@ cdef class TLSInput(TLSConnection):
         self.peer_closed = True
         if self.state == SHUTDOWN:
             self.finish()  # close() was called meanwhile
-        elif self.state == OPEN and not self.paused and not self.holding and (
+        elif self.state == OPEN and not self.paused and self.reading != HELD and (
             self.offload is None or self.offload.kept is None
         ):
             self.end_of_input()
@@ -193,7 +194,7 @@ cdef class TLSInput(TLSConnection):
         cdef char scratch[RECORD_BYTES]
         cdef Py_ssize_t n
         self.begin_turn()
-        while not self.resting and not self.busy and self.state != OVER and self.records.has_input():
+        while self.reading < RESTING and not self.busy and self.state != OVER and self.records.has_input():
             n = self.decrypt(scratch, sizeof(scratch))
             if n > 0:
                 continue
@@ -228,25 +229,25 @@ cdef class TLSInput(TLSConnection):
                 ),
                 "SSL error in data received",
             )
-        elif not self.resting:
+        elif self.reading < RESTING:
             # The rest waits for the loop's next iteration.
-            self.resting = True
+            self.reading = RESTING
             self.lower.pause_reading()
             self.schedule_resume()
         return 0
 
     cdef int choke(self) except -1:
         """The peer asks, and does not read the answers: no more is read of it until it does."""
-        if not self.choked and self.state != OVER:
-            self.choked = self.resting = True
+        if self.reading != CHOKED and self.state != OVER:
+            self.reading = CHOKED
             self.lower.pause_reading()
         return 0
 
     cdef int breathe(self) except -1:
-        if self.choked and not self.lower_paused and (
+        if self.reading == CHOKED and not self.lower_paused and (
             self.offload is None or self.offload.unsent() <= MAX_ANSWER_BYTES
         ):
-            self.choked = False
+            self.reading = RESTING
             self.schedule_resume()
         return 0
 
@@ -258,10 +259,9 @@ cdef class TLSInput(TLSConnection):
 
     def _resume(self):
         self.resuming = False
-        self.holding = False
-        if self.choked:
+        if self.reading == CHOKED:
             return
-        self.resting = False
+        self.reading = READING
         self.turn_began = self.records.n_dataless
         if self.state == OVER or (self.paused and self.state == OPEN):
             return
@@ -276,10 +276,10 @@ cdef class TLSInput(TLSConnection):
             self.deliver_kept()
         self.advance()
         self.keep_input()
-        if self.state == OVER or self.resting:
+        if self.state == OVER or self.reading >= RESTING:
             return 0
         if self.state == OPEN:
-            if self.paused or self.holding:
+            if self.paused or self.reading == HELD:
                 return 0
             if self.eof or self.peer_closed:
                 self.end_of_input()

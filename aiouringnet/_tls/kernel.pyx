@@ -14,11 +14,12 @@ from libc.string cimport memcpy
 
 from aiouringnet._engine.interface cimport EOF_HELD, Layer
 from aiouringnet._engine.stream cimport Stream
-from aiouringnet._tls.connection cimport FLUSHING, HANDSHAKE, OPEN, OVER, RECORD_BYTES
+from aiouringnet._tls.connection cimport FLUSHING, HANDSHAKE, OPEN, OVER, READING, RECORD_BYTES
 from aiouringnet._tls.offload cimport Offload
 from aiouringnet._tls.output cimport TLSOutput
 from aiouringnet._tls.plaintext cimport contents
 from aiouringnet._tls.records cimport FAILED
+from aiouringnet._transports.input cimport LOST
 
 
 cdef object logger = logging.getLogger("aiouringnet")
@@ -175,7 +176,7 @@ cdef class KernelTLS(TLSOutput):
 
     cdef int send_control(self) except -1:
         """Tickets, alerts and KeyUpdates of ours, when the data before them is in the socket."""
-        if not self.offload.has_control() or self.stream.lost:
+        if not self.offload.has_control() or self.stream.state >= LOST:
             return 0
         if self.socket_is_idle() and self.offload.send_control() or self.keys_are_lost():
             return 0
@@ -232,7 +233,7 @@ cdef class KernelTLS(TLSOutput):
         if self.state != OPEN:
             return 0  # after close()
         kept = self.offload.kept
-        if kept is not None or self.paused or self.holding or self.resting:
+        if kept is not None or self.paused or self.reading != READING:
             self.offload.kept = PyBytes_FromStringAndSize(data, size) if kept is None else kept + data[:size]
         elif layer is not None:
             layer.received(data, size)

@@ -4,7 +4,7 @@ import asyncio
 
 from cpython.object cimport PyObject
 
-from aiouringnet._tls.connection cimport FLUSHING, HANDSHAKE, OPEN, OVER, SHUTDOWN
+from aiouringnet._tls.connection cimport FLUSHING, HANDSHAKE, HELD, OPEN, OVER, READING, RESTING, SHUTDOWN
 from aiouringnet._tls.kernel cimport KernelTLS, as_ssl_error
 from aiouringnet._transports.common cimport own
 from aiouringnet._transports.stream cimport StreamTransport
@@ -119,7 +119,7 @@ cdef class Lifecycle(KernelTLS):
         if self.state == HANDSHAKE:
             self.handshake_failed(ConnectionResetError("the peer closed the connection during the TLS handshake"))
         elif self.state == OPEN:
-            if not self.paused and not self.holding and not self.resting:
+            if not self.paused and self.reading == READING:
                 self.end_of_input()
         elif self.state == SHUTDOWN:
             self.finish()
@@ -130,7 +130,6 @@ cdef class Lifecycle(KernelTLS):
             exc = None  # a peer that closed its socket resets it when our close_notify arrives
         elif isinstance(exc, OSError) and self.offload is not None and self.offload.kernel.receives:
             exc = as_ssl_error(exc)
-        self.closing = True
         self.state = OVER
         protocol, self.protocol = self.protocol, None
         if self.layer is not None:
@@ -176,6 +175,7 @@ cdef class Lifecycle(KernelTLS):
     # --- the handshake ------------------------------------------------------------
 
     cdef int handshake(self) except -1:
+        cdef bint awaited
         if self.offload is not None and not self.may_hand_over():
             return 0
         try:
@@ -206,12 +206,14 @@ cdef class Lifecycle(KernelTLS):
         if self.state != HANDSHAKE:
             return 0
         self.cancel_timer()
-        self.holding = self.waiter is not None
+        awaited = self.waiter is not None
+        if awaited and self.reading == READING:
+            self.reading = HELD
         self.state = OPEN
         if not self.made:
             self.made = True
             self.call_connection_made()
-        if self.holding:
+        if awaited:
             self.wake_waiter(None)
             self.schedule_resume()
         if self.queued and not self.gathering:
@@ -249,7 +251,6 @@ cdef class Lifecycle(KernelTLS):
             return 0
         # Until connection_lost(): the whole of it.
         self.timer = self.loop.call_later(self.shutdown_timeout_s, self._check_shutdown_timeout)
-        self.closing = True
         self.state = FLUSHING
         self.encrypt()
         if self.state == FLUSHING and not self.eof and not self.peer_closed:
@@ -259,7 +260,7 @@ cdef class Lifecycle(KernelTLS):
         if self.state == FLUSHING:
             self.shut_down()
         if (self.state == FLUSHING or self.state == SHUTDOWN) and not self.eof and not self.peer_closed:
-            if not self.resting:
+            if self.reading < RESTING:
                 self.lower.resume_reading()
         return 0
 

@@ -18,7 +18,7 @@ from cpython.bytes cimport PyBytes_CheckExact, PyBytes_GET_SIZE
 
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Layer
-from aiouringnet._tls.connection cimport NEW, OPEN, OVER, RECORD_BYTES
+from aiouringnet._tls.connection cimport FLUSHING, NEW, OPEN, OVER, RECORD_BYTES
 from aiouringnet._tls.lifecycle cimport Lifecycle
 from aiouringnet._tls.plaintext cimport keep
 from aiouringnet._transports.common cimport drop_empty_dict, handed_over, is_buffered, limits
@@ -115,7 +115,7 @@ cdef class SSLStreamTransport(Lifecycle):
         cdef list info = ["SSLStreamTransport"]
         if self.state == OVER:
             info.append("closed")
-        elif self.closing:
+        elif self.state >= FLUSHING:
             info.append("closing")
         elif self.state < OPEN:
             info.append("handshaking")
@@ -211,7 +211,7 @@ cdef class SSLStreamTransport(Lifecycle):
         return self.protocol
 
     def is_closing(self):
-        return self.closing != 0
+        return self.state >= FLUSHING
 
     def close(self):
         """Send what was written, then close_notify; wait for the peer's, then close.
@@ -219,7 +219,7 @@ cdef class SSLStreamTransport(Lifecycle):
         On another thread it is left to the loop's.
         """
         cdef Layer layer = self.layer
-        if self.closing or handed_over(self.engine, self.close):
+        if self.state >= FLUSHING or handed_over(self.engine, self.close):
             return
         self.check_usable()
         if layer is not None:
@@ -248,18 +248,18 @@ cdef class SSLStreamTransport(Lifecycle):
     # --- asyncio.ReadTransport -----------------------------------------------
 
     def is_reading(self):
-        return not self.closing and not self.paused
+        return self.state < FLUSHING and not self.paused
 
     def pause_reading(self):
         """No data_received() until resume_reading()."""
-        if self.closing or self.paused:
+        if self.state >= FLUSHING or self.paused:
             return
         self.engine.check()
         self.paused = True
         self.lower.pause_reading()
 
     def resume_reading(self):
-        if self.closing or not self.paused:
+        if self.state >= FLUSHING or not self.paused:
             return
         self.engine.check()
         self.paused = False
@@ -341,7 +341,7 @@ cdef class SSLStreamTransport(Lifecycle):
     cdef bint may_write(self) except -1:
         if self.offload is not None and self.offload.empty_waiter is not None:
             raise RuntimeError("unable to write; sendfile is in progress")
-        if self.closing:
+        if self.state >= FLUSHING:
             if self.dropped >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
                 logger.warning("SSL connection is closed")
             self.dropped += 1

@@ -7,6 +7,14 @@ from aiouringnet._engine.interface cimport Layer, Room, Sink, flag
 from aiouringnet._engine.stream cimport Stream
 
 
+# In this order; stream.pyx has the table
+cdef enum:
+    OPEN
+    CLOSING
+    LOST
+    DONE
+
+
 cdef class StreamInput(Sink):
     # the connection
     cdef Engine engine
@@ -22,12 +30,13 @@ cdef class StreamInput(Sink):
     cdef dict __dict__              # attributes of the application's own, as on asyncio's transports
 
     # state
-    cdef flag closing, paused, eof
+    cdef flag state
+    cdef flag paused                # by the application
+    cdef flag eof                   # write_eof() was called
     cdef flag in_context            # a callback of ours is running
     cdef flag detached              # nothing is in flight
     cdef flag timed                 # asyncio's debug mode: slow callbacks are named
-    cdef flag finished              # connection_lost was called
-    cdef int lost                   # how often a write was dropped, plus one; 0: not lost
+    cdef int dropped                # how often a write was, once lost, and the loss itself
 
     # flow control
     cdef flag protocol_paused

@@ -100,7 +100,7 @@ cdef class StreamInput(Sink):
                 return
             protocol = self.protocol
             if not self.lend(&room, size):
-                if self.closing or self.engine.forked():
+                if self.state != OPEN or self.engine.forked():
                     return
                 if self.protocol is protocol:
                     # An interrupt: it is asked again.
@@ -123,7 +123,7 @@ cdef class StreamInput(Sink):
             protocol = self.protocol
             if self.lend(room, -1):
                 return True
-            if self.closing or self.protocol is protocol:
+            if self.state != OPEN or self.protocol is protocol:
                 return False
             # Another protocol was set in get_buffer().
         if self.layer is not None:
@@ -167,7 +167,7 @@ cdef class StreamInput(Sink):
         except BaseException as exc:
             self.failed(exc, "Fatal error: protocol.get_buffer() call failed.")
             return False
-        if self.closing or self.protocol is not protocol:
+        if self.state != OPEN or self.protocol is not protocol:
             # In get_buffer().  One that merely paused gets what it asked room for, as in asyncio.
             PyBuffer_Release(&room.view)
             return False
