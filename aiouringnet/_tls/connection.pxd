@@ -23,7 +23,7 @@ cdef enum:
     READING
     HELD
     RESTING
-    CHOKED
+    BACKED_UP
 
 cdef enum:
     RECORD_BYTES = 16384    # plaintext of a full record, RFC 8446 section 5.1
@@ -63,7 +63,7 @@ cdef class TLSConnection(Plaintext):
     cdef flag peer_closed           # the peer's close_notify has come
     cdef flag clean                 # both sides have said goodbye, and nothing is left to send
     cdef flag busy, again           # a call of `records` runs; something was turned away because of it
-    cdef flag abandoning            # what was written is being offered for the last time
+    cdef flag force_closing         # what was written is being offered for the last time
     cdef int dropped                # how often a write was dropped
 
     # input
@@ -83,39 +83,39 @@ cdef class TLSConnection(Plaintext):
     cdef Py_ssize_t high, low
 
     # the protocol's callbacks
-    cdef bint enter(self, PyObject** before) except -1
-    cdef int leave(self, PyObject* before) except -1
-    cdef void receive(self, object data) noexcept
-    cdef bint get_buffer(self, Py_buffer* view, Py_ssize_t hint) noexcept
-    cdef void buffer_updated(self, Py_ssize_t size) noexcept
+    cdef bint enter_context(self, PyObject** before) except -1
+    cdef int leave_context(self, PyObject* before) except -1
+    cdef void call_data_received(self, object data) noexcept
+    cdef bint call_get_buffer(self, Py_buffer* view, Py_ssize_t hint) noexcept
+    cdef void call_buffer_updated(self, Py_ssize_t size) noexcept
     cdef void call_connection_made(self) noexcept
     cdef void call_eof_received(self) noexcept
     cdef void call_flow_control(self, str name) noexcept
 
     # failures
-    cdef void abandon(self, object exc) noexcept
+    cdef void force_close(self, object exc) noexcept
     cdef void interrupted(self, object exc) noexcept
     cdef void report(self, str message, object exc) noexcept
-    cdef void failed(self, object exc, str message) noexcept
-    cdef void broke(self, object exc, str message=*) noexcept
+    cdef void callback_failed(self, object exc, str message) noexcept
+    cdef void fail(self, object exc, str message=*) noexcept
     cdef void handshake_failed(self, object exc) noexcept
-    cdef void fatal(self, object exc, str message) noexcept
-    cdef void wake_waiter(self, object exc) noexcept
+    cdef void fatal_error(self, object exc, str message) noexcept
+    cdef void wakeup_waiter(self, object exc) noexcept
     cdef void cancel_timer(self) noexcept
     cdef object take_error(self)
 
     # what the parts above implement
-    cdef int handshake(self) except -1
+    cdef int advance_handshake(self) except -1
     cdef int encrypt(self, bint full_records_only=*) except -1
-    cdef int emit(self, bint answering=*) except -1
-    cdef int shut_down(self) except -1
+    cdef int write_records(self, bint answering=*) except -1
+    cdef int do_shutdown(self) except -1
     cdef int start_shutdown(self) except -1
-    cdef bint may_finish(self) noexcept
-    cdef int finish(self) except -1
+    cdef bint both_closed(self) noexcept
+    cdef int on_shutdown_complete(self) except -1
 
     # what KernelTLS implements, for a connection with an Offload
-    cdef int pass_on(self, bint full_records_only) except -1
+    cdef int write_plaintext(self, bint full_records_only) except -1
     cdef int send_control(self) except -1
-    cdef int deliver_plain(self, const char* data, Py_ssize_t size) except -1
+    cdef int deliver_plaintext(self, const char* data, Py_ssize_t size) except -1
     cdef int deliver_kept(self) except -1
     cdef bint keys_are_lost(self) noexcept

@@ -16,8 +16,8 @@ from cpython.ref cimport Py_DECREF
 
 from aiouringnet._engine.interface cimport Layer
 from aiouringnet._tls.connection cimport (
-    CHOKED, FLUSHING, HANDSHAKE, HELD, MAX_ANSWER_BYTES, OPEN, OVER, RAISED, READING, RECORD_BYTES, RESTING, SHUTDOWN,
-    TLSConnection,
+    BACKED_UP, FLUSHING, HANDSHAKE, HELD, MAX_ANSWER_BYTES, OPEN, OVER, RAISED, READING, RECORD_BYTES, RESTING,
+    SHUTDOWN, TLSConnection,
 )
 from aiouringnet._tls.records cimport FAILED, NO_DATA, WANTS_MORE
 
@@ -44,13 +44,13 @@ cdef class TLSInput(TLSConnection):
             return
         try:
             if self.offload is not None and self.offload.kernel.receives:
-                self.deliver_plain(data, size)
+                self.deliver_plaintext(data, size)
                 return
-            self.records.feed(data, size)
-            self.advance()
+            self.records.feed_ssldata(data, size)
+            self.process_input()
             self.keep_input()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
     cdef int keep_input(self) except -1:
         """What is left of the input is copied: its memory is about to go."""
@@ -60,13 +60,13 @@ cdef class TLSInput(TLSConnection):
             self.records.keep_input()
         return 0
 
-    cdef int advance(self) except -1:
+    cdef int process_input(self) except -1:
         """Do what the input allows."""
         if self.busy:
             self.again = True
             return 0
         if self.state == HANDSHAKE:
-            self.handshake()
+            self.advance_handshake()
         if self.state == OPEN:
             self.deliver()
         if self.state == FLUSHING or self.state == SHUTDOWN:
@@ -75,11 +75,11 @@ cdef class TLSInput(TLSConnection):
             self.blocked = False
             self.encrypt()
             if self.state == FLUSHING:
-                self.shut_down()
+                self.do_shutdown()
         if self.offload is not None and self.keys_are_lost():
             return 0
         # Tickets, alerts, answers to KeyUpdate.
-        self.emit(True)
+        self.write_records(True)
         if self.again:
             self.again = False
             self.schedule_resume()
@@ -101,8 +101,8 @@ cdef class TLSInput(TLSConnection):
                 self.on_close_notify()
             elif n == FAILED and self.state != OVER:
                 error = self.take_error()
-                self.emit()  # the alert
-                self.broke(error, "SSL error in data received")
+                self.write_records()  # the alert
+                self.fail(error, "SSL error in data received")
             if n <= 0:
                 break
         return self.end_turn()
@@ -121,7 +121,7 @@ cdef class TLSInput(TLSConnection):
                 if layer is not None:
                     layer.received(scratch, size)
                 else:
-                    self.receive(PyBytes_FromStringAndSize(scratch, size))
+                    self.call_data_received(PyBytes_FromStringAndSize(scratch, size))
             return n
         data = new_bytes(NULL, room)
         n = self.read_into(PyBytes_AS_STRING(<object>data), room, &size)
@@ -130,7 +130,7 @@ cdef class TLSInput(TLSConnection):
         whole = <object>data
         Py_DECREF(whole)
         if size and self.state == OPEN:
-            self.receive(whole)
+            self.call_data_received(whole)
         return n
 
     cdef Py_ssize_t fill_buffer(self) except RAISED:
@@ -143,12 +143,12 @@ cdef class TLSInput(TLSConnection):
         self.busy = False
         if n <= 0:
             return n
-        if not self.get_buffer(&view, n):
+        if not self.call_get_buffer(&view, n):
             return 1
         n = self.read_into(<char*>view.buf, view.len, &total)
         PyBuffer_Release(&view)
         if total and self.state == OPEN:
-            self.buffer_updated(total)
+            self.call_buffer_updated(total)
         return n
 
     cdef Py_ssize_t read_into(self, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept:
@@ -175,7 +175,7 @@ cdef class TLSInput(TLSConnection):
     cdef int on_close_notify(self) except -1:
         self.peer_closed = True
         if self.state == SHUTDOWN:
-            self.finish()  # close() was called meanwhile
+            self.on_shutdown_complete()  # close() was called meanwhile
         elif self.state == OPEN and not self.paused and self.reading != HELD and (
             self.offload is None or self.offload.kept is None
         ):
@@ -204,9 +204,9 @@ cdef class TLSInput(TLSConnection):
             if n == 0:
                 self.peer_closed = True
                 if self.state == SHUTDOWN:
-                    self.finish()
+                    self.on_shutdown_complete()
             elif n == FAILED:
-                self.broke(self.take_error(), "Error occurred during shutdown")
+                self.fail(self.take_error(), "Error occurred during shutdown")
             break
         return self.end_turn()
 
@@ -222,7 +222,7 @@ cdef class TLSInput(TLSConnection):
         if self.records.n_dataless - self.turn_began < TURN_RECORDS or self.state == OVER:
             return 0
         if self.records.dataless > MAX_DATALESS_RECORDS:
-            self.fatal(
+            self.fatal_error(
                 ssl.SSLError(
                     ssl.SSL_ERROR_SSL,
                     f"the peer sent more than {MAX_DATALESS_RECORDS} TLS records in a row that carry no data",
@@ -236,15 +236,15 @@ cdef class TLSInput(TLSConnection):
             self.schedule_resume()
         return 0
 
-    cdef int choke(self) except -1:
+    cdef int pause_for_answers(self) except -1:
         """The peer asks, and does not read the answers: no more is read of it until it does."""
-        if self.reading != CHOKED and self.state != OVER:
-            self.reading = CHOKED
+        if self.reading != BACKED_UP and self.state != OVER:
+            self.reading = BACKED_UP
             self.lower.pause_reading()
         return 0
 
-    cdef int breathe(self) except -1:
-        if self.reading == CHOKED and not self.lower_paused and (
+    cdef int resume_after_answers(self) except -1:
+        if self.reading == BACKED_UP and not self.lower_paused and (
             self.offload is None or self.offload.unsent() <= MAX_ANSWER_BYTES
         ):
             self.reading = RESTING
@@ -259,22 +259,22 @@ cdef class TLSInput(TLSConnection):
 
     def _resume(self):
         self.resuming = False
-        if self.reading == CHOKED:
+        if self.reading == BACKED_UP:
             return
         self.reading = READING
         self.turn_began = self.records.n_dataless
         if self.state == OVER or (self.paused and self.state == OPEN):
             return
         try:
-            self.take_up()
+            self.resume_input()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
-    cdef int take_up(self) except -1:
+    cdef int resume_input(self) except -1:
         """Reading goes on: with what was kept, and then with the transport below."""
         if self.offload is not None:
             self.deliver_kept()
-        self.advance()
+        self.process_input()
         self.keep_input()
         if self.state == OVER or self.reading >= RESTING:
             return 0

@@ -71,9 +71,9 @@ cdef class KernelTLS(TLSOutput):
 
     cdef int readable(self) noexcept:
         try:
-            self.advance()
+            self.process_input()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
         if self.offload is not None and self.offload.kernel.reads and self.offload.kernel.ended:
             return EOF_HELD
         return 0
@@ -136,7 +136,7 @@ cdef class KernelTLS(TLSOutput):
 
     # --- sending ------------------------------------------------------------------
 
-    cdef int pass_on(self, bint full_records_only) except -1:
+    cdef int write_plaintext(self, bint full_records_only) except -1:
         """Plaintext to the stream, for the kernel to encrypt: each send ends a record, so small pieces are joined."""
         cdef const char* data = NULL
         cdef Py_ssize_t size, room
@@ -158,7 +158,7 @@ cdef class KernelTLS(TLSOutput):
                 size = min(room, RECORD_BYTES)
                 piece = self.take_joined(size)
                 data = PyBytes_AS_STRING(piece)
-            self.stream.put(piece, data, size)
+            self.stream.write_unchecked(piece, data, size)
         return 0
 
     cdef bint continue_handshake(self) except -1:
@@ -169,7 +169,7 @@ cdef class KernelTLS(TLSOutput):
         self.busy = False
         if self.keys_are_lost():
             return False
-        self.emit()
+        self.write_records()
         if n == FAILED:
             raise self.take_error()
         return self.state != OVER
@@ -197,36 +197,36 @@ cdef class KernelTLS(TLSOutput):
         if self.state == OVER:
             return
         try:
-            self.go_on()
+            self.on_drained()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
-    cdef int go_on(self) except -1:
+    cdef int on_drained(self) except -1:
         """The socket has taken what it was given."""
         if self.state == HANDSHAKE:
             if self.stream.reads_itself:
                 self.stream.stream.readable = True
                 self.engine.mark_resync(self.stream.stream)
             else:
-                self.advance()
+                self.process_input()
                 self.keep_input()
             return 0
         self.send_control()
-        self.breathe()
+        self.resume_after_answers()
         if self.waiting or self.state == OVER:
             return 0
         self.encrypt()
         self.check_empty()
         self.control_writing()
         if self.state == FLUSHING:
-            self.shut_down()
-        if self.may_finish():
-            self.finish()
+            self.do_shutdown()
+        if self.both_closed():
+            self.on_shutdown_complete()
         return 0
 
     # --- receiving ----------------------------------------------------------------
 
-    cdef int deliver_plain(self, const char* data, Py_ssize_t size) except -1:
+    cdef int deliver_plaintext(self, const char* data, Py_ssize_t size) except -1:
         """What the kernel has decrypted."""
         cdef Layer layer = self.layer
         self.records.dataless = 0
@@ -238,34 +238,34 @@ cdef class KernelTLS(TLSOutput):
         elif layer is not None:
             layer.received(data, size)
         elif self.buffered:
-            self.feed(data, size)
+            self.feed_buffered_protocol(data, size)
         else:
-            self.receive(PyBytes_FromStringAndSize(data, size))
+            self.call_data_received(PyBytes_FromStringAndSize(data, size))
         return 0
 
     cdef int deliver_kept(self) except -1:
         kept = self.offload.kept
         if kept is not None:
             self.offload.kept = None
-            self.deliver_plain(PyBytes_AS_STRING(kept), PyBytes_GET_SIZE(kept))
+            self.deliver_plaintext(PyBytes_AS_STRING(kept), PyBytes_GET_SIZE(kept))
         return 0
 
-    cdef int feed(self, const char* data, Py_ssize_t size) except -1:
+    cdef int feed_buffered_protocol(self, const char* data, Py_ssize_t size) except -1:
         """Copy into the BufferedProtocol's buffers, as many as it takes."""
         cdef Py_buffer view
         cdef Py_ssize_t n
         while size > 0 and self.state == OPEN:
             if self.paused or not self.buffered:
-                return self.deliver_plain(data, size)
+                return self.deliver_plaintext(data, size)
             protocol = self.protocol
-            if not self.get_buffer(&view, size):
+            if not self.call_get_buffer(&view, size):
                 if self.protocol is protocol:
                     return 0
                 continue
             n = min(view.len, size)
             memcpy(view.buf, data, n)
             PyBuffer_Release(&view)
-            self.buffer_updated(n)
+            self.call_buffer_updated(n)
             data += n
             size -= n
         return 0
@@ -280,11 +280,11 @@ cdef class KernelTLS(TLSOutput):
         kind = self.offload.take_record(record, sizeof(record), &size)
         try:
             if kind == DATA_RECORD:
-                self.deliver_plain(record + RECORD_HEADER, size - RECORD_HEADER)
+                self.deliver_plaintext(record + RECORD_HEADER, size - RECORD_HEADER)
             elif kind > 0:
                 self.take_record(record, size)
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
         return kind > 0 or kind == -EAGAIN or kind == -EINTR
 
     cdef void read_failed(self, int error) noexcept:
@@ -297,7 +297,7 @@ cdef class KernelTLS(TLSOutput):
         cdef char scratch[RECORD_BYTES]
         cdef Py_ssize_t n
         self.begin_turn()
-        self.records.feed(record, size)
+        self.records.feed_ssldata(record, size)
         if self.busy:
             self.records.keep_input()
             self.again = True
@@ -306,11 +306,11 @@ cdef class KernelTLS(TLSOutput):
         self.keep_input()
         if self.keys_are_lost():
             return 0
-        self.emit(True)
+        self.write_records(True)
         if n == 0:
             self.on_close_notify()
         elif n == FAILED and self.state != OVER:
-            self.broke(self.take_error(), "SSL error in data received")
+            self.fail(self.take_error(), "SSL error in data received")
         return self.end_turn()
 
     cdef bint keys_are_lost(self) noexcept:
@@ -318,7 +318,7 @@ cdef class KernelTLS(TLSOutput):
         if not self.offload.keys_are_stuck() or self.state == OVER:
             return False
         self.records.error = None
-        self.fatal(
+        self.fatal_error(
             ssl.SSLError(
                 ssl.SSL_ERROR_SSL,
                 "the peer changes TLS keys (KeyUpdate), which this kernel and this OpenSSL do not do with kernel TLS: "
@@ -344,7 +344,7 @@ cdef class KernelTLS(TLSOutput):
             self.encrypt()
             self.check_empty()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
         return waiter
 
     def _reset_empty_waiter(self):

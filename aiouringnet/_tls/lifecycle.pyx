@@ -6,7 +6,7 @@ from cpython.object cimport PyObject
 
 from aiouringnet._tls.connection cimport FLUSHING, HANDSHAKE, HELD, OPEN, OVER, READING, RESTING, SHUTDOWN
 from aiouringnet._tls.kernel cimport KernelTLS, as_ssl_error
-from aiouringnet._transports.common cimport own
+from aiouringnet._transports.common cimport immutable
 from aiouringnet._transports.stream cimport StreamTransport
 
 from aiouringnet._tls.records import AGAIN
@@ -30,11 +30,11 @@ cdef class Lifecycle(KernelTLS):
 
     def connection_made(self, transport):
         try:
-            self.take_lower(transport)
+            self.on_lower_made(transport)
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
-    cdef int take_lower(self, object transport) except -1:
+    cdef int on_lower_made(self, object transport) except -1:
         self.lower = transport
         if isinstance(transport, StreamTransport):
             self.stream = transport
@@ -47,23 +47,23 @@ cdef class Lifecycle(KernelTLS):
         if self.offload is not None and self.stream.stream.in_flight:
             # An upgrade: what is being received or sent in the clear ends first.
             transport.pause_reading()
-            self.loop.call_later(QUIET_RETRY_S, self._begin_when_quiet)
+            self.loop.call_later(QUIET_RETRY_S, self._start_when_quiet)
         else:
-            self.begin()
+            self.start_handshake()
         return 0
 
-    def _begin_when_quiet(self):
+    def _start_when_quiet(self):
         if self.state == OVER:
             return
         try:
             if self.stream.stream.in_flight:
-                self.loop.call_later(QUIET_RETRY_S, self._begin_when_quiet)
+                self.loop.call_later(QUIET_RETRY_S, self._start_when_quiet)
             else:
-                self.begin()
+                self.start_handshake()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
-    cdef int begin(self) except -1:
+    cdef int start_handshake(self) except -1:
         transport = self.lower
         if self.offload is not None:
             self.start_offer()
@@ -73,7 +73,7 @@ cdef class Lifecycle(KernelTLS):
             self.started_at = self.loop.time()
         self.state = HANDSHAKE
         if self.records.has_input() or not self.server_side:
-            self.advance()
+            self.process_input()
             self.keep_input()
         if not transport.is_reading() and not transport.is_closing():
             transport.resume_reading()
@@ -91,15 +91,15 @@ cdef class Lifecycle(KernelTLS):
         """Bytes of the peer's that were received before the upgrade."""
         cdef const char* start
         cdef Py_ssize_t size
-        _owner = own(data, &start, &size)
+        _owner = immutable(data, &start, &size)
         if size:
-            self.records.feed(start, size)
+            self.records.feed_ssldata(start, size)
             self.records.keep_input()
 
     def data_received(self, data):
         cdef const char* start
         cdef Py_ssize_t size
-        _owner = own(data, &start, &size)
+        _owner = immutable(data, &start, &size)
         self.engine.check()
         if size:
             self.received(start, size)
@@ -107,12 +107,12 @@ cdef class Lifecycle(KernelTLS):
     def eof_received(self):
         """True: the transport below stays open until we close it."""
         try:
-            self.take_eof()
+            self.on_lower_eof()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
         return True
 
-    cdef int take_eof(self) except -1:
+    cdef int on_lower_eof(self) except -1:
         self.eof = True
         if self.loop.get_debug():
             logger.debug("%r received EOF", self)
@@ -122,7 +122,7 @@ cdef class Lifecycle(KernelTLS):
             if not self.paused and self.reading == READING:
                 self.end_of_input()
         elif self.state == SHUTDOWN:
-            self.finish()
+            self.on_shutdown_complete()
         return 0
 
     def connection_lost(self, exc):
@@ -145,7 +145,7 @@ cdef class Lifecycle(KernelTLS):
                 self.engine.settle(
                     self.offload.empty_waiter, exc or ConnectionError("Connection is closed by peer")
                 )
-            self.wake_waiter(exc or ConnectionAbortedError("the connection was closed during the TLS handshake"))
+            self.wakeup_waiter(exc or ConnectionAbortedError("the connection was closed during the TLS handshake"))
         finally:
             if self.made and protocol is not None:
                 # At once: a loop that stops now would keep what is scheduled, and all of us with it.
@@ -164,37 +164,41 @@ cdef class Lifecycle(KernelTLS):
         try:
             self.encrypt()
             if self.state == FLUSHING:
-                self.shut_down()
+                self.do_shutdown()
             if self.offload is not None:
                 self.check_empty()
             self.control_writing()
-            self.breathe()
+            self.resume_after_answers()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
     # --- the handshake ------------------------------------------------------------
 
-    cdef int handshake(self) except -1:
-        cdef bint awaited
+    cdef int advance_handshake(self) except -1:
         if self.offload is not None and not self.may_hand_over():
             return 0
         try:
-            self.step()
+            self.call_do_handshake()
         except AGAIN:
-            self.emit()
+            self.write_records()
             return 0
         except (SystemExit, KeyboardInterrupt) as exc:
             self.interrupted(exc)
             self.handshake_failed(ConnectionAbortedError("the TLS handshake was interrupted"))
             return 0
         except BaseException as exc:
-            self.emit()  # the alert, which a socket that is closed with unread input would take back by a reset
+            # The alert, which a socket that is closed with unread input would take back by a reset.
+            self.write_records()
             if self.offload is not None:
                 self.offload.drain()
             self.handshake_failed(exc)
             return 0
-        if self.state != HANDSHAKE:
-            return 0  # a callback has closed the connection
+        if self.state == HANDSHAKE:  # no callback has closed the connection
+            self.on_handshake_complete()
+        return 0
+
+    cdef int on_handshake_complete(self) except -1:
+        cdef bint awaited
         if self.offload is not None:
             self.end_offer()
         elif self.asks_for_ktls():
@@ -202,7 +206,7 @@ cdef class Lifecycle(KernelTLS):
         if self.started_at is not None:
             logger.debug("%r: SSL handshake took %.1f ms", self, (self.loop.time() - self.started_at) * 1e3)
         # With a client's last flight, or a server's tickets.
-        self.emit()
+        self.write_records()
         if self.state != HANDSHAKE:
             return 0
         self.cancel_timer()
@@ -214,23 +218,23 @@ cdef class Lifecycle(KernelTLS):
             self.made = True
             self.call_connection_made()
         if awaited:
-            self.wake_waiter(None)
+            self.wakeup_waiter(None)
             self.schedule_resume()
         if self.queued and not self.gathering:
             self.engine.mark_layer(self)
         return 0
 
-    cdef int step(self) except -1:
+    cdef int call_do_handshake(self) except -1:
         """Callbacks of the SSLContext run in it, in the connection's own context, and may do anything."""
         cdef PyObject* before = NULL
-        cdef bint entered = self.enter(&before)
+        cdef bint entered = self.enter_context(&before)
         self.busy = True
         try:
             self.records.do_handshake()
         finally:
             self.busy = False
             if entered:
-                self.leave(before)
+                self.leave_context(before)
         return 0
 
     def _check_handshake_timeout(self):
@@ -247,7 +251,7 @@ cdef class Lifecycle(KernelTLS):
         if self.state >= FLUSHING:
             return 0
         if self.state < OPEN or self.engine.closed:
-            self.abandon(None)
+            self.force_close(None)
             return 0
         # Until connection_lost(): the whole of it.
         self.timer = self.loop.call_later(self.shutdown_timeout_s, self._check_shutdown_timeout)
@@ -258,13 +262,13 @@ cdef class Lifecycle(KernelTLS):
             # goes out, since SSLObject.unwrap() takes data after it for a violation.
             self.discard_input()
         if self.state == FLUSHING:
-            self.shut_down()
+            self.do_shutdown()
         if (self.state == FLUSHING or self.state == SHUTDOWN) and not self.eof and not self.peer_closed:
             if self.reading < RESTING:
                 self.lower.resume_reading()
         return 0
 
-    cdef int shut_down(self) except -1:
+    cdef int do_shutdown(self) except -1:
         """Send close_notify when all that was written is encrypted."""
         if self.queued:
             return 0
@@ -278,18 +282,18 @@ cdef class Lifecycle(KernelTLS):
                 self.records.shutdown()
             finally:
                 self.busy = False
-            self.emit()
-        if self.may_finish():
-            self.finish()
+            self.write_records()
+        if self.both_closed():
+            self.on_shutdown_complete()
         return 0
 
-    cdef bint may_finish(self) noexcept:
+    cdef bint both_closed(self) noexcept:
         return self.state == SHUTDOWN and (self.eof or self.peer_closed)
 
-    cdef int finish(self) except -1:
+    cdef int on_shutdown_complete(self) except -1:
         """Both sides have said goodbye."""
         if self.waiting and self.offload.has_control():
-            return 0  # go_on() comes back to it
+            return 0  # on_drained() comes back to it
         self.call_eof_received()
         if self.state == SHUTDOWN:
             self.clean = self.lower_queued() == 0
@@ -300,4 +304,4 @@ cdef class Lifecycle(KernelTLS):
     def _check_shutdown_timeout(self):
         self.timer = None
         self.clean = False
-        self.abandon(TimeoutError_("SSL shutdown timed out"))
+        self.force_close(TimeoutError_("SSL shutdown timed out"))

@@ -140,7 +140,7 @@ cdef class OpenSSLRecords(Records):
         cdef char* record = first(&self.link.spill)
         return self.link.spill.used > 5 and record[0] == 22 and record[1] == 3
 
-    cdef int feed(self, const char* data, Py_ssize_t size) except -1:
+    cdef int feed_ssldata(self, const char* data, Py_ssize_t size) except -1:
         cdef bytes whole
         self.left = 0
         self.stalled = 0

@@ -17,7 +17,7 @@ cdef class Records:
     cdef unsigned long long n_dataless
 
     # Ciphertext from the peer; valid until keep_input()
-    cdef int feed(self, const char* data, Py_ssize_t size) except -1
+    cdef int feed_ssldata(self, const char* data, Py_ssize_t size) except -1
     # What was fed and not yet used is copied: its memory is about to go
     cdef int keep_input(self) except -1
     # Drop what was fed

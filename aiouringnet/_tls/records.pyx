@@ -50,7 +50,7 @@ cdef bint is_overridden(object kind) except -1:
 
 
 cdef class Records:
-    cdef int feed(self, const char* data, Py_ssize_t size) except -1:
+    cdef int feed_ssldata(self, const char* data, Py_ssize_t size) except -1:
         return 0
 
     cdef int keep_input(self) except -1:
@@ -119,7 +119,7 @@ cdef class SSLRecords(Records):
         self.incoming = incoming
         self.outgoing = outgoing
 
-    cdef int feed(self, const char* data, Py_ssize_t size) except -1:
+    cdef int feed_ssldata(self, const char* data, Py_ssize_t size) except -1:
         cdef bytes whole
         if self.input_size:
             whole = PyBytes_FromStringAndSize(NULL, self.input_size + size)

@@ -46,11 +46,11 @@ cdef class StreamInput(Sink):
     # loop.sendfile() waits with it for the queue to drain; no write meanwhile
     cdef object empty_waiter
 
-    cdef bint enter(self, PyObject** before) except -1
-    cdef int leave(self, PyObject* before) except -1
-    cdef void receive(self, object data) noexcept
-    cdef void feed(self, const char* data, Py_ssize_t size) noexcept
-    cdef bint lend(self, Room* room, Py_ssize_t hint) noexcept
-    cdef void updated(self, Py_ssize_t size) noexcept
-    cdef void failed(self, object exc, str message) noexcept
-    cdef void fatal(self, object exc, str message) noexcept
+    cdef bint enter_context(self, PyObject** before) except -1
+    cdef int leave_context(self, PyObject* before) except -1
+    cdef void call_data_received(self, object data) noexcept
+    cdef void feed_buffered_protocol(self, const char* data, Py_ssize_t size) noexcept
+    cdef bint call_get_buffer(self, Room* room, Py_ssize_t hint) noexcept
+    cdef void call_buffer_updated(self, Py_ssize_t size) noexcept
+    cdef void callback_failed(self, object exc, str message) noexcept
+    cdef void fatal_error(self, object exc, str message) noexcept

@@ -17,13 +17,13 @@ cdef enum:
 
 
 cdef class StreamOutput(StreamInput):
-    cdef void put(self, object owner, const char* data, size_t size) noexcept:
+    cdef void write_unchecked(self, object owner, const char* data, size_t size) noexcept:
         if self.state >= LOST:
             return
         try:
             self.stream.write(owner, data, size)
         except MemoryError as exc:
-            self.fatal(exc, "Fatal write error on socket transport")
+            self.fatal_error(exc, "Fatal write error on socket transport")
             return
         if self.stream.queued > self.high:
             self.on_high_water()
@@ -49,7 +49,7 @@ cdef class StreamOutput(StreamInput):
             if self.empty_waiter is not None and not over:
                 self.engine.settle(self.empty_waiter, None)
             if self.state == CLOSING:
-                self.lose(None)
+                self.force_close(None)
             elif self.eof:
                 self.stream.shutdown_write()
         elif (
@@ -85,7 +85,7 @@ cdef class StreamOutput(StreamInput):
         cdef PyObject* before = NULL
         cdef bint entered
         try:
-            entered = in_own_context and self.enter(&before)
+            entered = in_own_context and self.enter_context(&before)
             try:
                 if self.timed:
                     timed(self.loop, getattr(self.protocol, name))
@@ -93,7 +93,7 @@ cdef class StreamOutput(StreamInput):
                     getattr(self.protocol, name)()
             finally:
                 if entered:
-                    self.leave(before)
+                    self.leave_context(before)
         except (SystemExit, KeyboardInterrupt) as exc:
             self.engine.interrupted(exc)
         except BaseException as exc:
@@ -109,5 +109,5 @@ cdef class StreamOutput(StreamInput):
             logger.warning("socket.send() raised exception.")
         self.dropped += 1
 
-    cdef void lose(self, object exc) noexcept:
+    cdef void force_close(self, object exc) noexcept:
         """The connection is over."""

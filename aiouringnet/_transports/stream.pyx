@@ -34,7 +34,7 @@ from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.files cimport FileRange
 from aiouringnet._engine.interface cimport Layer
 from aiouringnet._engine.stream cimport Stream
-from aiouringnet._transports.common cimport drop_empty_dict, handed_over, is_buffered, limits, own
+from aiouringnet._transports.common cimport drop_empty_dict, called_soon_threadsafe, is_buffered, immutable, limits
 from aiouringnet._transports.input cimport CLOSING, DONE, LOST, OPEN
 from aiouringnet._transports.output cimport StreamOutput
 
@@ -83,7 +83,7 @@ cdef class StreamTransport(StreamOutput):
         self.high = DEFAULT_HIGH_WATER
         self.low = DEFAULT_HIGH_WATER // 4
         self.context = PyContext_CopyCurrent()
-        self.adopt(protocol)
+        self.use_protocol(protocol)
         if extra is not None and "peername" in extra:
             self.peername = extra["peername"]
             if len(extra) == 1:
@@ -145,7 +145,7 @@ cdef class StreamTransport(StreamOutput):
 
     def __del__(self):
         if self.engine is not None and self.state < LOST:
-            self.leave_table()
+            self.unregister()
         if self.sock is not None and self.state != DONE:
             warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
             self.state = DONE
@@ -245,9 +245,9 @@ cdef class StreamTransport(StreamOutput):
         if layer is not None:
             self.engine.keep(layer)
             layer.gather()
-        self.adopt(protocol)
+        self.use_protocol(protocol)
 
-    cdef int adopt(self, object protocol) except -1:
+    cdef int use_protocol(self, object protocol) except -1:
         self.buffered = is_buffered(protocol)
         self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
         self.timed = self.layer is None and self.loop.get_debug()
@@ -263,7 +263,7 @@ cdef class StreamTransport(StreamOutput):
     def close(self):
         """Close when all queued output has been sent.  On another thread it is left to the loop's."""
         cdef Layer layer = self.layer
-        if self.state != OPEN or handed_over(self.engine, self.close):
+        if self.state != OPEN or called_soon_threadsafe(self.engine, self.close):
             return
         self.check_usable()
         if layer is not None:
@@ -275,18 +275,18 @@ cdef class StreamTransport(StreamOutput):
         if self.stream.queued:
             self.stream.expect_sent()
         else:
-            self.lose(None)
+            self.force_close(None)
 
     def abort(self):
         """Close at once; what the socket does not take now is lost.  On another thread it is left to the loop's."""
         cdef Layer layer = self.layer
-        if self.state >= LOST or handed_over(self.engine, self.abort):
+        if self.state >= LOST or called_soon_threadsafe(self.engine, self.abort):
             return
         self.check_usable()
         if layer is not None:
             layer.gather()
         if self.state < LOST:
-            self.lose(None)
+            self.force_close(None)
 
     # --- asyncio.ReadTransport -----------------------------------------------
 
@@ -347,7 +347,7 @@ cdef class StreamTransport(StreamOutput):
             start = PyBytes_AS_STRING(data)
             size = PyBytes_GET_SIZE(data)
         else:
-            owner = own(data, &start, &size)
+            owner = immutable(data, &start, &size)
         if self.eof:
             raise RuntimeError("Cannot call write() after write_eof()")
         if self.empty_waiter is not None:
@@ -372,7 +372,7 @@ cdef class StreamTransport(StreamOutput):
             raise RuntimeError("unable to writelines; sendfile is in progress")
         owned = []
         for data in list_of_data:
-            owner = own(data, &start, &size)
+            owner = immutable(data, &start, &size)
             if size:
                 owned.append(data if PyBytes_CheckExact(data) else (owner, <size_t>start, size))
         if not owned:
@@ -422,12 +422,12 @@ cdef class StreamTransport(StreamOutput):
         cdef Layer layer = self.layer
         if layer is not None and not writing:
             layer.read_failed(error)
-        self.fatal(
+        self.fatal_error(
             OSError(error, strerror(error)),
             "Fatal write error on socket transport" if writing else "Fatal read error on socket transport",
         )
 
-    cdef void fatal(self, object exc, str message) noexcept:
+    cdef void fatal_error(self, object exc, str message) noexcept:
         if isinstance(exc, OSError):
             self.engine.log_debug("%r: %s", (self, message), exc)
         else:
@@ -438,22 +438,22 @@ cdef class StreamTransport(StreamOutput):
                 "protocol": self.protocol,
             })
         if self.state < LOST:
-            self.lose(exc)
+            self.force_close(exc)
 
     def _fatal_error(self, exc, message="Fatal error on transport"):
         # asyncio.sslproto calls it on the transport below.
-        self.fatal(exc, message)
+        self.fatal_error(exc, message)
 
     def _force_close(self, exc):
         # asyncio.sslproto.abort() and loop.sendfile() do too.
         if self.state < LOST:
-            self.lose(exc)
+            self.force_close(exc)
 
-    cdef void lose(self, object exc) noexcept:
+    cdef void force_close(self, object exc) noexcept:
         """The connection is over: nothing more is read or sent, connection_lost(exc) follows."""
         self.state = LOST
         self.dropped = 1  # asyncio counts from there
-        self.leave_table()
+        self.unregister()
         self.stream.offer_last()
         if self.engine.closed:
             # Nothing can be scheduled any more: as in asyncio, no connection_lost.
@@ -462,9 +462,9 @@ cdef class StreamTransport(StreamOutput):
             return
         self.stream.close()
         # A context that is entered cannot be run in again, should this callback run the loop: a copy can.
-        self.engine.soon(self._connection_lost, None if self.in_context else self.context, exc)
+        self.engine.soon(self._call_connection_lost, None if self.in_context else self.context, exc)
 
-    cdef void leave_table(self) noexcept:
+    cdef void unregister(self) noexcept:
         try:
             if self.engine.transports.get(self.fileno) is self:
                 del self.engine.transports[self.fileno]
@@ -473,7 +473,7 @@ cdef class StreamTransport(StreamOutput):
         except KeyError:
             pass
 
-    def _connection_lost(self, exc=None):
+    def _call_connection_lost(self, exc=None):
         if self.state == DONE:
             return
         try:
@@ -500,7 +500,7 @@ cdef class StreamTransport(StreamOutput):
         if not self.engine.on_own_thread() and not self.engine.closed:
             self.loop.call_soon_threadsafe(self._socket_closes)
         elif self.state < LOST:
-            self.leave_table()
+            self.unregister()
             self.stream.descriptor_closes()
 
     cdef void close_socket(self) noexcept:
