@@ -40,6 +40,7 @@ MODULES = [
     "aiouringnet._tls.input",
     "aiouringnet._tls.kernel",
     "aiouringnet._tls.lifecycle",
+    "aiouringnet._tls.offload",
     "aiouringnet._tls.openssl",
     "aiouringnet._tls.output",
     "aiouringnet._tls.plaintext",

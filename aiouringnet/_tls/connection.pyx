@@ -13,25 +13,28 @@ States, in their order:
     SHUTDOWN    our close_notify is on its way, the peer's is awaited; data before it is dropped
     OVER        the transport below closes, or is lost; connection_lost() follows from there
 
-What holds up input, and output, is told apart, since each ends in its own way:
+From FLUSHING on it is closing, as is_closing() says.  Unless the application has `paused` it, input is
 
-    paused          by the application: until resume_reading()
-    holding         until whoever made the connection has the transport in hand: until _resume()
-    resting         by records without data, in this turn: until _resume()
-    choked          and by answers to them that the peer does not read: until it does; goes with `resting`
+    READING     delivered as it comes
+    HELD        kept until whoever made the connection has the transport in hand: until _resume()
+    RESTING     left to the transport below, which is paused: there were records without data enough for this turn.
+                Until _resume()
+    BACKED_UP   the same, since the peer does not read our answers to them.  RESTING when it has:
+                resume_after_answers()
+
+A state gives way to those below it.  What holds up output is told apart, since each ends in its own way:
 
     lower_paused    the transport below is above its limit: until it calls resume_writing()
-    blocked         OpenSSL wants to read first (renegotiation): until advance() has read
+    blocked         OpenSSL wants to read first (renegotiation): until process_input() has read
     waiting         for the socket to take what it was given, before keys or control records (kernel TLS): until
                     drained()
-    ... finishing   ... and so does the connection's end
 
 Invariants:
 
 * Whatever fails, wherever: the connection ends with that error.  The
   functions below pass exceptions on; each that is called from outside (by the
   transport below, the engine, the loop, the application) hands them to
-  broke().  So a change of state comes last, after all that can fail.
+  fail().  So a change of state comes last, after all that can fail.
 * The SSL is used by one call at a time (`busy`): a program's callbacks in it
   may run the loop, which finds more input, or may write.  What is turned away
   then is done when that call is over (`again`).
@@ -64,7 +67,7 @@ cdef class TLSConnection(Plaintext):
 
     # The protocol's callbacks, and those of the SSLContext, run in the context in which the connection was made.
 
-    cdef bint enter(self, PyObject** before) except -1:
+    cdef bint enter_context(self, PyObject** before) except -1:
         """Into that context; false where it is entered already, by a callback that runs the loop."""
         if self.in_context:
             return False
@@ -74,17 +77,17 @@ cdef class TLSConnection(Plaintext):
         self.engine.entered = <PyObject*>self.context
         return True
 
-    cdef int leave(self, PyObject* before) except -1:
+    cdef int leave_context(self, PyObject* before) except -1:
         self.in_context = False
         self.engine.entered = before
         PyContext_Exit(self.context)
         return 0
 
-    cdef void receive(self, object data) noexcept:
+    cdef void call_data_received(self, object data) noexcept:
         cdef PyObject* before = NULL
         cdef bint entered
         try:
-            entered = self.enter(&before)
+            entered = self.enter_context(&before)
             try:
                 if self.timed:
                     timed(self.loop, self.protocol.data_received, data)
@@ -92,17 +95,17 @@ cdef class TLSConnection(Plaintext):
                     self.protocol.data_received(data)
             finally:
                 if entered:
-                    self.leave(before)
+                    self.leave_context(before)
         except BaseException as exc:
-            self.failed(exc, "Fatal error: protocol.data_received() call failed.")
+            self.callback_failed(exc, "Fatal error: protocol.data_received() call failed.")
 
-    cdef bint get_buffer(self, Py_buffer* view, Py_ssize_t hint) noexcept:
+    cdef bint call_get_buffer(self, Py_buffer* view, Py_ssize_t hint) noexcept:
         """The protocol's buffer; false when there is none, which has been dealt with."""
         cdef PyObject* before = NULL
         cdef bint entered
         try:
             protocol = self.protocol
-            entered = self.enter(&before)
+            entered = self.enter_context(&before)
             try:
                 if self.timed:
                     buffer = timed(self.loop, protocol.get_buffer, hint)
@@ -111,12 +114,12 @@ cdef class TLSConnection(Plaintext):
                 PyObject_GetBuffer(buffer, view, PyBUF_WRITABLE)
             finally:
                 if entered:
-                    self.leave(before)
+                    self.leave_context(before)
             if view.len == 0:
                 PyBuffer_Release(view)
                 raise RuntimeError("get_buffer() returned an empty buffer")
         except BaseException as exc:
-            self.failed(exc, "Fatal error: protocol.get_buffer() call failed.")
+            self.callback_failed(exc, "Fatal error: protocol.get_buffer() call failed.")
             return False
         if self.state != OPEN or self.protocol is not protocol:
             # Another protocol gets it into a buffer of its own.
@@ -124,11 +127,11 @@ cdef class TLSConnection(Plaintext):
             return False
         return True
 
-    cdef void buffer_updated(self, Py_ssize_t size) noexcept:
+    cdef void call_buffer_updated(self, Py_ssize_t size) noexcept:
         cdef PyObject* before = NULL
         cdef bint entered
         try:
-            entered = self.enter(&before)
+            entered = self.enter_context(&before)
             try:
                 if self.timed:
                     timed(self.loop, self.protocol.buffer_updated, size)
@@ -136,15 +139,15 @@ cdef class TLSConnection(Plaintext):
                     self.protocol.buffer_updated(size)
             finally:
                 if entered:
-                    self.leave(before)
+                    self.leave_context(before)
         except BaseException as exc:
-            self.failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
+            self.callback_failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
 
     cdef void call_connection_made(self) noexcept:
         cdef PyObject* before = NULL
         cdef bint entered
         try:
-            entered = self.enter(&before)
+            entered = self.enter_context(&before)
             try:
                 if self.timed:
                     timed(self.loop, self.protocol.connection_made, self)
@@ -152,10 +155,10 @@ cdef class TLSConnection(Plaintext):
                     self.protocol.connection_made(self)
             finally:
                 if entered:
-                    self.leave(before)
+                    self.leave_context(before)
         except BaseException as exc:
-            self.failed(exc, "Fatal error: protocol.connection_made() call failed.")
-            self.wake_waiter(exc)
+            self.callback_failed(exc, "Fatal error: protocol.connection_made() call failed.")
+            self.wakeup_waiter(exc)
 
     cdef void call_eof_received(self) noexcept:
         cdef PyObject* before = NULL
@@ -164,7 +167,7 @@ cdef class TLSConnection(Plaintext):
             return
         self.ended = True
         try:
-            entered = self.enter(&before)
+            entered = self.enter_context(&before)
             try:
                 if self.timed:
                     keep_open = timed(self.loop, self.protocol.eof_received)
@@ -172,17 +175,17 @@ cdef class TLSConnection(Plaintext):
                     keep_open = self.protocol.eof_received()
             finally:
                 if entered:
-                    self.leave(before)
+                    self.leave_context(before)
             if keep_open:
                 logger.warning("returning true from eof_received() has no effect when using ssl")
         except BaseException as exc:
-            self.failed(exc, "Error calling eof_received()")
+            self.callback_failed(exc, "Error calling eof_received()")
 
     cdef void call_flow_control(self, str name) noexcept:
         cdef PyObject* before = NULL
         cdef bint entered
         try:
-            entered = self.enter(&before)
+            entered = self.enter_context(&before)
             try:
                 function = getattr(self.protocol, name)
                 if self.timed:
@@ -191,7 +194,7 @@ cdef class TLSConnection(Plaintext):
                     function()
             finally:
                 if entered:
-                    self.leave(before)
+                    self.leave_context(before)
         except (SystemExit, KeyboardInterrupt) as exc:
             self.engine.interrupted(exc)
         except BaseException as exc:
@@ -199,10 +202,10 @@ cdef class TLSConnection(Plaintext):
 
     # --- failures -----------------------------------------------------------------
 
-    cdef void abandon(self, object exc) noexcept:
+    cdef void force_close(self, object exc) noexcept:
         """Close the transport below at once.  What was written is offered to it before, once, as in asyncio."""
-        if not self.abandoning and not self.engine.closed:
-            self.abandoning = True
+        if not self.force_closing and not self.engine.closed:
+            self.force_closing = True
             layer = self.layer
             try:
                 if layer is not None:
@@ -212,7 +215,6 @@ cdef class TLSConnection(Plaintext):
                 if isinstance(error, (SystemExit, KeyboardInterrupt)):
                     self.engine.interrupted(error)
                 # Else: `exc` says why it ends.
-        self.closing = True
         self.state = OVER
         self.cancel_timer()
         self.drop_output()
@@ -234,14 +236,14 @@ cdef class TLSConnection(Plaintext):
     cdef void report(self, str message, object exc) noexcept:
         self.engine.report({"message": message, "exception": exc, "transport": self, "protocol": self.protocol})
 
-    cdef void failed(self, object exc, str message) noexcept:
+    cdef void callback_failed(self, object exc, str message) noexcept:
         """A protocol callback raised."""
         if isinstance(exc, (SystemExit, KeyboardInterrupt)):
             self.engine.interrupted(exc)
         else:
-            self.fatal(exc, message)
+            self.fatal_error(exc, message)
 
-    cdef void broke(self, object exc, str message="Fatal error on SSL protocol") noexcept:
+    cdef void fail(self, object exc, str message="Fatal error on SSL protocol") noexcept:
         """Something raised in the middle: nobody knows what is half done, so the connection ends."""
         if isinstance(exc, (SystemExit, KeyboardInterrupt)):
             self.engine.interrupted(exc)
@@ -249,29 +251,29 @@ cdef class TLSConnection(Plaintext):
         if self.state <= HANDSHAKE:
             self.handshake_failed(exc)
         else:
-            self.fatal(exc, message)
+            self.fatal_error(exc, message)
         if not self.busy:
             self.records.drop_input()
 
     cdef void handshake_failed(self, object exc) noexcept:
         if self.state > HANDSHAKE:
             return
-        self.fatal(
+        self.fatal_error(
             exc,
             "SSL handshake failed on verifying the certificate"
             if isinstance(exc, ssl.CertificateError) else "SSL handshake failed",
         )
-        self.wake_waiter(exc)
+        self.wakeup_waiter(exc)
 
-    cdef void fatal(self, object exc, str message) noexcept:
+    cdef void fatal_error(self, object exc, str message) noexcept:
         if isinstance(exc, OSError):
             self.engine.log_debug("%r: %s", (self, message), exc)
         elif not isinstance(exc, asyncio.CancelledError):
             self.report(message, exc)
         if self.state != OVER:
-            self.abandon(exc)
+            self.force_close(exc)
 
-    cdef void wake_waiter(self, object exc) noexcept:
+    cdef void wakeup_waiter(self, object exc) noexcept:
         waiter = self.waiter
         self.waiter = None
         if waiter is not None:
@@ -297,28 +299,37 @@ cdef class TLSConnection(Plaintext):
 
     # --- what the parts above implement ----------------------------------------
 
-    cdef int handshake(self) except -1:
+    cdef int advance_handshake(self) except -1:
         return 0
 
     cdef int encrypt(self, bint full_records_only=False) except -1:
         return 0
 
-    cdef int emit(self, bint answering=False) except -1:
+    cdef int write_records(self, bint answering=False) except -1:
         return 0
 
-    cdef int shut_down(self) except -1:
+    cdef int do_shutdown(self) except -1:
         return 0
 
     cdef int start_shutdown(self) except -1:
         return 0
 
-    cdef int finish(self) except -1:
+    cdef bint both_closed(self) noexcept:
+        return False
+
+    cdef int on_shutdown_complete(self) except -1:
         return 0
 
-    cdef int pass_on(self, bint full_records_only) except -1:
+    cdef int write_plaintext(self, bint full_records_only) except -1:
         return 0
 
     cdef int send_control(self) except -1:
+        return 0
+
+    cdef int deliver_plaintext(self, const char* data, Py_ssize_t size) except -1:
+        return 0
+
+    cdef int deliver_kept(self) except -1:
         return 0
 
     cdef bint keys_are_lost(self) noexcept:

@@ -10,14 +10,14 @@ pause reading, too.
 import ssl
 
 from cpython.buffer cimport PyBuffer_Release
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF
-from libc.string cimport memcpy
 
 from aiouringnet._engine.interface cimport Layer
 from aiouringnet._tls.connection cimport (
-    FLUSHING, HANDSHAKE, MAX_ANSWER_BYTES, OPEN, OVER, RAISED, RECORD_BYTES, SHUTDOWN, TLSConnection,
+    BACKED_UP, FLUSHING, HANDSHAKE, HELD, MAX_ANSWER_BYTES, OPEN, OVER, RAISED, READING, RECORD_BYTES, RESTING,
+    SHUTDOWN, TLSConnection,
 )
 from aiouringnet._tls.records cimport FAILED, NO_DATA, WANTS_MORE
 
@@ -43,14 +43,14 @@ cdef class TLSInput(TLSConnection):
         if self.state == OVER:
             return
         try:
-            if self.records.kernel_receives:
-                self.deliver_plain(data, size)
+            if self.offload is not None and self.offload.kernel.receives:
+                self.deliver_plaintext(data, size)
                 return
-            self.records.feed(data, size)
-            self.advance()
+            self.records.feed_ssldata(data, size)
+            self.process_input()
             self.keep_input()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
     cdef int keep_input(self) except -1:
         """What is left of the input is copied: its memory is about to go."""
@@ -60,13 +60,13 @@ cdef class TLSInput(TLSConnection):
             self.records.keep_input()
         return 0
 
-    cdef int advance(self) except -1:
+    cdef int process_input(self) except -1:
         """Do what the input allows."""
         if self.busy:
             self.again = True
             return 0
         if self.state == HANDSHAKE:
-            self.handshake()
+            self.advance_handshake()
         if self.state == OPEN:
             self.deliver()
         if self.state == FLUSHING or self.state == SHUTDOWN:
@@ -75,11 +75,11 @@ cdef class TLSInput(TLSConnection):
             self.blocked = False
             self.encrypt()
             if self.state == FLUSHING:
-                self.shut_down()
-        if self.keys_are_lost():
+                self.do_shutdown()
+        if self.offload is not None and self.keys_are_lost():
             return 0
         # Tickets, alerts, answers to KeyUpdate.
-        self.emit(True)
+        self.write_records(True)
         if self.again:
             self.again = False
             self.schedule_resume()
@@ -90,7 +90,7 @@ cdef class TLSInput(TLSConnection):
         cdef Py_ssize_t n
         self.begin_turn()
         while (
-            self.state == OPEN and not self.paused and not self.holding and not self.resting
+            self.state == OPEN and not self.paused and self.reading == READING
             and self.records.has_input()
         ):
             n = self.fill_buffer() if self.buffered else self.read()
@@ -101,8 +101,8 @@ cdef class TLSInput(TLSConnection):
                 self.on_close_notify()
             elif n == FAILED and self.state != OVER:
                 error = self.take_error()
-                self.emit()  # the alert
-                self.broke(error, "SSL error in data received")
+                self.write_records()  # the alert
+                self.fail(error, "SSL error in data received")
             if n <= 0:
                 break
         return self.end_turn()
@@ -121,7 +121,7 @@ cdef class TLSInput(TLSConnection):
                 if layer is not None:
                     layer.received(scratch, size)
                 else:
-                    self.receive(PyBytes_FromStringAndSize(scratch, size))
+                    self.call_data_received(PyBytes_FromStringAndSize(scratch, size))
             return n
         data = new_bytes(NULL, room)
         n = self.read_into(PyBytes_AS_STRING(<object>data), room, &size)
@@ -130,7 +130,7 @@ cdef class TLSInput(TLSConnection):
         whole = <object>data
         Py_DECREF(whole)
         if size and self.state == OPEN:
-            self.receive(whole)
+            self.call_data_received(whole)
         return n
 
     cdef Py_ssize_t fill_buffer(self) except RAISED:
@@ -143,12 +143,12 @@ cdef class TLSInput(TLSConnection):
         self.busy = False
         if n <= 0:
             return n
-        if not self.get_buffer(&view, n):
+        if not self.call_get_buffer(&view, n):
             return 1
         n = self.read_into(<char*>view.buf, view.len, &total)
         PyBuffer_Release(&view)
         if total and self.state == OPEN:
-            self.buffer_updated(total)
+            self.call_buffer_updated(total)
         return n
 
     cdef Py_ssize_t read_into(self, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept:
@@ -170,49 +170,15 @@ cdef class TLSInput(TLSConnection):
         self.busy = False
         return n
 
-    cdef int deliver_plain(self, const char* data, Py_ssize_t size) except -1:
-        """What the kernel has decrypted."""
-        cdef Layer layer = self.layer
-        self.records.dataless = 0
-        if self.state != OPEN:
-            return 0  # after close()
-        if self.kept is not None or self.paused or self.holding or self.resting:
-            self.kept = PyBytes_FromStringAndSize(data, size) if self.kept is None else self.kept + data[:size]
-        elif layer is not None:
-            layer.received(data, size)
-        elif self.buffered:
-            self.feed(data, size)
-        else:
-            self.receive(PyBytes_FromStringAndSize(data, size))
-        return 0
-
-    cdef int feed(self, const char* data, Py_ssize_t size) except -1:
-        """Copy into the BufferedProtocol's buffers, as many as it takes."""
-        cdef Py_buffer view
-        cdef Py_ssize_t n
-        while size > 0 and self.state == OPEN:
-            if self.paused or not self.buffered:
-                return self.deliver_plain(data, size)
-            protocol = self.protocol
-            if not self.get_buffer(&view, size):
-                if self.protocol is protocol:
-                    return 0
-                continue
-            n = min(view.len, size)
-            memcpy(view.buf, data, n)
-            PyBuffer_Release(&view)
-            self.buffer_updated(n)
-            data += n
-            size -= n
-        return 0
-
     # --- the end of input ---------------------------------------------------------
 
     cdef int on_close_notify(self) except -1:
         self.peer_closed = True
         if self.state == SHUTDOWN:
-            self.finish()  # close() was called meanwhile
-        elif self.state == OPEN and not self.paused and not self.holding and self.kept is None:
+            self.on_shutdown_complete()  # close() was called meanwhile
+        elif self.state == OPEN and not self.paused and self.reading != HELD and (
+            self.offload is None or self.offload.kept is None
+        ):
             self.end_of_input()
         return 0
 
@@ -228,7 +194,7 @@ cdef class TLSInput(TLSConnection):
         cdef char scratch[RECORD_BYTES]
         cdef Py_ssize_t n
         self.begin_turn()
-        while not self.resting and not self.busy and self.state != OVER and self.records.has_input():
+        while self.reading < RESTING and not self.busy and self.state != OVER and self.records.has_input():
             n = self.decrypt(scratch, sizeof(scratch))
             if n > 0:
                 continue
@@ -238,9 +204,9 @@ cdef class TLSInput(TLSConnection):
             if n == 0:
                 self.peer_closed = True
                 if self.state == SHUTDOWN:
-                    self.finish()
+                    self.on_shutdown_complete()
             elif n == FAILED:
-                self.broke(self.take_error(), "Error occurred during shutdown")
+                self.fail(self.take_error(), "Error occurred during shutdown")
             break
         return self.end_turn()
 
@@ -256,30 +222,32 @@ cdef class TLSInput(TLSConnection):
         if self.records.n_dataless - self.turn_began < TURN_RECORDS or self.state == OVER:
             return 0
         if self.records.dataless > MAX_DATALESS_RECORDS:
-            self.fatal(
+            self.fatal_error(
                 ssl.SSLError(
                     ssl.SSL_ERROR_SSL,
                     f"the peer sent more than {MAX_DATALESS_RECORDS} TLS records in a row that carry no data",
                 ),
                 "SSL error in data received",
             )
-        elif not self.resting:
+        elif self.reading < RESTING:
             # The rest waits for the loop's next iteration.
-            self.resting = True
+            self.reading = RESTING
             self.lower.pause_reading()
             self.schedule_resume()
         return 0
 
-    cdef int choke(self) except -1:
+    cdef int pause_for_answers(self) except -1:
         """The peer asks, and does not read the answers: no more is read of it until it does."""
-        if not self.choked and self.state != OVER:
-            self.choked = self.resting = True
+        if self.reading != BACKED_UP and self.state != OVER:
+            self.reading = BACKED_UP
             self.lower.pause_reading()
         return 0
 
-    cdef int breathe(self) except -1:
-        if self.choked and not self.lower_paused and self.records.unsent() <= MAX_ANSWER_BYTES:
-            self.choked = False
+    cdef int resume_after_answers(self) except -1:
+        if self.reading == BACKED_UP and not self.lower_paused and (
+            self.offload is None or self.offload.unsent() <= MAX_ANSWER_BYTES
+        ):
+            self.reading = RESTING
             self.schedule_resume()
         return 0
 
@@ -291,29 +259,27 @@ cdef class TLSInput(TLSConnection):
 
     def _resume(self):
         self.resuming = False
-        self.holding = False
-        if self.choked:
+        if self.reading == BACKED_UP:
             return
-        self.resting = False
+        self.reading = READING
         self.turn_began = self.records.n_dataless
         if self.state == OVER or (self.paused and self.state == OPEN):
             return
         try:
-            self.take_up()
+            self.resume_input()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
-    cdef int take_up(self) except -1:
+    cdef int resume_input(self) except -1:
         """Reading goes on: with what was kept, and then with the transport below."""
-        if self.kept is not None:
-            kept, self.kept = self.kept, None
-            self.deliver_plain(PyBytes_AS_STRING(kept), PyBytes_GET_SIZE(kept))
-        self.advance()
+        if self.offload is not None:
+            self.deliver_kept()
+        self.process_input()
         self.keep_input()
-        if self.state == OVER or self.resting:
+        if self.state == OVER or self.reading >= RESTING:
             return 0
         if self.state == OPEN:
-            if self.paused or self.holding:
+            if self.paused or self.reading == HELD:
                 return 0
             if self.eof or self.peer_closed:
                 self.end_of_input()

@@ -4,7 +4,8 @@ from aiouringnet._tls.kernel cimport KernelTLS
 
 
 cdef class Lifecycle(KernelTLS):
-    cdef int take_lower(self, object transport) except -1
-    cdef int begin(self) except -1
-    cdef int take_eof(self) except -1
-    cdef int step(self) except -1
+    cdef int on_lower_made(self, object transport) except -1
+    cdef int start_handshake(self) except -1
+    cdef int on_lower_eof(self) except -1
+    cdef int on_handshake_complete(self) except -1
+    cdef int call_do_handshake(self) except -1

@@ -4,9 +4,9 @@ import asyncio
 
 from cpython.object cimport PyObject
 
-from aiouringnet._tls.connection cimport FLUSHING, HANDSHAKE, OPEN, OVER, SHUTDOWN
+from aiouringnet._tls.connection cimport FLUSHING, HANDSHAKE, HELD, OPEN, OVER, READING, RESTING, SHUTDOWN
 from aiouringnet._tls.kernel cimport KernelTLS, as_ssl_error
-from aiouringnet._transports.common cimport own
+from aiouringnet._transports.common cimport immutable
 from aiouringnet._transports.stream cimport StreamTransport
 
 from aiouringnet._tls.records import AGAIN
@@ -30,11 +30,11 @@ cdef class Lifecycle(KernelTLS):
 
     def connection_made(self, transport):
         try:
-            self.take_lower(transport)
+            self.on_lower_made(transport)
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
-    cdef int take_lower(self, object transport) except -1:
+    cdef int on_lower_made(self, object transport) except -1:
         self.lower = transport
         if isinstance(transport, StreamTransport):
             self.stream = transport
@@ -42,39 +42,38 @@ cdef class Lifecycle(KernelTLS):
             transport.abort()
             return 0
         self.timer = self.loop.call_later(self.handshake_timeout_s, self._check_handshake_timeout)
-        self.offered = self.stream is not None and self.stream.stream.tcp and self.records.wants_socket()
-        if self.offered and self.stream.stream.in_flight:
+        if self.stream is not None and self.stream.stream.tcp:
+            self.offload = self.records.new_offload()
+        if self.offload is not None and self.stream.stream.in_flight:
             # An upgrade: what is being received or sent in the clear ends first.
             transport.pause_reading()
-            self.loop.call_later(QUIET_RETRY_S, self._begin_when_quiet)
+            self.loop.call_later(QUIET_RETRY_S, self._start_when_quiet)
         else:
-            self.begin()
+            self.start_handshake()
         return 0
 
-    def _begin_when_quiet(self):
+    def _start_when_quiet(self):
         if self.state == OVER:
             return
         try:
             if self.stream.stream.in_flight:
-                self.loop.call_later(QUIET_RETRY_S, self._begin_when_quiet)
+                self.loop.call_later(QUIET_RETRY_S, self._start_when_quiet)
             else:
-                self.begin()
+                self.start_handshake()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
-    cdef int begin(self) except -1:
+    cdef int start_handshake(self) except -1:
         transport = self.lower
-        if self.offered:
-            # What was received before an upgrade the kernel cannot decrypt any more.
-            self.stream.reads_itself = not self.records.has_input() and self.stream.stream.held is None
-            self.records.offer_socket(self.stream.fileno, self.stream.reads_itself)
+        if self.offload is not None:
+            self.start_offer()
         self.limit_lower()
         if self.loop.get_debug():
             logger.debug("%r starts SSL handshake", self)
             self.started_at = self.loop.time()
         self.state = HANDSHAKE
         if self.records.has_input() or not self.server_side:
-            self.advance()
+            self.process_input()
             self.keep_input()
         if not transport.is_reading() and not transport.is_closing():
             transport.resume_reading()
@@ -92,15 +91,15 @@ cdef class Lifecycle(KernelTLS):
         """Bytes of the peer's that were received before the upgrade."""
         cdef const char* start
         cdef Py_ssize_t size
-        _owner = own(data, &start, &size)
+        _owner = immutable(data, &start, &size)
         if size:
-            self.records.feed(start, size)
+            self.records.feed_ssldata(start, size)
             self.records.keep_input()
 
     def data_received(self, data):
         cdef const char* start
         cdef Py_ssize_t size
-        _owner = own(data, &start, &size)
+        _owner = immutable(data, &start, &size)
         self.engine.check()
         if size:
             self.received(start, size)
@@ -108,30 +107,29 @@ cdef class Lifecycle(KernelTLS):
     def eof_received(self):
         """True: the transport below stays open until we close it."""
         try:
-            self.take_eof()
+            self.on_lower_eof()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
         return True
 
-    cdef int take_eof(self) except -1:
+    cdef int on_lower_eof(self) except -1:
         self.eof = True
         if self.loop.get_debug():
             logger.debug("%r received EOF", self)
         if self.state == HANDSHAKE:
             self.handshake_failed(ConnectionResetError("the peer closed the connection during the TLS handshake"))
         elif self.state == OPEN:
-            if not self.paused and not self.holding and not self.resting:
+            if not self.paused and self.reading == READING:
                 self.end_of_input()
         elif self.state == SHUTDOWN:
-            self.finish()
+            self.on_shutdown_complete()
         return 0
 
     def connection_lost(self, exc):
         if self.clean:
             exc = None  # a peer that closed its socket resets it when our close_notify arrives
-        elif isinstance(exc, OSError) and self.records.kernel_receives:
+        elif isinstance(exc, OSError) and self.offload is not None and self.offload.kernel.receives:
             exc = as_ssl_error(exc)
-        self.closing = True
         self.state = OVER
         protocol, self.protocol = self.protocol, None
         if self.layer is not None:
@@ -143,9 +141,11 @@ cdef class Lifecycle(KernelTLS):
             if not self.busy:
                 self.records.drop_input()
             self.dropped += 1
-            if self.empty_waiter is not None:
-                self.engine.settle(self.empty_waiter, exc or ConnectionError("Connection is closed by peer"))
-            self.wake_waiter(exc or ConnectionAbortedError("the connection was closed during the TLS handshake"))
+            if self.offload is not None and self.offload.empty_waiter is not None:
+                self.engine.settle(
+                    self.offload.empty_waiter, exc or ConnectionError("Connection is closed by peer")
+                )
+            self.wakeup_waiter(exc or ConnectionAbortedError("the connection was closed during the TLS handshake"))
         finally:
             if self.made and protocol is not None:
                 # At once: a loop that stops now would keep what is scheduled, and all of us with it.
@@ -164,77 +164,77 @@ cdef class Lifecycle(KernelTLS):
         try:
             self.encrypt()
             if self.state == FLUSHING:
-                self.shut_down()
-            self.check_empty()
+                self.do_shutdown()
+            if self.offload is not None:
+                self.check_empty()
             self.control_writing()
-            self.breathe()
+            self.resume_after_answers()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
     # --- the handshake ------------------------------------------------------------
 
-    cdef int handshake(self) except -1:
-        if self.offered:
-            if self.stream.stream.sending:
-                self.engine.poll_sends()
-            if self.state != HANDSHAKE:
-                return 0
-            if not self.socket_is_idle():
-                # OpenSSL may hand over its keys in the next step, and what precedes them must be out.
-                self.waiting = True
-                self.stream.stream.expect_sent()
-                return 0
-            self.records.socket_idle(True)
+    cdef int advance_handshake(self) except -1:
+        if self.offload is not None and not self.may_hand_over():
+            return 0
         try:
-            self.step()
+            self.call_do_handshake()
         except AGAIN:
-            self.emit()
+            self.write_records()
             return 0
         except (SystemExit, KeyboardInterrupt) as exc:
             self.interrupted(exc)
             self.handshake_failed(ConnectionAbortedError("the TLS handshake was interrupted"))
             return 0
         except BaseException as exc:
-            self.emit()  # the alert, which a socket that is closed with unread input would take back by a reset
-            self.records.drain_socket()
+            # The alert, which a socket that is closed with unread input would take back by a reset.
+            self.write_records()
+            if self.offload is not None:
+                self.offload.drain()
             self.handshake_failed(exc)
             return 0
-        if self.state != HANDSHAKE:
-            return 0  # a callback has closed the connection
-        if self.offered:
+        if self.state == HANDSHAKE:  # no callback has closed the connection
+            self.on_handshake_complete()
+        return 0
+
+    cdef int on_handshake_complete(self) except -1:
+        cdef bint awaited
+        if self.offload is not None:
             self.end_offer()
         elif self.asks_for_ktls():
             self.decline_ktls()
         if self.started_at is not None:
             logger.debug("%r: SSL handshake took %.1f ms", self, (self.loop.time() - self.started_at) * 1e3)
         # With a client's last flight, or a server's tickets.
-        self.emit()
+        self.write_records()
         if self.state != HANDSHAKE:
             return 0
         self.cancel_timer()
-        self.holding = self.waiter is not None
+        awaited = self.waiter is not None
+        if awaited and self.reading == READING:
+            self.reading = HELD
         self.state = OPEN
         if not self.made:
             self.made = True
             self.call_connection_made()
-        if self.holding:
-            self.wake_waiter(None)
+        if awaited:
+            self.wakeup_waiter(None)
             self.schedule_resume()
         if self.queued and not self.gathering:
             self.engine.mark_layer(self)
         return 0
 
-    cdef int step(self) except -1:
+    cdef int call_do_handshake(self) except -1:
         """Callbacks of the SSLContext run in it, in the connection's own context, and may do anything."""
         cdef PyObject* before = NULL
-        cdef bint entered = self.enter(&before)
+        cdef bint entered = self.enter_context(&before)
         self.busy = True
         try:
             self.records.do_handshake()
         finally:
             self.busy = False
             if entered:
-                self.leave(before)
+                self.leave_context(before)
         return 0
 
     def _check_handshake_timeout(self):
@@ -251,11 +251,10 @@ cdef class Lifecycle(KernelTLS):
         if self.state >= FLUSHING:
             return 0
         if self.state < OPEN or self.engine.closed:
-            self.abandon(None)
+            self.force_close(None)
             return 0
         # Until connection_lost(): the whole of it.
         self.timer = self.loop.call_later(self.shutdown_timeout_s, self._check_shutdown_timeout)
-        self.closing = True
         self.state = FLUSHING
         self.encrypt()
         if self.state == FLUSHING and not self.eof and not self.peer_closed:
@@ -263,13 +262,13 @@ cdef class Lifecycle(KernelTLS):
             # goes out, since SSLObject.unwrap() takes data after it for a violation.
             self.discard_input()
         if self.state == FLUSHING:
-            self.shut_down()
+            self.do_shutdown()
         if (self.state == FLUSHING or self.state == SHUTDOWN) and not self.eof and not self.peer_closed:
-            if not self.resting:
+            if self.reading < RESTING:
                 self.lower.resume_reading()
         return 0
 
-    cdef int shut_down(self) except -1:
+    cdef int do_shutdown(self) except -1:
         """Send close_notify when all that was written is encrypted."""
         if self.queued:
             return 0
@@ -283,16 +282,18 @@ cdef class Lifecycle(KernelTLS):
                 self.records.shutdown()
             finally:
                 self.busy = False
-            self.emit()
-        if self.state == SHUTDOWN and (self.eof or self.peer_closed):
-            self.finish()
+            self.write_records()
+        if self.both_closed():
+            self.on_shutdown_complete()
         return 0
 
-    cdef int finish(self) except -1:
+    cdef bint both_closed(self) noexcept:
+        return self.state == SHUTDOWN and (self.eof or self.peer_closed)
+
+    cdef int on_shutdown_complete(self) except -1:
         """Both sides have said goodbye."""
-        if self.waiting and self.records.has_control():
-            self.finishing = True
-            return 0
+        if self.waiting and self.offload.has_control():
+            return 0  # on_drained() comes back to it
         self.call_eof_received()
         if self.state == SHUTDOWN:
             self.clean = self.lower_queued() == 0
@@ -303,4 +304,4 @@ cdef class Lifecycle(KernelTLS):
     def _check_shutdown_timeout(self):
         self.timer = None
         self.clean = False
-        self.abandon(TimeoutError_("SSL shutdown timed out"))
+        self.force_close(TimeoutError_("SSL shutdown timed out"))

@@ -20,29 +20,18 @@ program's own mistake in both cases, as on asyncio.
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.errno cimport EALREADY, EBUSY, ENOENT
-from libc.stdlib cimport free
 from libc.string cimport memcpy
 from posix.types cimport off_t
 
-import os
 import ssl
 
-from aiouringnet._tls.bio cimport (
-    Link, RECORD_BYTES, discard_spill, flush_to_socket, make_method, new_bio, send_control, take_record,
-)
+from aiouringnet._tls.bio cimport Link, make_method, new_bio
+from aiouringnet._tls.buffer cimport first, release
+from aiouringnet._tls.offload cimport Offload
 from aiouringnet._tls.records cimport FAILED, is_overridden, NO_DATA, Records, WANTS_MORE
 from aiouringnet._tls.symbols cimport further, load, openssl, ssl_of, unknown_layout
 
 from aiouringnet._tls.records import SSLRecords
-
-
-cdef extern from "sys/socket.h" nogil:
-    ctypedef unsigned int socklen_t
-    ssize_t c_recv "recv"(int fd, void* data, size_t size, int flags)
-    int c_getsockopt "getsockopt"(int fd, int level, int name, void* value, socklen_t* size)
-    int SOL_SOCKET, SO_ERROR
-    int MSG_DONTWAIT
 
 
 cdef enum:
@@ -51,16 +40,12 @@ cdef enum:
     SSL_ERROR_WANT_WRITE = 3
     SSL_ERROR_WANT_X509_LOOKUP = 4
     SSL_ERROR_ZERO_RETURN = 6
-    SSL_KEY_UPDATE_NONE = -1
     SSL_CTRL_CLEAR_MODE = 78
     SSL_MODE_AUTO_RETRY = 4
     SSL_OP_ENABLE_KTLS = 8
-    # Content type, RFC 8446 section 5.1, and a level of section 6
-    ALERT_RECORD = 21
-    FATAL_ALERT = 2
 
+    RECORD_BYTES = 16384        # plaintext of a full record, RFC 8446 section 5.1
     MAX_STALLED = 8             # reads in a row that find input and use none
-    MAX_DRAINED = 16            # records that are read to be dropped
     # What a record may add: header 5, explicit nonce or IV 16, MAC 48 (HMAC-SHA384), padding 16, content type 1.
     RECORD_OVERHEAD = 96
 
@@ -100,14 +85,8 @@ cdef inline void forget_errors() noexcept nogil:
         openssl.ERR_clear_error()
 
 
-# What hand_over() met.
-cdef dict PROBLEMS = {
-    ENOENT: "the kernel has no tls module, or not this cipher (modprobe tls)",
-    EBUSY: "what precedes new keys was not yet sent",
-    EALREADY: "bytes of the peer's had been received before the handshake",
-}
-
-
+# The offload stays while the link leads to it, also where the garbage collector takes both.
+@cython.no_gc_clear
 cdef class OpenSSLRecords(Records):
     """An SSLObject of the ssl module with a BIO over our buffers."""
 
@@ -117,6 +96,7 @@ cdef class OpenSSLRecords(Records):
     cdef void* ssl
     cdef void* bio
     cdef Link link
+    cdef Offload offload            # that link.kernel lies in
     cdef size_t left                # of the input, when a read last came back without data
     cdef int stalled                # how often that was so
     cdef bytes kept                 # what keep_input() copied
@@ -140,8 +120,7 @@ cdef class OpenSSLRecords(Records):
             # The SSLObject may live on.
             openssl.BIO_set_data(self.bio, NULL)
             openssl.BIO_free(self.bio)
-        discard_spill(&self.link)
-        free(self.link.record)
+        release(&self.link.spill)
 
     def _knows_ktls(self):
         """For _load(): whether this OpenSSL was built with kernel TLS.
@@ -151,17 +130,17 @@ cdef class OpenSSLRecords(Records):
         cdef sendfile_function function = <sendfile_function>further(b"SSL_sendfile")
         if function == NULL:
             return False  # before 3.0
-        self.link.asked = False
+        self.add_offload()
         function(self.ssl, -1, 0, 0, 0)
         openssl.ERR_clear_error()
-        return bool(self.link.asked)
+        return bool(self.offload.kernel.asked)
 
     def _started(self):
         """For _load(): whether the handshake's first record has come out at our BIO."""
-        cdef Link* link = &self.link
-        return link.spill_used > 5 and link.spill[link.spill_head] == 22 and link.spill[link.spill_head + 1] == 3
+        cdef char* record = first(&self.link.spill)
+        return self.link.spill.used > 5 and record[0] == 22 and record[1] == 3
 
-    cdef int feed(self, const char* data, Py_ssize_t size) except -1:
+    cdef int feed_ssldata(self, const char* data, Py_ssize_t size) except -1:
         cdef bytes whole
         self.left = 0
         self.stalled = 0
@@ -193,9 +172,8 @@ cdef class OpenSSLRecords(Records):
     cdef void drop_input(self) noexcept:
         self.link.input_size = 0
         self.kept = None
-        # The SSLObject may be used on, when the descriptor's number is somebody else's.
-        self.link.reads = self.link.idle = False
-        self.link.fd = -1
+        if self.offload is not None:
+            self.offload.close()  # the SSLObject may be used on
 
     cdef bint has_input(self) noexcept:
         return self.link.input_size > 0 or openssl.SSL_has_pending(self.ssl)
@@ -252,7 +230,7 @@ cdef class OpenSSLRecords(Records):
         return NO_DATA
 
     cdef int expect_output(self, Py_ssize_t size) except -1:
-        if self.link.room_used or self.link.spill_used:
+        if self.link.room_used or self.link.spill.used:
             return 0  # it joins what take_output() has yet to take
         size += (size // RECORD_BYTES + 1) * RECORD_OVERHEAD
         self.output = PyBytes_FromStringAndSize(NULL, size)
@@ -305,81 +283,20 @@ cdef class OpenSSLRecords(Records):
             forget_errors()
         return 0
 
-    # --- kernel TLS ----------------------------------------------------------
+    cdef Offload new_offload(self):
+        if openssl.SSL_get_options(self.ssl) & SSL_OP_ENABLE_KTLS and ssl.OPENSSL_VERSION_INFO >= (3,):
+            self.add_offload()
+        return self.offload
 
-    cdef bint wants_socket(self) noexcept:
-        return openssl.SSL_get_options(self.ssl) & SSL_OP_ENABLE_KTLS and ssl.OPENSSL_VERSION_INFO >= (3,)
-
-    cdef void offer_socket(self, int fd, bint reads) noexcept:
-        self.link.fd = fd
-        self.link.reads = reads
-
-    cdef void socket_idle(self, bint idle) noexcept:
-        self.link.idle = idle
-
-    cdef bint socket_ended(self) noexcept:
-        return self.link.ended
-
-    cdef void drain_socket(self) noexcept:
-        cdef char scratch[RECORD_BYTES]
-        cdef int _tries
-        for _tries in range(MAX_DRAINED):
-            if not self.link.reads or c_recv(self.link.fd, scratch, sizeof(scratch), MSG_DONTWAIT) <= 0:
-                break
-
-    cdef object withdraw_socket(self):
-        self.kernel_sends = self.link.kernel_sends
-        self.kernel_receives = self.link.kernel_receives
-        self.link.reads = self.link.idle = False
-        reasons = []
-        for what, asked, problem in (
-            ("sending", self.link.asked_send, self.link.send_errno),
-            ("receiving", self.link.asked_receive, self.link.receive_errno),
-        ):
-            if not asked:
-                reasons.append(f"{what}: OpenSSL does not offload this cipher and version")
-            elif problem:
-                reasons.append(f"{what}: {PROBLEMS.get(problem) or os.strerror(problem)}")
-        return "; ".join(reasons) or None
-
-    cdef int take_control_record(self, int fd, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept:
-        return take_record(fd, buffer, room, size)
-
-    cdef bint in_handshake(self) noexcept:
-        return openssl.SSL_in_init(self.ssl) or openssl.SSL_get_key_update_type(self.ssl) != SSL_KEY_UPDATE_NONE
-
-    cdef Py_ssize_t continue_handshake(self) noexcept:
-        # What precedes data goes out without any, too.
-        return self.write(b"", 0)
-
-    cdef bint has_control(self) noexcept:
-        return self.link.kernel_sends and self.link.spill_used
-
-    cdef Py_ssize_t unsent(self) noexcept:
-        return <Py_ssize_t>self.link.spill_used if self.link.kernel_sends else 0
-
-    cdef bint send_control(self) noexcept:  # no-cython-lint
-        return flush_to_socket(&self.link)
-
-    cdef void send_alert(self, int description) noexcept:
-        cdef char[2] alert
-        cdef int error = 0
-        cdef socklen_t size = sizeof(error)
-        alert[0] = FATAL_ALERT
-        alert[1] = <char>description
-        # The kernel has noted the error as the socket's, which the next send would report; reading it takes it away.
-        c_getsockopt(self.link.fd, SOL_SOCKET, SO_ERROR, &error, &size)
-        send_control(self.link.fd, ALERT_RECORD, alert, sizeof(alert))
-
-    cdef bint keys_are_stuck(self) noexcept:
-        # OpenSSL 3.0 keeps those of a KeyUpdate for itself.
-        return self.link.stuck or self.link.updates > 0
+    cdef int add_offload(self) except -1:
+        self.offload = Offload(self.holder)
+        self.offload.ssl = self.ssl
+        self.link.kernel = &self.offload.kernel
+        return 0
 
     cdef object take_output(self, const char** data, Py_ssize_t* size):
         cdef object output
-        if self.link.kernel_sends:
-            return None
-        if self.link.spill_used == 0:
+        if self.link.spill.used == 0:
             if self.link.room_used == 0:
                 return None
             output = self.output
@@ -387,15 +304,12 @@ cdef class OpenSSLRecords(Records):
             size[0] = <Py_ssize_t>self.link.room_used
         else:
             # Handshake and control messages, and what did not fit.
-            size[0] = <Py_ssize_t>(self.link.room_used + self.link.spill_used)
+            size[0] = <Py_ssize_t>(self.link.room_used + self.link.spill.used)
             output = PyBytes_FromStringAndSize(NULL, size[0])
             data[0] = PyBytes_AS_STRING(output)
             memcpy(<char*>data[0], self.link.room, self.link.room_used)
-            memcpy(
-                <char*>data[0] + self.link.room_used, self.link.spill + self.link.spill_head, self.link.spill_used
-            )
-            discard_spill(&self.link)
-            self.link.spill_head = self.link.spill_used = 0
+            memcpy(<char*>data[0] + self.link.room_used, first(&self.link.spill), self.link.spill.used)
+            release(&self.link.spill)
         self.output = None
         self.link.room = NULL
         self.link.room_size = self.link.room_used = 0

@@ -20,7 +20,7 @@ from aiouringnet._tls.records cimport FAILED
 
 
 cdef class TLSOutput(TLSInput):
-    cdef void push(self, Py_ssize_t size) noexcept:
+    cdef void encrypt_or_gather(self, Py_ssize_t size) noexcept:
         """`size` bytes were queued: bulk is encrypted while it is in the cache, the rest is gathered."""
         try:
             if not self.lower_paused:
@@ -36,7 +36,7 @@ cdef class TLSOutput(TLSInput):
                 self.encrypt()
                 self.control_writing()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
     cdef void gather(self) noexcept:
         cdef Layer layer = self.layer
@@ -48,7 +48,7 @@ cdef class TLSOutput(TLSInput):
                 if self.protocol_paused:
                     self.control_writing()
             except BaseException as exc:
-                self.broke(exc)
+                self.fail(exc)
 
     cdef int encrypt(self, bint full_records_only=False) except -1:
         """Make records of what is queued, as far as the transport below takes them."""
@@ -58,8 +58,8 @@ cdef class TLSOutput(TLSInput):
         if self.busy:
             self.again = True
             return 0
-        if self.records.kernel_sends:
-            self.pass_on(full_records_only)
+        if self.offload is not None and self.offload.kernel.sends:
+            self.write_plaintext(full_records_only)
             return 0
         while self.queued and not self.lower_paused and not self.blocked:
             room = min(self.queued, self.batch_bytes)
@@ -73,7 +73,7 @@ cdef class TLSOutput(TLSInput):
                 if n <= 0:
                     break
                 room -= n
-            self.emit()
+            self.write_records()
             if n == FAILED:
                 raise self.take_error()
             if n <= 0:
@@ -112,26 +112,26 @@ cdef class TLSOutput(TLSInput):
             self.consume(n)
         return n
 
-    cdef int emit(self, bint answering=False) except -1:
+    cdef int write_records(self, bint answering=False) except -1:
         """Pass ciphertext to the transport below; `answering`: what the peer's records have caused."""
         cdef const char* data = NULL
         cdef Py_ssize_t size = 0
-        if (self.records.kernel_sends or self.offered) and self.records.has_control():
+        if self.offload is not None and self.offload.has_control():
             self.send_control()
-            if answering and self.records.unsent() > MAX_ANSWER_BYTES:
-                self.choke()
+            if answering and self.offload.unsent() > MAX_ANSWER_BYTES:
+                self.pause_for_answers()
             return 0
         output = self.records.take_output(&data, &size)
         if output is None or self.lower is None:
             return 0
         if self.stream is not None:
-            self.stream.put(output, data, size)
+            self.stream.write_unchecked(output, data, size)
         else:
             self.lower.write(output if size == PyBytes_GET_SIZE(output) else data[:size])
         if answering and self.lower_paused:
             self.answers += size
             if self.answers > MAX_ANSWER_BYTES:
-                self.choke()
+                self.pause_for_answers()
         return 0
 
     # --- flow control -------------------------------------------------------------
@@ -149,7 +149,7 @@ cdef class TLSOutput(TLSInput):
 
     cdef Py_ssize_t control_queued(self) noexcept:
         """Control records that wait for the kernel; those that still do when the connection is over nobody sends."""
-        return 0 if self.state == OVER else self.records.unsent()
+        return 0 if self.state == OVER or self.offload is None else self.offload.unsent()
 
     cdef int control_writing(self) except -1:
         """Tell the protocol to pause or to resume."""

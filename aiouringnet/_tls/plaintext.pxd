@@ -30,4 +30,4 @@ cdef inline Py_ssize_t contents(object piece, const char** data):
 
 
 # `data` as bytes, or as a memoryview of our own into bytes: something that will not change
-cdef object keep(object data)
+cdef object immutable_piece(object data)

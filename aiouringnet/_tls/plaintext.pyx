@@ -8,7 +8,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromSt
 from libc.string cimport memcpy
 
 from aiouringnet._engine.interface cimport Layer
-from aiouringnet._transports.common cimport own
+from aiouringnet._transports.common cimport immutable
 
 
 cdef class Plaintext(Layer):
@@ -51,14 +51,14 @@ cdef class Plaintext(Layer):
         return joined
 
 
-cdef object keep(object data):
+cdef object immutable_piece(object data):
     """`data` as bytes, or as a memoryview of our own into bytes: something that will not change."""
     cdef const char* start
     cdef Py_ssize_t size, offset
     cdef object owner
     if PyBytes_CheckExact(data):
         return data
-    owner = own(data, &start, &size)
+    owner = immutable(data, &start, &size)
     if PyBytes_GET_SIZE(owner) == size:
         return owner
     offset = start - PyBytes_AS_STRING(owner)

@@ -20,6 +20,8 @@ import ssl
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.string cimport memcpy
 
+from aiouringnet._tls.offload cimport Offload
+
 
 cdef extern from "Python.h":
     object PyMemoryView_FromMemory(char* memory, Py_ssize_t size, int flags)
@@ -48,7 +50,7 @@ cdef bint is_overridden(object kind) except -1:
 
 
 cdef class Records:
-    cdef int feed(self, const char* data, Py_ssize_t size) except -1:
+    cdef int feed_ssldata(self, const char* data, Py_ssize_t size) except -1:
         return 0
 
     cdef int keep_input(self) except -1:
@@ -82,49 +84,10 @@ cdef class Records:
     cdef int shutdown(self) except -1:
         return 0
 
-    cdef bint wants_socket(self) noexcept:
-        return False
-
-    cdef void offer_socket(self, int fd, bint reads) noexcept:
-        pass
-
-    cdef void socket_idle(self, bint idle) noexcept:
-        pass
-
-    cdef bint socket_ended(self) noexcept:
-        return False
-
-    cdef void drain_socket(self) noexcept:
-        pass
-
-    cdef object withdraw_socket(self):
+    cdef object take_output(self, const char** data, Py_ssize_t* size):
         return None
 
-    cdef int take_control_record(self, int fd, char* buffer, Py_ssize_t room, Py_ssize_t* size) noexcept:
-        return 0
-
-    cdef bint in_handshake(self) noexcept:
-        return False
-
-    cdef Py_ssize_t continue_handshake(self) noexcept:
-        return WANTS_MORE
-
-    cdef bint has_control(self) noexcept:
-        return False
-
-    cdef Py_ssize_t unsent(self) noexcept:
-        return 0
-
-    cdef bint send_control(self) noexcept:
-        return True
-
-    cdef void send_alert(self, int description) noexcept:
-        pass
-
-    cdef bint keys_are_stuck(self) noexcept:
-        return False
-
-    cdef object take_output(self, const char** data, Py_ssize_t* size):
+    cdef Offload new_offload(self):
         return None
 
 
@@ -156,7 +119,7 @@ cdef class SSLRecords(Records):
         self.incoming = incoming
         self.outgoing = outgoing
 
-    cdef int feed(self, const char* data, Py_ssize_t size) except -1:
+    cdef int feed_ssldata(self, const char* data, Py_ssize_t size) except -1:
         cdef bytes whole
         if self.input_size:
             whole = PyBytes_FromStringAndSize(NULL, self.input_size + size)

@@ -18,10 +18,10 @@ from cpython.bytes cimport PyBytes_CheckExact, PyBytes_GET_SIZE
 
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Layer
-from aiouringnet._tls.connection cimport NEW, OPEN, OVER, RECORD_BYTES
+from aiouringnet._tls.connection cimport FLUSHING, NEW, OPEN, OVER, RECORD_BYTES
 from aiouringnet._tls.lifecycle cimport Lifecycle
-from aiouringnet._tls.plaintext cimport keep
-from aiouringnet._transports.common cimport drop_empty_dict, handed_over, is_buffered, limits
+from aiouringnet._tls.plaintext cimport immutable_piece
+from aiouringnet._transports.common cimport drop_empty_dict, called_soon_threadsafe, is_buffered, limits
 
 from aiouringnet._transports.stream import Transport
 
@@ -105,7 +105,7 @@ cdef class SSLStreamTransport(Lifecycle):
         self.pieces = []
         self.high = DEFAULT_HIGH_WATER
         self.low = DEFAULT_HIGH_WATER // 4
-        self.adopt(protocol)
+        self.use_protocol(protocol)
 
     @property
     def __class__(self):
@@ -115,7 +115,7 @@ cdef class SSLStreamTransport(Lifecycle):
         cdef list info = ["SSLStreamTransport"]
         if self.state == OVER:
             info.append("closed")
-        elif self.closing:
+        elif self.state >= FLUSHING:
             info.append("closing")
         elif self.state < OPEN:
             info.append("handshaking")
@@ -146,10 +146,10 @@ cdef class SSLStreamTransport(Lifecycle):
         return self.sslcontext
 
     def _force_close(self, exc):
-        self.abandon(exc)
+        self.force_close(exc)
 
     def _fatal_error(self, exc, message="Fatal error on transport"):
-        self.fatal(exc, message)
+        self.fatal_error(exc, message)
 
     # --- asyncio.BaseTransport -----------------------------------------------
 
@@ -167,9 +167,9 @@ cdef class SSLStreamTransport(Lifecycle):
         if name == "tls_engine":
             return self.records.kind
         if name == "ktls_send_enabled":
-            return bool(self.records.kernel_sends)
+            return self.offload is not None and bool(self.offload.kernel.sends)
         if name == "ktls_recv_enabled":
-            return bool(self.records.kernel_receives)
+            return self.offload is not None and bool(self.offload.kernel.receives)
         if name == "ktls_why_not":
             return self.ktls_why_not
         if self.made and self.state != NEW:
@@ -198,9 +198,9 @@ cdef class SSLStreamTransport(Lifecycle):
         if layer is not None:
             self.engine.keep(layer)
             layer.gather()
-        self.adopt(protocol)
+        self.use_protocol(protocol)
 
-    cdef int adopt(self, object protocol) except -1:
+    cdef int use_protocol(self, object protocol) except -1:
         self.buffered = is_buffered(protocol)
         self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
         self.timed = self.layer is None and self.loop.get_debug()
@@ -211,7 +211,7 @@ cdef class SSLStreamTransport(Lifecycle):
         return self.protocol
 
     def is_closing(self):
-        return self.closing != 0
+        return self.state >= FLUSHING
 
     def close(self):
         """Send what was written, then close_notify; wait for the peer's, then close.
@@ -219,7 +219,7 @@ cdef class SSLStreamTransport(Lifecycle):
         On another thread it is left to the loop's.
         """
         cdef Layer layer = self.layer
-        if self.closing or handed_over(self.engine, self.close):
+        if self.state >= FLUSHING or called_soon_threadsafe(self.engine, self.close):
             return
         self.check_usable()
         if layer is not None:
@@ -227,14 +227,14 @@ cdef class SSLStreamTransport(Lifecycle):
         try:
             self.start_shutdown()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
     def abort(self):
         """Close at once; what was written is offered to the socket, once.
 
         On another thread it is left to the loop's.
         """
-        if handed_over(self.engine, self.abort):
+        if called_soon_threadsafe(self.engine, self.abort):
             return
         self.check_usable()
         self._force_close(None)
@@ -248,25 +248,25 @@ cdef class SSLStreamTransport(Lifecycle):
     # --- asyncio.ReadTransport -----------------------------------------------
 
     def is_reading(self):
-        return not self.closing and not self.paused
+        return self.state < FLUSHING and not self.paused
 
     def pause_reading(self):
         """No data_received() until resume_reading()."""
-        if self.closing or self.paused:
+        if self.state >= FLUSHING or self.paused:
             return
         self.engine.check()
         self.paused = True
         self.lower.pause_reading()
 
     def resume_reading(self):
-        if self.closing or not self.paused:
+        if self.state >= FLUSHING or not self.paused:
             return
         self.engine.check()
         self.paused = False
         try:
             self.schedule_resume()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
     def set_read_buffer_limits(self, high=None, low=None):
         """Accepted as asyncio does; reading pauses with the application, whatever the limits."""
@@ -288,7 +288,7 @@ cdef class SSLStreamTransport(Lifecycle):
                 self.limit_lower()
             self.control_writing()
         except BaseException as exc:
-            self.broke(exc)
+            self.fail(exc)
 
     def get_write_buffer_limits(self):
         return (self.low, self.high)
@@ -320,28 +320,28 @@ cdef class SSLStreamTransport(Lifecycle):
             piece = data
             size = PyBytes_GET_SIZE(data)
         else:
-            piece = keep(data)
+            piece = immutable_piece(data)
             size = len(piece)
         if size and self.may_write():
             self.pieces.append(piece)
             self.queued += size
-            self.push(size)
+            self.encrypt_or_gather(size)
 
     def writelines(self, list_of_data):
         """Queue each bytes-like object of an iterable, to be sent together."""
         cdef Py_ssize_t size
-        cdef list pieces = [piece for piece in [keep(data) for data in list_of_data] if len(piece)]
+        cdef list pieces = [piece for piece in [immutable_piece(data) for data in list_of_data] if len(piece)]
         if pieces and self.may_write():
             self.pieces += pieces
             size = self.queued
             for piece in pieces:
                 self.queued += len(piece)
-            self.push(self.queued - size)
+            self.encrypt_or_gather(self.queued - size)
 
     cdef bint may_write(self) except -1:
-        if self.empty_waiter is not None:
+        if self.offload is not None and self.offload.empty_waiter is not None:
             raise RuntimeError("unable to write; sendfile is in progress")
-        if self.closing:
+        if self.state >= FLUSHING:
             if self.dropped >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
                 logger.warning("SSL connection is closed")
             self.dropped += 1

@@ -7,10 +7,10 @@ cdef void drop_empty_dict(object instance) noexcept
 cdef bint is_buffered(object protocol) except -1
 
 # Leave a call to the loop's thread if this is another one
-cdef bint handed_over(Engine engine, object call) except -1
+cdef bint called_soon_threadsafe(Engine engine, object call) except -1
 
 # Both limits of a write buffer, in bytes, from what set_write_buffer_limits() was given
 cdef tuple limits(object high, object low, Py_ssize_t default)
 
 # An immutable bytes object that holds `data`, and where in it the data lies
-cdef object own(object data, const char** start, Py_ssize_t* size)
+cdef object immutable(object data, const char** start, Py_ssize_t* size)

@@ -42,7 +42,7 @@ cdef bint is_buffered(object protocol) except -1:
     )
 
 
-cdef bint handed_over(Engine engine, object call) except -1:
+cdef bint called_soon_threadsafe(Engine engine, object call) except -1:
     """Whether this is another thread than the loop's, which makes the call now: the collector runs anywhere."""
     if engine.closed or not engine.is_foreign():
         return False
@@ -64,7 +64,7 @@ cdef tuple limits(object high, object low, Py_ssize_t default):
     return high, low
 
 
-cdef object own(object data, const char** start, Py_ssize_t* size):
+cdef object immutable(object data, const char** start, Py_ssize_t* size):
     """An immutable bytes object that holds `data`, and where in it the data lies."""
     cdef Py_buffer view
     cdef PyObject* base

@@ -7,6 +7,14 @@ from aiouringnet._engine.interface cimport Layer, Room, Sink, flag
 from aiouringnet._engine.stream cimport Stream
 
 
+# In this order; stream.pyx has the table
+cdef enum:
+    OPEN
+    CLOSING
+    LOST
+    DONE
+
+
 cdef class StreamInput(Sink):
     # the connection
     cdef Engine engine
@@ -22,12 +30,13 @@ cdef class StreamInput(Sink):
     cdef dict __dict__              # attributes of the application's own, as on asyncio's transports
 
     # state
-    cdef flag closing, paused, eof
+    cdef flag state
+    cdef flag paused                # by the application
+    cdef flag eof                   # write_eof() was called
     cdef flag in_context            # a callback of ours is running
     cdef flag detached              # nothing is in flight
     cdef flag timed                 # asyncio's debug mode: slow callbacks are named
-    cdef flag finished              # connection_lost was called
-    cdef int lost                   # how often a write was dropped, plus one; 0: not lost
+    cdef int dropped                # how often a write was, once lost, and the loss itself
 
     # flow control
     cdef flag protocol_paused
@@ -37,11 +46,11 @@ cdef class StreamInput(Sink):
     # loop.sendfile() waits with it for the queue to drain; no write meanwhile
     cdef object empty_waiter
 
-    cdef bint enter(self, PyObject** before) except -1
-    cdef int leave(self, PyObject* before) except -1
-    cdef void receive(self, object data) noexcept
-    cdef void feed(self, const char* data, Py_ssize_t size) noexcept
-    cdef bint lend(self, Room* room, Py_ssize_t hint) noexcept
-    cdef void updated(self, Py_ssize_t size) noexcept
-    cdef void failed(self, object exc, str message) noexcept
-    cdef void fatal(self, object exc, str message) noexcept
+    cdef bint enter_context(self, PyObject** before) except -1
+    cdef int leave_context(self, PyObject* before) except -1
+    cdef void call_data_received(self, object data) noexcept
+    cdef void feed_buffered_protocol(self, const char* data, Py_ssize_t size) noexcept
+    cdef bint call_get_buffer(self, Room* room, Py_ssize_t hint) noexcept
+    cdef void call_buffer_updated(self, Py_ssize_t size) noexcept
+    cdef void callback_failed(self, object exc, str message) noexcept
+    cdef void fatal_error(self, object exc, str message) noexcept

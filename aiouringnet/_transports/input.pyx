@@ -37,7 +37,7 @@ cdef enum:
 
 
 cdef class StreamInput(Sink):
-    cdef bint enter(self, PyObject** before) except -1:
+    cdef bint enter_context(self, PyObject** before) except -1:
         """Into the connection's context; false where it is entered already, by a callback that runs the loop."""
         if self.in_context:
             return False
@@ -47,7 +47,7 @@ cdef class StreamInput(Sink):
         self.engine.entered = <PyObject*>self.context
         return True
 
-    cdef int leave(self, PyObject* before) except -1:
+    cdef int leave_context(self, PyObject* before) except -1:
         self.in_context = False
         self.engine.entered = before
         PyContext_Exit(self.context)
@@ -58,21 +58,21 @@ cdef class StreamInput(Sink):
         if layer is not None:
             layer.received(data, size)
         elif self.buffered:
-            self.feed(data, size)
+            self.feed_buffered_protocol(data, size)
         else:
             try:
                 piece = PyBytes_FromStringAndSize(data, size)
             except MemoryError as exc:
                 # What comes next must not be taken for what was lost.
-                self.fatal(exc, "Fatal read error on socket transport")
+                self.fatal_error(exc, "Fatal read error on socket transport")
                 return
-            self.receive(piece)
+            self.call_data_received(piece)
 
-    cdef void receive(self, object data) noexcept:
+    cdef void call_data_received(self, object data) noexcept:
         cdef PyObject* before = NULL
         cdef bint entered
         try:
-            entered = self.enter(&before)
+            entered = self.enter_context(&before)
             try:
                 if self.timed:
                     timed(self.loop, self.protocol.data_received, data)
@@ -80,11 +80,11 @@ cdef class StreamInput(Sink):
                     self.protocol.data_received(data)
             finally:
                 if entered:
-                    self.leave(before)
+                    self.leave_context(before)
         except BaseException as exc:
-            self.failed(exc, "Fatal error: protocol.data_received() call failed.")
+            self.callback_failed(exc, "Fatal error: protocol.data_received() call failed.")
 
-    cdef void feed(self, const char* data, Py_ssize_t size) noexcept:
+    cdef void feed_buffered_protocol(self, const char* data, Py_ssize_t size) noexcept:
         """Copy into the BufferedProtocol's buffers, as many as it takes."""
         cdef Room room
         cdef Py_ssize_t n
@@ -99,8 +99,8 @@ cdef class StreamInput(Sink):
                 self.on_data(data, size)
                 return
             protocol = self.protocol
-            if not self.lend(&room, size):
-                if self.closing or self.engine.forked():
+            if not self.call_get_buffer(&room, size):
+                if self.state != OPEN or self.engine.forked():
                     return
                 if self.protocol is protocol:
                     # An interrupt: it is asked again.
@@ -114,16 +114,16 @@ cdef class StreamInput(Sink):
             n = min(room.size, size)
             memcpy(room.data, data, n)
             PyBuffer_Release(&room.view)
-            self.updated(n)
+            self.call_buffer_updated(n)
             data += n
             size -= n
 
     cdef bint acquire_room(self, Room* room) noexcept:
         while self.buffered:
             protocol = self.protocol
-            if self.lend(room, -1):
+            if self.call_get_buffer(room, -1):
                 return True
-            if self.closing or self.protocol is protocol:
+            if self.state != OPEN or self.protocol is protocol:
                 return False
             # Another protocol was set in get_buffer().
         if self.layer is not None:
@@ -143,31 +143,31 @@ cdef class StreamInput(Sink):
             room.data = NULL if room.spare == NULL else PyBytes_AS_STRING(<object>room.spare)
         if room.data == NULL:
             PyErr_Clear()
-            self.fatal(MemoryError(), "Fatal read error on socket transport")
+            self.fatal_error(MemoryError(), "Fatal read error on socket transport")
             return False
         return True
 
-    cdef bint lend(self, Room* room, Py_ssize_t hint) noexcept:
+    cdef bint call_get_buffer(self, Room* room, Py_ssize_t hint) noexcept:
         """The protocol's own buffer; false when there is none: the transport closes, or has another protocol now."""
         cdef PyObject* before = NULL
         cdef bint entered
         protocol = self.protocol
         room.kind = ROOM_VIEW
         try:
-            entered = self.enter(&before)
+            entered = self.enter_context(&before)
             try:
                 buffer = timed(self.loop, protocol.get_buffer, hint) if self.timed else protocol.get_buffer(hint)
                 PyObject_GetBuffer(buffer, &room.view, PyBUF_WRITABLE)
             finally:
                 if entered:
-                    self.leave(before)
+                    self.leave_context(before)
             if room.view.len == 0:
                 PyBuffer_Release(&room.view)
                 raise RuntimeError("get_buffer() returned an empty buffer")
         except BaseException as exc:
-            self.failed(exc, "Fatal error: protocol.get_buffer() call failed.")
+            self.callback_failed(exc, "Fatal error: protocol.get_buffer() call failed.")
             return False
-        if self.closing or self.protocol is not protocol:
+        if self.state != OPEN or self.protocol is not protocol:
             # In get_buffer().  One that merely paused gets what it asked room for, as in asyncio.
             PyBuffer_Release(&room.view)
             return False
@@ -180,7 +180,7 @@ cdef class StreamInput(Sink):
         if room.kind == ROOM_VIEW:
             PyBuffer_Release(&room.view)
             if size:
-                self.updated(size)
+                self.call_buffer_updated(size)
         elif room.kind == ROOM_WIDE:
             layer = self.layer
             if size:
@@ -195,26 +195,26 @@ cdef class StreamInput(Sink):
                 try:
                     data = PyBytes_FromStringAndSize(room.data, size)
                 except MemoryError as exc:
-                    self.fatal(exc, "Fatal read error on socket transport")
+                    self.fatal_error(exc, "Fatal read error on socket transport")
             if self.engine.spare == NULL:
                 self.engine.spare = room.spare
             else:
                 Py_DECREF(<object>room.spare)
             if data is not None:
-                self.receive(data)
+                self.call_data_received(data)
         elif _PyBytes_Resize(&room.spare, size) < 0:
             PyErr_Clear()
-            self.fatal(MemoryError(), "Fatal read error on socket transport")
+            self.fatal_error(MemoryError(), "Fatal read error on socket transport")
         else:
             data = <object>room.spare
             Py_DECREF(data)
-            self.receive(data)
+            self.call_data_received(data)
 
-    cdef void updated(self, Py_ssize_t size) noexcept:
+    cdef void call_buffer_updated(self, Py_ssize_t size) noexcept:
         cdef PyObject* before = NULL
         cdef bint entered
         try:
-            entered = self.enter(&before)
+            entered = self.enter_context(&before)
             try:
                 if self.timed:
                     timed(self.loop, self.protocol.buffer_updated, size)
@@ -222,9 +222,9 @@ cdef class StreamInput(Sink):
                     self.protocol.buffer_updated(size)
             finally:
                 if entered:
-                    self.leave(before)
+                    self.leave_context(before)
         except BaseException as exc:
-            self.failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
+            self.callback_failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
 
     cdef int on_readable(self) noexcept:
         cdef Layer layer = self.layer
@@ -239,7 +239,7 @@ cdef class StreamInput(Sink):
         cdef bint entered
         self.engine.log_debug("%r received EOF", (self,))
         try:
-            entered = self.enter(&before)
+            entered = self.enter_context(&before)
             try:
                 if self.timed:
                     keep_open = timed(self.loop, self.protocol.eof_received)
@@ -247,18 +247,18 @@ cdef class StreamInput(Sink):
                     keep_open = self.protocol.eof_received()
             finally:
                 if entered:
-                    self.leave(before)
+                    self.leave_context(before)
             if not keep_open:
                 self.close()
         except BaseException as exc:
-            self.failed(exc, "Fatal error: protocol.eof_received() call failed.")
+            self.callback_failed(exc, "Fatal error: protocol.eof_received() call failed.")
 
-    cdef void failed(self, object exc, str message) noexcept:
+    cdef void callback_failed(self, object exc, str message) noexcept:
         """A protocol callback raised."""
         if isinstance(exc, (SystemExit, KeyboardInterrupt)):
             self.engine.interrupted(exc)
         else:
-            self.fatal(exc, message)
+            self.fatal_error(exc, message)
 
-    cdef void fatal(self, object exc, str message) noexcept:
+    cdef void fatal_error(self, object exc, str message) noexcept:
         """Something failed: the connection ends."""

@@ -5,11 +5,11 @@ from aiouringnet._transports.input cimport StreamInput
 
 cdef class StreamOutput(StreamInput):
     # For a layer: write(), without its checks
-    cdef void put(self, object owner, const char* data, size_t size) noexcept
+    cdef void write_unchecked(self, object owner, const char* data, size_t size) noexcept
 
     cdef void on_high_water(self) noexcept
     cdef void pause_writing(self) noexcept
     cdef void resume_writing(self) noexcept
     cdef void call_flow_control(self, str name, bint in_own_context) noexcept
     cdef void on_write_after_loss(self) noexcept
-    cdef void lose(self, object exc) noexcept
+    cdef void force_close(self, object exc) noexcept

@@ -5,7 +5,7 @@ import asyncio
 from cpython.object cimport PyObject
 
 from aiouringnet._engine.interface cimport Layer
-from aiouringnet._transports.input cimport StreamInput
+from aiouringnet._transports.input cimport CLOSING, LOST, StreamInput
 
 from aiouringnet._transports.slow import timed
 
@@ -17,13 +17,13 @@ cdef enum:
 
 
 cdef class StreamOutput(StreamInput):
-    cdef void put(self, object owner, const char* data, size_t size) noexcept:
-        if self.lost:
+    cdef void write_unchecked(self, object owner, const char* data, size_t size) noexcept:
+        if self.state >= LOST:
             return
         try:
             self.stream.write(owner, data, size)
         except MemoryError as exc:
-            self.fatal(exc, "Fatal write error on socket transport")
+            self.fatal_error(exc, "Fatal write error on socket transport")
             return
         if self.stream.queued > self.high:
             self.on_high_water()
@@ -31,35 +31,35 @@ cdef class StreamOutput(StreamInput):
     cdef void on_sent(self) noexcept:
         cdef Layer layer
         cdef bint over = self.engine.closed  # nobody is told any more
-        if self.lost:
+        if self.state >= LOST:
             return
         if self.protocol_paused and self.stream.queued <= self.low and not over:
             if self.engine.silent:
                 self.engine.soon(self._resume_writing)
             else:
                 self.resume_writing()
-            if self.lost:
+            if self.state >= LOST:
                 return
         if self.stream.queued == 0:
             layer = self.layer
             if layer is not None and layer.waiting:
                 layer.drained()
-                if self.lost:
+                if self.state >= LOST:
                     return
             if self.empty_waiter is not None and not over:
                 self.engine.settle(self.empty_waiter, None)
-            if self.closing:
-                self.lose(None)
+            if self.state == CLOSING:
+                self.force_close(None)
             elif self.eof:
                 self.stream.shutdown_write()
         elif (
-            self.protocol_paused or self.closing or self.eof or self.empty_waiter is not None
+            self.protocol_paused or self.state == CLOSING or self.eof or self.empty_waiter is not None
             or (self.layer is not None and self.layer.waiting)
         ):
             self.stream.expect_sent()
 
     def _resume_writing(self):
-        if self.protocol_paused and not self.lost and self.stream.queued <= self.low and not self.engine.closed:
+        if self.protocol_paused and self.state < LOST and self.stream.queued <= self.low and not self.engine.closed:
             self.resume_writing()
 
     cdef void on_high_water(self) noexcept:
@@ -69,7 +69,7 @@ cdef class StreamOutput(StreamInput):
             self.pause_writing()
 
     cdef void pause_writing(self) noexcept:
-        if self.protocol_paused or self.lost:
+        if self.protocol_paused or self.state >= LOST:
             return
         self.protocol_paused = True
         self.stream.expect_sent()
@@ -85,7 +85,7 @@ cdef class StreamOutput(StreamInput):
         cdef PyObject* before = NULL
         cdef bint entered
         try:
-            entered = in_own_context and self.enter(&before)
+            entered = in_own_context and self.enter_context(&before)
             try:
                 if self.timed:
                     timed(self.loop, getattr(self.protocol, name))
@@ -93,7 +93,7 @@ cdef class StreamOutput(StreamInput):
                     getattr(self.protocol, name)()
             finally:
                 if entered:
-                    self.leave(before)
+                    self.leave_context(before)
         except (SystemExit, KeyboardInterrupt) as exc:
             self.engine.interrupted(exc)
         except BaseException as exc:
@@ -105,9 +105,9 @@ cdef class StreamOutput(StreamInput):
             })
 
     cdef void on_write_after_loss(self) noexcept:
-        if self.lost >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
+        if self.dropped >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
             logger.warning("socket.send() raised exception.")
-        self.lost += 1
+        self.dropped += 1
 
-    cdef void lose(self, object exc) noexcept:
+    cdef void force_close(self, object exc) noexcept:
         """The connection is over."""

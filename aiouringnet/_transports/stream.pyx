@@ -1,9 +1,13 @@
 """asyncio.Transport for a connected stream socket.
 
-States and their order: open -> closing (close() was called, output may still
-drain) -> lost (the stream is closed, connection_lost is scheduled) -> done
-(connection_lost was called).  abort() and errors go to "lost" at once.  The
-socket is closed when connection_lost was called *and* nothing is in flight.
+States, in their order; abort() and errors go to LOST at once:
+
+    OPEN
+    CLOSING     close() was called: nothing is read any more, output may still drain
+    LOST        the stream is closed, connection_lost() is scheduled
+    DONE        connection_lost() was called, or nobody will: the loop is closed, or the transport was forgotten
+
+The socket is closed when DONE is reached *and* nothing is in flight.
 
 No I/O here: the engine's Stream moves the bytes, this class gives them
 asyncio's meaning; what arrives is its base's, StreamInput, and flow
@@ -30,7 +34,8 @@ from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.files cimport FileRange
 from aiouringnet._engine.interface cimport Layer
 from aiouringnet._engine.stream cimport Stream
-from aiouringnet._transports.common cimport drop_empty_dict, handed_over, is_buffered, limits, own
+from aiouringnet._transports.common cimport drop_empty_dict, called_soon_threadsafe, is_buffered, immutable, limits
+from aiouringnet._transports.input cimport CLOSING, DONE, LOST, OPEN
 from aiouringnet._transports.output cimport StreamOutput
 
 from aiouringnet._transports.slow import timed
@@ -78,7 +83,7 @@ cdef class StreamTransport(StreamOutput):
         self.high = DEFAULT_HIGH_WATER
         self.low = DEFAULT_HIGH_WATER // 4
         self.context = PyContext_CopyCurrent()
-        self.adopt(protocol)
+        self.use_protocol(protocol)
         if extra is not None and "peername" in extra:
             self.peername = extra["peername"]
             if len(extra) == 1:
@@ -106,7 +111,7 @@ cdef class StreamTransport(StreamOutput):
     def _begin(self, waiter):
         self.in_context = True  # by the loop
         try:
-            if not self.finished:
+            if self.state != DONE:
                 if self.timed:
                     timed(self.loop, self.protocol.connection_made, self)
                 else:
@@ -123,27 +128,27 @@ cdef class StreamTransport(StreamOutput):
                 self.loop.call_soon(self._start_reading)
 
     def _start_reading(self):
-        if not self.paused and not self.closing:
+        if not self.paused and self.state == OPEN:
             self.stream.start_reading()
 
     def __repr__(self):
         cdef list info = ["StreamTransport"]
         if self.sock is None:
             info.append("closed")
-        elif self.closing:
+        elif self.state != OPEN:
             info.append("closing")
         info.append(f"fd={self.fileno}")
         if self.sock is not None:
-            info.append("read=paused" if self.paused or self.closing else "read=active")
+            info.append("read=paused" if self.paused or self.state != OPEN else "read=active")
             info.append(f"write=<{'active' if self.stream.queued else 'idle'}, bufsize={self.stream.queued}>")
         return "<{}>".format(" ".join(info))
 
     def __del__(self):
-        if self.engine is not None and not self.lost:
-            self.leave_table()
-        if self.sock is not None and not self.finished:
+        if self.engine is not None and self.state < LOST:
+            self.unregister()
+        if self.sock is not None and self.state != DONE:
             warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
-            self.finished = True
+            self.state = DONE
             self.sock.close()
             if not is_finalizing():
                 self.release_server()
@@ -191,7 +196,7 @@ cdef class StreamTransport(StreamOutput):
     def _send_file(self, fd, offset, count):
         """Send `count` bytes (None: all) of a file from `offset`, when nothing else waits; returns the FileRange."""
         self.engine.check()
-        if self.lost:
+        if self.state >= LOST:
             raise ConnectionError("the connection is closed")
         file = FileRange(self.engine, fd, offset, -1 if count is None else count)
         self.stream.send_file(file)
@@ -240,9 +245,9 @@ cdef class StreamTransport(StreamOutput):
         if layer is not None:
             self.engine.keep(layer)
             layer.gather()
-        self.adopt(protocol)
+        self.use_protocol(protocol)
 
-    cdef int adopt(self, object protocol) except -1:
+    cdef int use_protocol(self, object protocol) except -1:
         self.buffered = is_buffered(protocol)
         self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
         self.timed = self.layer is None and self.loop.get_debug()
@@ -253,44 +258,44 @@ cdef class StreamTransport(StreamOutput):
         return self.protocol
 
     def is_closing(self):
-        return self.closing != 0
+        return self.state != OPEN
 
     def close(self):
         """Close when all queued output has been sent.  On another thread it is left to the loop's."""
         cdef Layer layer = self.layer
-        if self.closing or handed_over(self.engine, self.close):
+        if self.state != OPEN or called_soon_threadsafe(self.engine, self.close):
             return
         self.check_usable()
         if layer is not None:
             layer.gather()
-            if self.closing:
+            if self.state != OPEN:
                 return
-        self.closing = True
+        self.state = CLOSING
         self.stream.stop_reading()
         if self.stream.queued:
             self.stream.expect_sent()
         else:
-            self.lose(None)
+            self.force_close(None)
 
     def abort(self):
         """Close at once; what the socket does not take now is lost.  On another thread it is left to the loop's."""
         cdef Layer layer = self.layer
-        if self.lost or handed_over(self.engine, self.abort):
+        if self.state >= LOST or called_soon_threadsafe(self.engine, self.abort):
             return
         self.check_usable()
         if layer is not None:
             layer.gather()
-        if not self.lost:
-            self.lose(None)
+        if self.state < LOST:
+            self.force_close(None)
 
     # --- asyncio.ReadTransport -----------------------------------------------
 
     def is_reading(self):
-        return not self.closing and not self.paused
+        return self.state == OPEN and not self.paused
 
     def pause_reading(self):
         """No data_received() until resume_reading()."""
-        if self.closing or self.paused:
+        if self.state != OPEN or self.paused:
             return
         self.engine.check()
         self.paused = True
@@ -299,7 +304,7 @@ cdef class StreamTransport(StreamOutput):
             logger.debug("%r pauses reading", self)
 
     def resume_reading(self):
-        if self.closing or not self.paused:
+        if self.state != OPEN or not self.paused:
             return
         self.engine.check()
         self.paused = False
@@ -342,14 +347,14 @@ cdef class StreamTransport(StreamOutput):
             start = PyBytes_AS_STRING(data)
             size = PyBytes_GET_SIZE(data)
         else:
-            owner = own(data, &start, &size)
+            owner = immutable(data, &start, &size)
         if self.eof:
             raise RuntimeError("Cannot call write() after write_eof()")
         if self.empty_waiter is not None:
             raise RuntimeError("unable to write; sendfile is in progress")
         if size == 0:
             return
-        if self.lost:
+        if self.state >= LOST:
             self.on_write_after_loss()
             return
         self.engine.check()
@@ -367,17 +372,17 @@ cdef class StreamTransport(StreamOutput):
             raise RuntimeError("unable to writelines; sendfile is in progress")
         owned = []
         for data in list_of_data:
-            owner = own(data, &start, &size)
+            owner = immutable(data, &start, &size)
             if size:
                 owned.append(data if PyBytes_CheckExact(data) else (owner, <size_t>start, size))
         if not owned:
             return
-        if self.lost:
+        if self.state >= LOST:
             self.on_write_after_loss()
             return
         self.engine.check()
         self.stream.before_push()
-        if self.lost:
+        if self.state >= LOST:
             return
         for item in owned:
             if PyBytes_CheckExact(item):
@@ -392,12 +397,12 @@ cdef class StreamTransport(StreamOutput):
     def write_eof(self):
         """Send FIN after the queued output; reading goes on."""
         cdef Layer layer = self.layer
-        if self.closing or self.eof:
+        if self.state != OPEN or self.eof:
             return
         self.engine.check()
         if layer is not None:
             layer.gather()
-            if self.closing:
+            if self.state != OPEN:
                 return
         self.eof = True
         if self.stream.queued:
@@ -417,12 +422,12 @@ cdef class StreamTransport(StreamOutput):
         cdef Layer layer = self.layer
         if layer is not None and not writing:
             layer.read_failed(error)
-        self.fatal(
+        self.fatal_error(
             OSError(error, strerror(error)),
             "Fatal write error on socket transport" if writing else "Fatal read error on socket transport",
         )
 
-    cdef void fatal(self, object exc, str message) noexcept:
+    cdef void fatal_error(self, object exc, str message) noexcept:
         if isinstance(exc, OSError):
             self.engine.log_debug("%r: %s", (self, message), exc)
         else:
@@ -432,34 +437,34 @@ cdef class StreamTransport(StreamOutput):
                 "transport": self,
                 "protocol": self.protocol,
             })
-        if not self.lost:
-            self.lose(exc)
+        if self.state < LOST:
+            self.force_close(exc)
 
     def _fatal_error(self, exc, message="Fatal error on transport"):
         # asyncio.sslproto calls it on the transport below.
-        self.fatal(exc, message)
+        self.fatal_error(exc, message)
 
     def _force_close(self, exc):
         # asyncio.sslproto.abort() and loop.sendfile() do too.
-        if not self.lost:
-            self.lose(exc)
+        if self.state < LOST:
+            self.force_close(exc)
 
-    cdef void lose(self, object exc) noexcept:
+    cdef void force_close(self, object exc) noexcept:
         """The connection is over: nothing more is read or sent, connection_lost(exc) follows."""
-        self.closing = True
-        self.lost = 1
-        self.leave_table()
+        self.state = LOST
+        self.dropped = 1  # asyncio counts from there
+        self.unregister()
         self.stream.offer_last()
         if self.engine.closed:
             # Nothing can be scheduled any more: as in asyncio, no connection_lost.
-            self.finished = True
+            self.state = DONE
             self.stream.close()
             return
         self.stream.close()
         # A context that is entered cannot be run in again, should this callback run the loop: a copy can.
-        self.engine.soon(self._connection_lost, None if self.in_context else self.context, exc)
+        self.engine.soon(self._call_connection_lost, None if self.in_context else self.context, exc)
 
-    cdef void leave_table(self) noexcept:
+    cdef void unregister(self) noexcept:
         try:
             if self.engine.transports.get(self.fileno) is self:
                 del self.engine.transports[self.fileno]
@@ -468,8 +473,8 @@ cdef class StreamTransport(StreamOutput):
         except KeyError:
             pass
 
-    def _connection_lost(self, exc=None):
-        if self.finished:
+    def _call_connection_lost(self, exc=None):
+        if self.state == DONE:
             return
         try:
             if self.timed:
@@ -477,7 +482,7 @@ cdef class StreamTransport(StreamOutput):
             else:
                 self.protocol.connection_lost(exc)
         finally:
-            self.finished = True
+            self.state = DONE
             self.protocol = None
             self.layer = None
             if self.empty_waiter is not None and not self.empty_waiter.done():
@@ -487,15 +492,15 @@ cdef class StreamTransport(StreamOutput):
 
     cdef void on_detached(self) noexcept:
         self.detached = True
-        if self.finished:
+        if self.state == DONE:
             self.close_socket()
 
     def _socket_closes(self):
         """The socket was handed in, and its owner closes it."""
         if not self.engine.on_own_thread() and not self.engine.closed:
             self.loop.call_soon_threadsafe(self._socket_closes)
-        elif not self.lost:
-            self.leave_table()
+        elif self.state < LOST:
+            self.unregister()
             self.stream.descriptor_closes()
 
     cdef void close_socket(self) noexcept:
