@@ -20,6 +20,7 @@ import tls
 from helpers import BufferedRecorder, Recorder, pattern
 from ktls import BULK_BYTES, Pump, proof, pumped, roles, swallowed  # noqa: F401
 from openssl_command import EchoOf, connect, s_client, s_server, serving
+from random_protocols.peers import is_eof
 from tls_wire import TLSPeer
 from wire import over, recorder
 
@@ -65,7 +66,9 @@ def received_to_end(sock):
     try:
         while chunk := sock.recv(1 << 16):
             data += chunk
-    except ssl.SSLEOFError:
+    except ssl.SSLError as exc:
+        if not is_eof(exc):
+            raise
         return bytes(data), "eof"
     except ConnectionResetError:
         return bytes(data), "reset"

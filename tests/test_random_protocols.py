@@ -15,6 +15,8 @@ And from the command line, as many configurations as are named, or all, each in 
 """
 
 import argparse
+import asyncio
+import inspect
 import itertools
 import os
 import re
@@ -90,6 +92,8 @@ def test_protocols_that_let_go(configuration):
 @pytest.mark.limit(SECONDS + 100)
 @pytest.mark.parametrize("configuration", CONTROLS)
 def test_asyncio_passes_it(configuration):
+    if "is_reading" not in inspect.getsource(asyncio.selector_events._SelectorTransport._add_reader):
+        pytest.skip("this Python's asyncio reads on where connection_made() has paused")
     wrong, _ = run_rounds(configuration, SECONDS, SEED)
     assert wrong is None, wrong
 

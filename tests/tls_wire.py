@@ -25,6 +25,7 @@ import helpers
 import ktls as kernel_tls
 import pytest
 import tls
+from random_protocols.peers import is_eof
 from wire import Barrier, Wire, recorder
 
 import aiouringnet._tls
@@ -144,10 +145,12 @@ class TLSPeer:
         try:
             while chunk := await self.call(self.sslobj.read, 1 << 16):
                 data += chunk
-        except ssl.SSLEOFError:
-            return bytes(data), "eof"
         except ssl.SSLZeroReturnError:
             pass  # what read() has to say of the end when we have said goodbye first
+        except ssl.SSLError as exc:
+            if not is_eof(exc):
+                raise
+            return bytes(data), "eof"
         return bytes(data), "close_notify"
 
     def update_key(self, and_yours=True):

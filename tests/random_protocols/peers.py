@@ -8,6 +8,11 @@ import struct
 from random_protocols.ends import MOST_BYTES, SIZES, End, act, drawn_weights
 
 
+def is_eof(exc):
+    """Whether that is what an ssl.SSLError says: an SSLEOFError, but for Python 3.11.2."""
+    return isinstance(exc, ssl.SSLEOFError) or exc.reason == "UNEXPECTED_EOF_WHILE_READING"
+
+
 class PlainChannel:
     def __init__(self, sock):
         self.sock = sock
@@ -81,7 +86,11 @@ class TLSChannel:
             return data
         try:
             return self.step(self.object.read, size)
-        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+        except ssl.SSLZeroReturnError:
+            return b""
+        except ssl.SSLError as exc:
+            if not is_eof(exc):
+                raise
             return b""
 
     def end(self):
@@ -152,7 +161,7 @@ class Peer(End):
         self.broken = True
         self.close()
         other = self.other()
-        broken = isinstance(exc, ssl.SSLError) and not isinstance(exc, ssl.SSLEOFError)
+        broken = isinstance(exc, ssl.SSLError) and not is_eof(exc)
         if broken and self.inlet.checked and other is not None and not other.broken:
             self.wrong(f"cannot read what {other} sends: {exc!r}")
 
