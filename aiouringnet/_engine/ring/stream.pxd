@@ -53,3 +53,4 @@ cdef class RingStream(Gated):
     cdef void on_read_ended(self, int result) noexcept
     cdef void submit_chunks(self, bint poll_first) noexcept
     cdef void on_send(self, int result) noexcept
+    cdef bint cancel_send(self) noexcept

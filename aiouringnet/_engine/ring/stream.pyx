@@ -383,7 +383,7 @@ cdef class RingStream(Gated):
         if self.gated:
             self.leave_gate()
         elif self.send_tag and not self.send_cancelling:
-            self.send_cancelling = engine.cancel(self, self.send_tag, engine.sends)
+            self.send_cancelling = self.cancel_send()
             self.expect_sent()
             asked = True
         if asked:
@@ -407,4 +407,9 @@ cdef class RingStream(Gated):
         if self.gated:
             self.leave_gate()
         elif self.send_tag:
-            engine.cancel(self, self.send_tag, engine.sends)
+            self.cancel_send()
+
+    cdef bint cancel_send(self) noexcept:
+        cdef Queues engine = <Queues>self.engine
+        # Even with a poller the ring of receives has the poll for room.
+        return engine.cancel(self, self.send_tag, engine.sends if self.send_tag == TAG_SEND else &engine.ring)
