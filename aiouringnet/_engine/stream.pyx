@@ -25,7 +25,7 @@ from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, errno
 
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport EOF_HELD, Room, Sink
-from aiouringnet._engine.output cimport Output
+from aiouringnet._engine.output cimport Output, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLIN, POLLPRI, POLLRDHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 
@@ -328,7 +328,7 @@ cdef class Stream(Output):
         self.send_direct()
 
     cdef void await_writable(self) noexcept:
-        self.begin_send(False)
+        self.begin_send(SOCKET_FULL, False)
         self.sync_watch()
 
     cdef void cancel_all(self) noexcept:

@@ -4,10 +4,11 @@ A ring's poll reports RDHUP whatever it was asked, at once and for ever; only
 epoll waits for POLLOUT alone.
 """
 
+from aiouringnet._engine.output cimport FULL_AT_GATE, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLIN, POLLOUT
 from aiouringnet._engine.readiness cimport EPOLLOUT, Readiness
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.queues cimport Queues, TAG_POLL, TAG_WRITABLE, user_data
+from aiouringnet._engine.ring.queues cimport Queues, TAG_POLL, user_data
 
 
 GATE_RETRY_S = 0.05
@@ -20,8 +21,7 @@ cdef class Gated(Stream):
         if engine.gate is None:
             engine.gate = Gate(engine)
         if (<Gate>engine.gate).add(self):
-            self.gated = True
-            self.begin_send(False)
+            self.begin_send(FULL_AT_GATE, False)
             engine.begin(self)
         else:
             engine.n_retries += 1
@@ -30,8 +30,7 @@ cdef class Gated(Stream):
     cdef void leave_gate(self) noexcept:
         self.engine.keep(self)
         (<Gate>(<Queues>self.engine).gate).remove(self)
-        self.gated = False
-        self.send_tag = TAG_WRITABLE
+        self.sending = SOCKET_FULL
         self.on_writable(POLLOUT)
 
     cdef void on_writable(self, int result) noexcept:
@@ -103,7 +102,7 @@ cdef class Gate(Handle):
         while self.ready.next < self.ready.end and not self.engine.closed and not self.engine.forked():
             stream = self.ready.take(&events)
             # What the end of one sets off may have taken others away.
-            if stream is not None and (<Gated>stream).gated:
+            if stream is not None and (<Gated>stream).sending == FULL_AT_GATE:
                 (<Gated>stream).leave_gate()
         if self.ready.stale:
             fresh = self.ready.successor()

@@ -23,6 +23,7 @@ from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Flow, Handle, Sink
 from aiouringnet._engine.loop cimport current_thread
 from aiouringnet._engine.listener cimport sockaddr_storage
+from aiouringnet._engine.output cimport SEND_SUBMITTED
 from aiouringnet._engine.poll cimport POLLOUT, poll, pollfd
 from aiouringnet._engine.readiness cimport Readiness
 from aiouringnet._engine.ring.connection cimport RingConnection
@@ -344,7 +345,7 @@ cdef class Ring(Queues):
         io_uring_submit(&self.send_ring)
         for _tries in range(AWAIT_TRIES):
             self.poll_sends()
-            if stream.send_tag != TAG_SEND or not has_room(stream.fd):
+            if stream.sending != SEND_SUBMITTED or not has_room(stream.fd):
                 break  # it has ended, or the socket is full
             with nogil:
                 usleep(AWAIT_US)
@@ -360,7 +361,7 @@ cdef class Ring(Queues):
             if not isinstance(handle, RingStream):
                 continue
             stream = <RingStream>handle
-            while stream.send_tag == TAG_SEND and tries and has_room(stream.fd) and not self.forked():
+            while stream.sending == SEND_SUBMITTED and tries and has_room(stream.fd) and not self.forked():
                 tries -= 1
                 with nogil:
                     usleep(FINISH_WAIT_US)
@@ -394,7 +395,7 @@ cdef class Ring(Queues):
             if isinstance(handle, RingStream):
                 stream = <RingStream>handle
                 if self.sqpoll or not self.deferred and stream.read_tag == TAG_RECV or (
-                    stream.send_tag == TAG_SEND and user_data(stream, TAG_SEND) not in unsubmitted
+                    stream.sending == SEND_SUBMITTED and user_data(stream, TAG_SEND) not in unsubmitted
                 ):
                     doubtful.append(stream)
         self.abandon(handles)

@@ -22,11 +22,8 @@ The read operation in flight:
 sync_reading() compares it with the one wanted: none while not `reading` or when
 `ended`, POLL for a `bulk` stream, else RECV.
 
-The send operation in flight, while `sending`:
+The send operation in flight: what `sending` says (output.pyx), a SEND or a POLL; none at the Gate.
 
-    send_tag == TAG_SEND        the queue's front
-    send_tag == TAG_WRITABLE    none: the socket is full, and polled
-    gated                       the same, at the Gate: nothing of its own is in flight
     ... send_cancelling         it was asked to end
 """
 
@@ -34,7 +31,7 @@ from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENOMEM
 from libc.stdlib cimport free, malloc
 
 from aiouringnet._engine.interface cimport EOF_HELD
-from aiouringnet._engine.output cimport Chunk
+from aiouringnet._engine.output cimport AWAITED, Chunk, FULL_AT_GATE, SEND_SUBMITTED, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLERR, POLLHUP, POLLIN, POLLOUT, POLLPRI, POLLRDHUP, poll, pollfd
 from aiouringnet._engine.ring.gate cimport Gated
 from aiouringnet._engine.ring.liburing cimport *
@@ -224,8 +221,8 @@ cdef class RingStream(Gated):
         """The ring in which operations were in flight is gone: begin them anew."""
         cdef bint was_sending = self.sending
         self.in_flight = 0
-        self.read_tag = self.send_tag = 0
-        self.cancelling = self.send_cancelling = self.gated = False
+        self.read_tag = 0
+        self.cancelling = self.send_cancelling = False
         self.end_send()
         if self.closed:
             self.discard_output()
@@ -260,15 +257,13 @@ cdef class RingStream(Gated):
             return
         io_uring_prep_poll_add(sqe, self.fd, POLLOUT)
         sqe.user_data = user_data(self, TAG_WRITABLE)
-        self.send_tag = TAG_WRITABLE
-        self.begin_send(False)
+        self.begin_send(SOCKET_FULL, False)
         engine.begin(self)
         engine.need_pass()
 
     cdef void on_writable(self, int result) noexcept:
         cdef Queues engine = <Queues>self.engine
         self.end_send()
-        self.send_tag = 0
         engine.end(self)
         if self.closed or engine.closed:
             self.discard_output()
@@ -323,18 +318,16 @@ cdef class RingStream(Gated):
             sqe.flags |= IOSQE_ASYNC
             engine.n_worker_sends += 1
         sqe.user_data = user_data(self, TAG_SEND)
-        self.send_tag = TAG_SEND
         # With a poller: what may block is waited for, and so is noticed when it fails.
-        self.begin_send(self.count > n or self.queued >= BULK_BYTES)
+        self.begin_send(SEND_SUBMITTED, self.count > n or self.queued >= BULK_BYTES)
         engine.n_sends += 1
         engine.begin(self)
         engine.need_pass()
 
     cdef void on_send(self, int result) noexcept:
         cdef Queues engine = <Queues>self.engine
-        cdef bint awaited = self.awaited
+        cdef bint awaited = self.urgency == AWAITED
         self.end_send()
-        self.send_tag = 0
         if self.gather != NULL:
             free(self.gather)
             self.gather = NULL
@@ -346,7 +339,7 @@ cdef class RingStream(Gated):
         if result >= 0:
             self.consume(result)
             if self.count:
-                self.awaited = True
+                self.urgency = AWAITED
                 engine.n_short_sends += 1
                 if not self.dirty:
                     engine.mark_dirty(self)
@@ -354,7 +347,7 @@ cdef class RingStream(Gated):
                 self.sink.on_sent()
             elif awaited:
                 # The pass to come calls it, or what it sends is waited for, too.
-                self.awaited = True
+                self.urgency = AWAITED
                 if not self.dirty:
                     engine.mark_dirty(self)
         elif result == -EAGAIN and not engine.sqpoll:
@@ -380,9 +373,9 @@ cdef class RingStream(Gated):
         if self.read_tag and not self.cancelling:
             self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
             asked = True
-        if self.gated:
+        if self.sending == FULL_AT_GATE:
             self.leave_gate()
-        elif self.send_tag and not self.send_cancelling:
+        elif self.sending and not self.send_cancelling:
             self.send_cancelling = self.cancel_send()
             self.expect_sent()
             asked = True
@@ -404,12 +397,14 @@ cdef class RingStream(Gated):
         cdef Queues engine = <Queues>self.engine
         if self.read_tag:
             engine.cancel(self, self.read_tag, &engine.ring)
-        if self.gated:
+        if self.sending == FULL_AT_GATE:
             self.leave_gate()
-        elif self.send_tag:
+        elif self.sending:
             self.cancel_send()
 
     cdef bint cancel_send(self) noexcept:
         cdef Queues engine = <Queues>self.engine
+        if self.sending == SEND_SUBMITTED:
+            return engine.cancel(self, TAG_SEND, engine.sends)
         # Even with a poller the ring of receives has the poll for room.
-        return engine.cancel(self, self.send_tag, engine.sends if self.send_tag == TAG_SEND else &engine.ring)
+        return engine.cancel(self, TAG_WRITABLE, &engine.ring)
