@@ -52,6 +52,7 @@ cdef class Engine(LoopBound):
 
     cdef void begin(self, Handle handle) noexcept
     cdef void end(self, Handle handle) noexcept
+    cdef void cancel_failed(self, int result) noexcept
     cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept
     cdef void renew_readiness(self) noexcept
     cdef void shut_readiness(self) noexcept

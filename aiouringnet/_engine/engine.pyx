@@ -25,6 +25,7 @@ Invariants:
 
 from cython cimport final
 from cpython.ref cimport Py_XDECREF
+from libc.errno cimport ENOENT
 from libc.stdlib cimport free
 
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
@@ -119,6 +120,15 @@ cdef class Engine(LoopBound):
             self.live.discard(handle)
             if self.cancelled:
                 self.cancelled.discard(handle)
+
+    cdef void cancel_failed(self, int result) noexcept:
+        """ENOENT: the operation had just ended, or the kernel was about to try it again.  Ask once more.
+
+        EALREADY: a worker thread runs it and was told to stop.
+        """
+        if result == -ENOENT and not self.closed:
+            for handle in list(self.cancelled):
+                (<Handle>handle).cancel_again()
 
     # --- readiness -----------------------------------------------------------
 

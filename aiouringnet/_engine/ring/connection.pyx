@@ -4,8 +4,9 @@ from libc.errno cimport EALREADY, EINTR, errno
 
 from aiouringnet._engine.connection cimport Connection
 from aiouringnet._engine.poll cimport POLLOUT
+from aiouringnet._engine.ring.completions cimport TAG_CONNECT, user_data
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.queues cimport Queues, TAG_CONNECT, user_data
+from aiouringnet._engine.ring.queues cimport Queues
 
 import socket
 
@@ -41,7 +42,7 @@ cdef class RingConnection(Connection):
             self.close_own_fd()
             Connection.begin(self)
             return
-        if engine.sqpoll:
+        if engine.poller is not None:
             # The poller has the rights with which the ring was made, whatever setuid(2) has done since.
             if not self.awaiting and not self.connect():
                 return

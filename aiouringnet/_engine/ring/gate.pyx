@@ -7,8 +7,9 @@ epoll waits for POLLOUT alone.
 from aiouringnet._engine.output cimport FULL_AT_GATE, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLIN, POLLOUT
 from aiouringnet._engine.readiness cimport EPOLLOUT, Readiness
+from aiouringnet._engine.ring.completions cimport TAG_POLL, user_data
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.queues cimport Queues, TAG_POLL, user_data
+from aiouringnet._engine.ring.queues cimport Queues
 
 
 GATE_RETRY_S = 0.05

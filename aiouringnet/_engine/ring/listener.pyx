@@ -2,15 +2,13 @@
 
 from aiouringnet._engine.listener cimport Listener, MORE_WAITS
 from aiouringnet._engine.poll cimport POLLIN
+from aiouringnet._engine.ring.completions cimport TAG_ACCEPT, user_data
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.queues cimport Queues, TAG_ACCEPT, user_data
+from aiouringnet._engine.ring.queues cimport Queues
 
 
 cdef extern from "errno.h" nogil:
     int ECANCELED
-
-cdef extern from "unistd.h" nogil:
-    int usleep(unsigned int microseconds)
 
 
 cdef class RingListener(Listener):
@@ -48,7 +46,6 @@ cdef class RingListener(Listener):
     cdef void stop(self) noexcept:
         """Cancel now, so that the port is free as soon as the caller closes the socket."""
         cdef Queues engine = <Queues>self.engine
-        cdef int _tries
         if engine.readiness is not None:
             Listener.stop(self)
             return
@@ -56,12 +53,8 @@ cdef class RingListener(Listener):
             return
         engine.cancel(self, TAG_ACCEPT, &engine.ring)
         engine.enter()
-        if engine.sqpoll:
-            # The poller does it; usually it has by now.  20 ms at the most.
-            for _tries in range(400):
-                if airn_has_ended(&engine.ring, user_data(self, TAG_ACCEPT)):
-                    break
-                usleep(50)
+        if engine.poller is not None:
+            engine.poller.await_end(user_data(self, TAG_ACCEPT))
         engine.need_pass()
 
     cdef void cancel_again(self) noexcept:

@@ -33,9 +33,10 @@ from libc.stdlib cimport free, malloc
 from aiouringnet._engine.interface cimport EOF_HELD
 from aiouringnet._engine.output cimport AWAITED, Chunk, FULL_AT_GATE, SEND_SUBMITTED, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLERR, POLLHUP, POLLIN, POLLOUT, POLLPRI, POLLRDHUP, poll, pollfd
+from aiouringnet._engine.ring.completions cimport TAG_POLL, TAG_RECV, TAG_SEND, TAG_WRITABLE, user_data
 from aiouringnet._engine.ring.gate cimport Gated
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.queues cimport Queues, TAG_POLL, TAG_RECV, TAG_SEND, TAG_WRITABLE, user_data
+from aiouringnet._engine.ring.queues cimport Queues
 from aiouringnet._engine.ring.setup cimport BUFFER_GROUP
 from aiouringnet._engine.stream cimport Stream
 
@@ -143,7 +144,7 @@ cdef class RingStream(Gated):
                 self.deliver(engine.pool + <size_t>bid * engine.buffer_size, result)
                 if engine.forked():
                     return
-                if <unsigned int>result == engine.buffer_size and not self.bulk and not engine.sqpoll:
+                if <unsigned int>result == engine.buffer_size and not self.bulk and engine.poller is None:
                     self.bulk = True
                     self.small_reads = 0
                     engine.n_switches += 1
@@ -247,7 +248,7 @@ cdef class RingStream(Gated):
         if engine.readiness is not None:
             Stream.await_writable(self)
             return
-        if engine.sqpoll and self.count:
+        if engine.poller is not None and self.count:
             self.submit_chunks(True)
             return
         sqe = engine.get_sqe(&engine.ring)
@@ -285,7 +286,7 @@ cdef class RingStream(Gated):
         # With a poller the kernel waits and retries by itself: the loop need not be woken for it.
         # (Not for kernel TLS, which refuses MSG_WAITALL: there its completion continues.)
         cdef int flags = MSG_NOSIGNAL
-        if not engine.sqpoll:
+        if engine.poller is None:
             flags |= MSG_DONTWAIT
         elif not self.ktls:
             flags |= MSG_WAITALL
@@ -343,14 +344,14 @@ cdef class RingStream(Gated):
                 engine.n_short_sends += 1
                 if not self.dirty:
                     engine.mark_dirty(self)
-            if not engine.polling:
+            if engine.poller is None or not engine.poller.polling:
                 self.sink.on_sent()
             elif awaited:
                 # The pass to come calls it, or what it sends is waited for, too.
                 self.urgency = AWAITED
                 if not self.dirty:
                     engine.mark_dirty(self)
-        elif result == -EAGAIN and not engine.sqpoll:
+        elif result == -EAGAIN and engine.poller is None:
             self.await_writable()
         elif result == -EAGAIN or result == -EINTR or result == -ENOMEM or result == -ECANCELED:
             engine.n_retries += 1
