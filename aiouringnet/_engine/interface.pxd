@@ -4,7 +4,8 @@ from cpython.object cimport PyObject
 
 
 cdef enum:
-    EOF_HELD = -1       # Stream.held_end and deliver_end(): end of file rather than an errno
+    EOF_HELD = -1       # Stream.end and deliver_end(): end of file rather than an errno
+    END_TOLD = -2       # Stream.end: the sink knows
 
 
 # A bint of one byte, for what programs have ten thousands of.
@@ -45,7 +46,6 @@ cdef class Handle:
 cdef class Flow(Handle):
     # (Eight bytes of flags here: those of a stream are spread over its bases so that none is padded.)
     cdef flag reading               # the sink wants data
-    cdef flag ended                 # end of file or an error was met: nothing more to read
     cdef flag closed                # close() was called: nothing is delivered, nor sent
     cdef flag resyncing             # in engine.resync
     cdef flag dirty                 # in engine.dirty

@@ -6,8 +6,11 @@ Input.  What was read goes to the sink, or is held:
     reading, nothing held       it is delivered
     else                        it joins `held`, from which release_held() delivers when reading goes on
 
-The end, or an errno, is met once (`ended`); it takes the same way, as `held_end`
-behind what is held.
+End of file, or an errno, is met once and takes the same way, as `end`:
+
+    0                           not met: the socket is read while `reading`
+    EOF_HELD, an errno          met, and behind what is held
+    END_TOLD                    told, or the descriptor has gone
 
 Direct reads go on until the socket is empty.  What else the stream keeps in
 mind of its socket:
@@ -24,7 +27,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, errno
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.interface cimport EOF_HELD, Room, Sink
+from aiouringnet._engine.interface cimport END_TOLD, EOF_HELD, Room, Sink
 from aiouringnet._engine.output cimport Output, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLIN, POLLPRI, POLLRDHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
@@ -70,7 +73,7 @@ cdef class Stream(Output):
     # --- input -----------------------------------------------------------
 
     cdef void start_reading(self) noexcept:
-        if self.closed or self.reading or (self.ended and not self.held_end):
+        if self.closed or self.reading or self.end == END_TOLD:
             return
         self.reading = True
         self.engine.mark_resync(self)
@@ -86,7 +89,7 @@ cdef class Stream(Output):
         if engine.account(self, size):
             # What the kernel has posted must be taken in order: not by this pass.
             engine.over = True
-        if self.reading and self.held is None:
+        if self.delivers():
             self.sink.on_data(data, size)
             if self.rest is not None:
                 self.hold_rest()
@@ -118,14 +121,14 @@ cdef class Stream(Output):
         if self.closed:
             return
         # A control record of kernel TLS is not the end, but waits like one for what came before it.
-        if error == EIO and self.ktls and self.reading and self.held is None and self.sink.on_control_record():
-            self.ended = False
+        if error == EIO and self.ktls and self.delivers() and self.sink.on_control_record():
+            self.end = 0
             self.engine.mark_resync(self)  # the read operation that met it has ended
             return
-        self.ended = True
-        if not self.reading or self.held is not None:
-            self.held_end = error
+        if not self.delivers():
+            self.end = error
             return
+        self.end = END_TOLD
         self.reading = False
         if error == EOF_HELD:
             self.sink.on_eof()
@@ -149,14 +152,14 @@ cdef class Stream(Output):
             self.sink.on_data(PyBytes_AS_STRING(piece), len(piece))
             if self.rest is not None:
                 self.hold_rest()
-        if self.held is None and self.held_end and self.reading:
-            end = self.held_end
-            self.held_end = 0
+        if self.delivers() and self.end_is_held():
+            end = self.end
+            self.end = END_TOLD
             self.deliver_end(end)
 
     cdef void resync(self) noexcept:
         """Its reading state has changed, or there is more to read."""
-        if (self.held is not None or self.held_end) and self.reading:
+        if (self.held is not None or self.end_is_held()) and self.reading:
             self.release_held()
         if not self.engine.forked():
             self.sync_reading()
@@ -221,7 +224,7 @@ cdef class Stream(Output):
                 self.deliver_end(EOF_HELD)
             elif error != EAGAIN:
                 self.deliver_end(error)
-                if error == EIO and not self.ended:
+                if error == EIO and self.end == 0:
                     continue  # a control record, it is out of the way
             break
         return total
@@ -246,7 +249,8 @@ cdef class Stream(Output):
         self.closed = True
         self.reading = False
         self.held = None
-        self.held_end = 0
+        if self.end:
+            self.end = END_TOLD
         if self.file is not None:
             if not self.engine.closed:
                 self.file.end(ConnectionError("the connection was closed while a file was being sent"))
@@ -264,7 +268,8 @@ cdef class Stream(Output):
         if self.closed or self.fd < 0 or self.engine.closed or self.engine.forked():
             return
         self.reading = False
-        self.ended = True
+        if self.end == 0:
+            self.end = END_TOLD
         self.let_go()
         self.fd = -1
         if self.count and not self.sending and not self.dirty:
@@ -293,7 +298,7 @@ cdef class Stream(Output):
         """Make the events that are watched for those that are wanted."""
         cdef unsigned int want = 0
         cdef int error
-        if self.reading and not self.ended:
+        if self.reading and self.end == 0:
             want = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
         if self.sending:
             want |= EPOLLOUT | EPOLLET
@@ -318,7 +323,7 @@ cdef class Stream(Output):
         if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP | EPOLLPRI):
             self.thorough = True
         if events & ~EPOLLOUT:
-            if self.reading and self.held is None and not self.spent:
+            if self.delivers() and not self.spent:
                 self.read()
             else:
                 # No second event says so when reading resumes in this very pass.

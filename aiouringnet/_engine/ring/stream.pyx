@@ -12,15 +12,18 @@ that it has drained.  (A send that waited in the kernel would go to a worker
 thread once the peer has half-closed, since io_uring's polls then report
 RDHUP at once and for ever; a Gate waits for such sockets.)
 
-The read operation in flight:
+Of read operations one is in flight, a multishot RECV or a multishot POLL as `read_tag` says, or none (0).
+sync_reading() compares it with the one wanted: none while not `reading` or when an end was met, POLL for a `bulk`
+stream, else RECV.  Its `read_state`:
 
-    read_tag            what is in flight: nothing, a multishot RECV (TAG_RECV) or a multishot POLL (TAG_POLL)
-    ... cancelling      ... and it was asked to end: nothing else is begun before it has
-    ... deaf            ... but may not notice what comes next: sync_reading() ends it and begins it anew
-    ... untried         ... and has not delivered yet (RECV)
-
-sync_reading() compares it with the one wanted: none while not `reading` or when
-`ended`, POLL for a `bulk` stream, else RECV.
+    from                to
+    (none)              READ_UNTRIED    sync_reading(): a RECV
+    (none)              READ_WORKING    sync_reading(): a POLL
+    READ_UNTRIED        READ_WORKING    it has delivered
+    UNTRIED, WORKING    READ_STALE      replace_read(): it may not notice what comes next
+    any but ENDING      READ_ENDING     it is stale or not the one wanted: nothing else is begun before it has ended
+    READ_ENDING         READ_STALE      cancel_again(): it was not found, and is asked once more
+    any                 (none)          on_read_ended()
 
 The send operation in flight: what `sending` says (output.pyx), a SEND or a POLL; none at the Gate.
 
@@ -79,12 +82,13 @@ cdef class RingStream(Gated):
         if self.closed:
             self.cancel_all()
             return
-        if self.reading and not self.ended:
+        if self.reading and self.end == 0:
             want = TAG_POLL if self.bulk or self.sink.reads_itself else TAG_RECV
         if self.read_tag:
-            if (self.read_tag != want or self.deaf) and not self.cancelling:
-                self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
-                if not self.cancelling:
+            if (self.read_tag != want or self.read_state == READ_STALE) and self.read_state != READ_ENDING:
+                if engine.cancel(self, self.read_tag, &engine.ring):
+                    self.read_state = READ_ENDING
+                else:
                     engine.mark_resync(self)
             elif self.readable and self.read_tag == TAG_POLL and want == TAG_POLL and not self.spent:
                 # (Not past a RECV that is to end: what it has taken comes first.)
@@ -98,11 +102,13 @@ cdef class RingStream(Gated):
             return
         if want == TAG_POLL:
             io_uring_prep_poll_multishot(sqe, self.fd, POLLIN | POLLRDHUP | POLLPRI)
+            self.read_state = READ_WORKING
             if self.mute:
                 self.readable = True
                 engine.mark_resync(self)
         else:
             io_uring_prep_recv_multishot(sqe, self.fd, NULL, 0, 0)
+            self.read_state = READ_UNTRIED
             if not self.mute:
                 # Nothing is there yet, or the poll says so at once.
                 sqe.ioprio |= IORING_RECVSEND_POLL_FIRST
@@ -112,8 +118,6 @@ cdef class RingStream(Gated):
             sqe.buf_group = BUFFER_GROUP
         sqe.user_data = user_data(self, want)
         self.read_tag = want
-        self.cancelling = self.deaf = False
-        self.untried = True
         engine.begin(self)
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
@@ -132,15 +136,14 @@ cdef class RingStream(Gated):
         if flags & IORING_CQE_F_BUFFER:
             bid = flags >> IORING_CQE_BUFFER_SHIFT
             if result > 0:
-                if self.untried:
-                    self.untried = False
+                if self.read_state == READ_UNTRIED:
+                    self.read_state = READ_WORKING
                     self.listen_for_reset()
                 if self.mute:
                     # It polls now, or a control record is about to end it: not known is which.
                     self.receives += 1
                     if self.receives >= MUTE_RECEIVES and <unsigned int>result < engine.buffer_size:
-                        self.deaf = True
-                        engine.mark_resync(self)
+                        self.replace_read()
                 self.deliver(engine.pool + <size_t>bid * engine.buffer_size, result)
                 if engine.forked():
                     return
@@ -163,14 +166,19 @@ cdef class RingStream(Gated):
         state.fd = self.fd
         state.events = 0
         if poll(&state, 1, 0) > 0 and state.revents & (POLLHUP | POLLERR):
-            self.deaf = True
-            self.engine.mark_resync(self)
+            self.replace_read()
+
+    cdef void replace_read(self) noexcept:
+        """The read operation in flight may not notice what comes next: end it and begin it anew."""
+        if self.read_state != READ_ENDING:
+            self.read_state = READ_STALE
+        self.engine.mark_resync(self)
 
     cdef void on_poll(self, int result, unsigned int flags) noexcept:
         if result >= 0:
             if result & (POLLRDHUP | POLLHUP | POLLERR):
                 self.thorough = True
-            if self.reading and self.held is None and not self.spent:
+            if self.delivers() and not self.spent:
                 self.read_bulk()
                 if result & POLLPRI and not (self.doubted or self.readable or self.thorough or self.closed):
                     (<Queues>self.engine).doubt(self)
@@ -197,7 +205,6 @@ cdef class RingStream(Gated):
         """The read operation's final completion."""
         cdef Queues engine = <Queues>self.engine
         self.read_tag = 0
-        self.cancelling = False
         engine.end(self)
         if self.closed:
             self.maybe_detached()
@@ -223,7 +230,7 @@ cdef class RingStream(Gated):
         cdef bint was_sending = self.sending
         self.in_flight = 0
         self.read_tag = 0
-        self.cancelling = self.send_cancelling = False
+        self.send_cancelling = False
         self.end_send()
         if self.closed:
             self.discard_output()
@@ -371,8 +378,9 @@ cdef class RingStream(Gated):
         if engine.readiness is not None:
             Stream.cancel_all(self)
             return
-        if self.read_tag and not self.cancelling:
-            self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
+        if self.read_tag and self.read_state != READ_ENDING:
+            if engine.cancel(self, self.read_tag, &engine.ring):
+                self.read_state = READ_ENDING
             asked = True
         if self.sending == FULL_AT_GATE:
             self.leave_gate()
@@ -391,7 +399,9 @@ cdef class RingStream(Gated):
         (<Queues>self.engine).enter()
 
     cdef void cancel_again(self) noexcept:
-        self.cancelling = self.send_cancelling = False
+        if self.read_state == READ_ENDING:
+            self.read_state = READ_STALE
+        self.send_cancelling = False
         self.engine.mark_resync(self)
 
     cdef void cancel_operations(self) noexcept:
