@@ -135,7 +135,7 @@ cdef class Engine(LoopBound):
     cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept:
         """Watch a handle's descriptor for these events, 0: for none any more; returns 0 or an errno."""
         cdef int error = 0
-        if events == handle.watched or self.closed or self.forked():
+        if events == handle.watched or not self.usable():
             return 0
         if events == 0:
             self.readiness.forget(handle, fd)
@@ -262,7 +262,7 @@ cdef class Engine(LoopBound):
 
     cdef void schedule(self) noexcept:
         """A pass in the loop's next iteration.  Until then nothing else need wake us."""
-        if self.closed or self.forked():
+        if not self.usable():
             return
         self.flush_scheduled = True
         self.quiet()
@@ -385,7 +385,7 @@ cdef class Engine(LoopBound):
     cdef int run_pass(self) except -1:
         cdef PyObject* pass_context = self.pass_context
         cdef PyObject* entered = self.entered
-        if self.closed:
+        if not self.usable():
             return 0
         if not self.nests and (self.depth or NEST_ASYNCIO in modules):
             self.nests = True
@@ -481,7 +481,7 @@ cdef class Engine(LoopBound):
         loop's watch is edge-triggered only where `told` promises this call,
         and not where callbacks run the loop: what they catch nobody tells us.
         """
-        if not self.closed and not self.forked() and not self.depth and not self.flush_scheduled:
+        if self.usable() and not self.depth and not self.flush_scheduled:
             self.schedule()
 
     def flush(self):
@@ -489,7 +489,7 @@ cdef class Engine(LoopBound):
 
         For a loop that stops running while output is gathered.
         """
-        if not self.closed and not self.forked() and not self.depth and self.on_own_thread():
+        if self.usable() and not self.depth and self.on_own_thread():
             self.depth = 1
             self.silent = True
             self.finish_sends()

@@ -41,8 +41,16 @@ cdef class LoopBound:
     cdef inline bint forked(self) noexcept:
         return self.generation != fork_generation
 
+    # Neither closed nor such a child
+    @final
+    cdef inline bint usable(self) noexcept:
+        return not self.closed and not self.forked()
+
+    @final
+    cdef inline bint on_own_thread(self) noexcept:
+        return self.thread_id == current_thread()
+
     cdef int check(self) except -1
-    cdef bint on_own_thread(self) noexcept
     # Whether this is a thread from which nothing may be called: another than the loop's, and the loop does not run here
     cdef bint is_foreign(self) except -1
     cdef int move_thread(self) except -1

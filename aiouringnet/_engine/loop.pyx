@@ -1,7 +1,9 @@
 """What ties an engine to its event loop: whose it is, calls into it, and how it wakes us.
 
-Engines are used on the loop's thread only, and not across fork(): check() says
-so to whoever calls from Python, forked() to our own code.
+Engines are used on the loop's thread only, not after their end and not across
+fork(): check() says so to whoever calls a transport.  What comes from a loop,
+a timer or a future asks usable().  A callback may fork, and return in the child:
+behind one, our own code asks forked(), and so does whatever touches the ring.
 
 Python is called from noexcept code by soon() and report() alone, or within a
 try that hands SystemExit and KeyboardInterrupt to interrupted(): what was begun
@@ -119,13 +121,9 @@ cdef class LoopBound:
 
     cdef int check(self) except -1:
         """Refuse use in a forked child, after the loop's end, and from a foreign thread."""
-        if (
-            self.generation == fork_generation
-            and not self.closed
-            and self.thread_id == airn_thread_id()
-        ):
+        if self.usable() and self.on_own_thread():
             return 0
-        if self.generation != fork_generation:
+        if self.forked():
             raise RuntimeError(
                 "this event loop was made before fork(): its connections belong to the parent process; "
                 "make a new event loop in the child"
@@ -141,9 +139,6 @@ cdef class LoopBound:
                 "use loop.call_soon_threadsafe()"
             )
         return 0
-
-    cdef bint on_own_thread(self) noexcept:
-        return self.thread_id == airn_thread_id()
 
     cdef bint is_foreign(self) except -1:
         return not self.forked() and not self.on_own_thread() and _get_running_loop() is not self.loop

@@ -265,7 +265,7 @@ cdef class Stream(Output):
 
         As in asyncio, no end is reported; what is still queued is an error (EBADF).
         """
-        if self.closed or self.fd < 0 or self.engine.closed or self.engine.forked():
+        if self.closed or self.fd < 0 or not self.engine.usable():
             return
         self.reading = False
         if self.end == 0:

@@ -66,7 +66,7 @@ cdef class RingConnection(Connection):
         engine.need_pass()
 
     def _submit(self):
-        if not self.future.done() and not self.engine.closed and not self.engine.forked():
+        if not self.future.done() and self.engine.usable():
             self.submit()
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:

@@ -64,7 +64,7 @@ cdef class Gate(Handle):
 
     def retry(self, Gated stream):
         """Out of descriptors or memory a moment ago."""
-        if not stream.closed and not stream.sending and not self.engine.closed and not self.engine.forked():
+        if not stream.closed and not stream.sending and self.engine.usable():
             stream.wait_at_gate()
 
     cdef void remove(self, Gated stream) noexcept:
@@ -90,7 +90,7 @@ cdef class Gate(Handle):
         engine.need_pass()
 
     def _arm(self):
-        if self.waiting and not self.engine.closed and not self.engine.forked():
+        if self.waiting and self.engine.usable():
             self.arm()
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
@@ -100,7 +100,7 @@ cdef class Gate(Handle):
         self.engine.end(self)
         if self.ready.next == self.ready.end and not self.engine.forked():
             self.ready.fetch()
-        while self.ready.next < self.ready.end and not self.engine.closed and not self.engine.forked():
+        while self.ready.next < self.ready.end and self.engine.usable():
             stream = self.ready.take(&events)
             # What the end of one sets off may have taken others away.
             if stream is not None and (<Gated>stream).sending == FULL_AT_GATE:

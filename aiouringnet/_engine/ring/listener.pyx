@@ -36,7 +36,7 @@ cdef class RingListener(Listener):
         self.engine.end(self)
         if result >= 0:
             error = self.accept_ready()
-        if self.armed or self.closed or self.engine.closed or self.engine.forked():
+        if self.armed or self.closed or not self.engine.usable():
             return
         if error == 0 or error == MORE_WAITS or error == ECANCELED:
             self.resume()

@@ -235,7 +235,7 @@ cdef class Ring(Queues):
         doubts, self.doubts = self.doubts, []
         for stream in doubts:
             stream.doubted = False
-            if not (stream.closed or self.closed or self.forked()) and sockatmark(stream.fd) == 1:
+            if not stream.closed and self.usable() and sockatmark(stream.fd) == 1:
                 stream.readable = True
                 self.mark_resync(stream)
 
@@ -333,7 +333,7 @@ cdef class Ring(Queues):
             return
         if self.refused:
             clean = not self.live
-        elif self.thread_id == current_thread() or not self.deferred:
+        elif self.on_own_thread() or not self.deferred:
             clean = self.drain()
         else:
             # SINGLE_ISSUER: only its own thread may enter.  What has been
