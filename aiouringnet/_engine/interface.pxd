@@ -35,7 +35,7 @@ cdef class Handle:
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept
     # The descriptor is ready
     cdef void on_ready(self, unsigned int events) noexcept
-    cdef void rearm(self) noexcept
+    cdef void restart(self) noexcept
     # A request to end an operation of this handle did not find it
     cdef void cancel_again(self) noexcept
     # The engine ends: ask for the end of all operations
@@ -49,7 +49,7 @@ cdef class Flow(Handle):
     cdef flag closed                # close() was called: nothing is delivered, nor sent
     cdef flag resyncing             # in engine.resync
     cdef flag dirty                 # in engine.dirty
-    cdef flag spent                 # its read_budget of this pass: in engine.later
+    cdef flag over_budget           # it has used up its read_budget of this pass: in engine.over_budget
     cdef unsigned char written      # writes that left at once since burst_ns
     cdef unsigned int taken_in      # the pass in which `taken` bytes were delivered
     cdef unsigned int taken

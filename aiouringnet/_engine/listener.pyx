@@ -174,7 +174,7 @@ cdef class Listener(Handle):
                 "exception": OSError(error, strerror(error)),
                 "socket": TransportSocket(self.sock),
             })
-            self.engine.later_on(ACCEPT_RETRY_DELAY, self._resume)
+            self.engine.call_later(ACCEPT_RETRY_DELAY, self._resume)
         else:
             self.closed = True
             self.engine.report({

@@ -5,7 +5,7 @@ fork(): check() says so to whoever calls a transport.  What comes from a loop,
 a timer or a future asks usable().  A callback may fork, and return in the child:
 behind one, our own code asks forked(), and so does whatever touches the ring.
 
-Python is called from noexcept code by soon() and report() alone, or within a
+Python is called from noexcept code by call_soon() and report() alone, or within a
 try that hands SystemExit and KeyboardInterrupt to interrupted(): what was begun
 is finished, and the pass raises them when it ends.
 
@@ -150,7 +150,7 @@ cdef class LoopBound:
 
     # --- calls from noexcept code into Python -------------------------------
 
-    cdef void soon(self, object callback, object context=None, object argument=None) noexcept:
+    cdef void call_soon(self, object callback, object context=None, object argument=None) noexcept:
         """loop.call_soon(callback, argument); the argument is left out where it is None.
 
         A KeyboardInterrupt in the middle leaves open whether it is scheduled:
@@ -174,8 +174,8 @@ cdef class LoopBound:
         # It is not to be had: a later pass is scheduled anew.
         self.flush_scheduled = False
 
-    cdef void later_on(self, double delay_s, object callback, object argument=None) noexcept:
-        """loop.call_later(), as soon() is call_soon()."""
+    cdef void call_later(self, double delay_s, object callback, object argument=None) noexcept:
+        """loop.call_later(), as call_soon() is the loop's."""
         cdef int _tries
         for _tries in range(TRIES):
             try:
@@ -282,7 +282,7 @@ cdef class LoopBound:
             get_backend_id = getattr(self.loop, "_get_backend_id", None)  # uvloop
             if get_backend_id is not None:
                 fd = get_backend_id()
-            elif self.told and not self.nests:
+            elif self.calls_resumed and not self.nests:
                 fd = self.loop._selector.fileno()  # selectors.EpollSelector
             else:
                 return  # see resumed()

@@ -11,8 +11,8 @@ from aiouringnet._engine.output cimport Output
 cdef class Stream(Output):
     cdef flag tcp                   # else a Unix socket
     cdef flag readable              # direct reads stopped before the socket was empty
-    cdef flag thorough              # a short read may leave something behind: direct reads go on until EAGAIN
-    cdef flag mute                  # kernel TLS receives: poll() says nothing of a KeyUpdate that a read has stopped at
+    cdef flag until_eagain          # a short read may leave something behind: direct reads go on until EAGAIN
+    cdef flag kernel_receives       # TLS records: poll() says nothing of a KeyUpdate that a read has stopped at
     cdef int end                    # 0; or EOF_HELD or an errno, which follows `held`; or END_TOLD
     cdef list held                  # data that arrived after stop_reading(), oldest first
     cdef bytes rest                 # what put_back() returned, until it is held

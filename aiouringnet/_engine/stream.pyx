@@ -15,9 +15,9 @@ End of file, or an errno, is met once and takes the same way, as `end`:
 Direct reads go on until the socket is empty.  What else the stream keeps in
 mind of its socket:
 
-    readable    there is, or may be, more to read: no event says so again
-    spent       its share of this pass is used up (engine.later); goes with `readable`
-    thorough    a short read does not mean that the socket is empty
+    readable        there is, or may be, more to read: no event says so again
+    over_budget     its share of this pass is used up; goes with `readable`
+    until_eagain    a short read does not mean that the socket is empty
 
 By readiness is how the epoll engine works.  Everything is watched
 edge-triggered; a ring overrides the methods of that section while it works.
@@ -68,7 +68,7 @@ cdef class Stream(Output):
         engine.n_streams += 1
         # On every TCP socket, whatever its `proto` says; a Unix socket answers EOPNOTSUPP.
         self.tcp = c_setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) == 0
-        self.thorough = not self.tcp
+        self.until_eagain = not self.tcp
 
     # --- input -----------------------------------------------------------
 
@@ -168,7 +168,7 @@ cdef class Stream(Output):
         """Receive until the socket is empty or the budget is spent.
 
         A short read means that it is empty (epoll(7), question 9), except
-        for a `thorough` stream: where the peer's end or urgent data was
+        for an `until_eagain` stream: where the peer's end or urgent data was
         announced, which no further event does, or on a Unix socket, where
         recv() stops at passed descriptors.  Returns the bytes received.
         `readable` stays set when there may be more: the engine comes back.
@@ -188,7 +188,7 @@ cdef class Stream(Output):
         while self.reading and not engine.forked():
             if engine.account(self, 0):
                 # Others get their turn. (A message as large as the budget needs no further pass to find nothing.)
-                if self.mute or has_input(self.fd):
+                if self.kernel_receives or has_input(self.fd):
                     self.put_off()
                 else:
                     self.readable = False
@@ -209,9 +209,9 @@ cdef class Stream(Output):
                     engine.n_bytes_in += n
                     engine.account(self, n)
                     # Stays set when the sink stops reading now.
-                    self.readable = n == size or self.thorough
+                    self.readable = n == size or self.until_eagain
                     sink.release_room(&room, n)
-                    if n == size or self.thorough or n >= STREAMING_BYTES:
+                    if n == size or self.until_eagain or n >= STREAMING_BYTES:
                         continue
                     break
                 sink.release_room(&room, 0)
@@ -232,9 +232,9 @@ cdef class Stream(Output):
     cdef void put_off(self) noexcept:
         """What the socket has is for a later pass."""
         self.readable = True
-        if not self.spent:
-            self.spent = True
-            self.engine.later.append(self)
+        if not self.over_budget:
+            self.over_budget = True
+            self.engine.over_budget.append(self)
 
     # --- the end ---------------------------------------------------------
 
@@ -281,7 +281,7 @@ cdef class Stream(Output):
             self.engine.keep(sink)
             self.sink = None
             if self.engine.last_fed == <void*>self:
-                self.engine.last_fed = NULL  # no company for whoever comes next
+                self.engine.last_fed = NULL  # whoever comes next is not the second
             self.engine.n_streams -= 1
             sink.on_detached()
 
@@ -291,7 +291,7 @@ cdef class Stream(Output):
         if self.closed:
             return
         self.sync_watch()
-        if self.reading and self.readable and not self.spent:
+        if self.reading and self.readable and not self.over_budget:
             self.read()
 
     cdef void sync_watch(self) noexcept:
@@ -308,7 +308,7 @@ cdef class Stream(Output):
 
     cdef void read(self) noexcept:
         self.read_direct()
-        if self.readable and not self.spent or not self.reading:
+        if self.readable and not self.over_budget or not self.reading:
             self.engine.mark_resync(self)
 
     cdef void on_ready(self, unsigned int events) noexcept:
@@ -321,9 +321,9 @@ cdef class Stream(Output):
         if self.closed:
             return
         if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP | EPOLLPRI):
-            self.thorough = True
+            self.until_eagain = True
         if events & ~EPOLLOUT:
-            if self.delivers() and not self.spent:
+            if self.delivers() and not self.over_budget:
                 self.read()
             else:
                 # No second event says so when reading resumes in this very pass.

@@ -87,7 +87,7 @@ cdef class KernelTLS(TLSOutput):
             self.stream.stream.ktls = True
         if self.records.kernel_receives:
             # A read stops at each control record: a short one does not mean that the socket is empty.
-            self.stream.stream.thorough = self.stream.stream.mute = True
+            self.stream.stream.until_eagain = self.stream.stream.kernel_receives = True
         if self.stream.reads_itself:
             self.stream.reads_itself = False
             # What has arrived meanwhile has been announced already.

@@ -457,7 +457,7 @@ cdef class StreamTransport(StreamOutput):
             return
         self.stream.close()
         # A context that is entered cannot be run in again, should this callback run the loop: a copy can.
-        self.engine.soon(self._connection_lost, None if self.in_context else self.context, exc)
+        self.engine.call_soon(self._connection_lost, None if self.in_context else self.context, exc)
 
     cdef void leave_table(self) noexcept:
         try:

@@ -55,7 +55,7 @@ cdef class RingConnection(Connection):
             fd = self.own_fd
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            engine.soon(self._submit)
+            engine.call_soon(self._submit)
             return
         if self.awaiting:
             io_uring_prep_poll_add(sqe, fd, POLLOUT)
@@ -104,6 +104,6 @@ cdef class RingConnection(Connection):
     cdef void cancel_operations(self) noexcept:
         (<Queues>self.engine).cancel(self, TAG_CONNECT, &(<Queues>self.engine).ring)
 
-    cdef void rearm(self) noexcept:
+    cdef void restart(self) noexcept:
         self.in_flight = 0
         self._submit()

@@ -26,7 +26,7 @@ cdef class Gated(Stream):
             engine.begin(self)
         else:
             engine.n_retries += 1
-            engine.later_on(GATE_RETRY_S, (<Gate>engine.gate).retry, self)
+            engine.call_later(GATE_RETRY_S, (<Gate>engine.gate).retry, self)
 
     cdef void leave_gate(self) noexcept:
         self.engine.keep(self)
@@ -81,7 +81,7 @@ cdef class Gate(Handle):
             return
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            engine.soon(self._arm)
+            engine.call_soon(self._arm)
             return
         io_uring_prep_poll_add(sqe, self.ready.epoll_fd, POLLIN)
         sqe.user_data = user_data(self, TAG_POLL)

@@ -22,7 +22,7 @@ cdef class RingListener(Listener):
             return
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            engine.soon(self._resume)
+            engine.call_soon(self._resume)
             return
         io_uring_prep_poll_add(sqe, self.fd, POLLIN)
         sqe.user_data = user_data(self, TAG_ACCEPT)
@@ -65,7 +65,7 @@ cdef class RingListener(Listener):
         if self.armed:
             (<Queues>self.engine).cancel(self, TAG_ACCEPT, &(<Queues>self.engine).ring)
 
-    cdef void rearm(self) noexcept:
+    cdef void restart(self) noexcept:
         self.in_flight = 0
         self.armed = False
         if not self.closed:

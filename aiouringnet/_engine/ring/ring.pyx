@@ -180,12 +180,12 @@ cdef class Ring(Queues):
                 ok = self.poller.submit() and ok
         if self.flush_scheduled:
             return
-        if not ok or self.dirty or self.layers or self.resync or self.later or self.pending():
+        if not ok or self.dirty or self.layers or self.resync or self.over_budget or self.pending():
             self.schedule()
             return
-        if delivered and self.expectation > 0:
+        if delivered and self.early_worth > 0:
             # Tasks that this data woke run in the next iteration: come back right after them.
-            self.expecting = True
+            self.early_pass = True
             self.schedule()
             return
         self.mask(False)
@@ -223,12 +223,12 @@ cdef class Ring(Queues):
         call for each message.
         """
         if not self.doubts:
-            self.later_on(DOUBT_S, self._look_for_urgent)
+            self.call_later(DOUBT_S, self._look_for_urgent)
         try:
             self.doubts.append(stream)
             (<RingStream>stream).doubted = True
         except MemoryError:
-            (<RingStream>stream).thorough = True
+            (<RingStream>stream).until_eagain = True
 
     def _look_for_urgent(self):
         cdef RingStream stream
@@ -285,7 +285,7 @@ cdef class Ring(Queues):
             "exception": OSError(self.refused, os.strerror(self.refused)),
         })
         for handle in handles:
-            handle.rearm()
+            handle.restart()
         for handle in doubtful:
             if (<Stream>handle).sink is not None:
                 (<Stream>handle).sink.on_error(self.refused, False)
@@ -401,7 +401,7 @@ cdef class Ring(Queues):
         self.gate = None
         self.set_up()
         for handle in handles:
-            handle.rearm()
+            handle.restart()
         if not self.flush_scheduled:
             self.schedule()
         return 0

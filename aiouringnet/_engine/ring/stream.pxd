@@ -45,7 +45,7 @@ cdef enum:
 cdef class RingStream(Gated):
     cdef flag read_tag              # the read operation in flight: TAG_RECV, TAG_POLL or 0
     cdef flag read_state            # READ_*
-    cdef int receives               # its completions so far, where the stream is mute
+    cdef int receives               # its completions so far, where kernel_receives
     cdef flag bulk                  # readiness and direct reads instead of completions
     cdef flag small_reads
     cdef flag doubted               # in engine.doubts

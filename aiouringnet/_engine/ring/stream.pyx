@@ -56,7 +56,7 @@ cdef enum:
     # connection goes back to completions.
     SMALL_READS = 32
     # After so many receives in a row a multishot RECV tries no more, but polls (MULTISHOT_MAX_RETRY in the kernel).
-    MUTE_RECEIVES = 31
+    RETRY_RECEIVES = 31
     # A send of so much may find the socket full.
     BULK_BYTES = 16384
     # Several chunks up to this size are copied together for a ring send.
@@ -90,7 +90,7 @@ cdef class RingStream(Gated):
                     self.read_state = READ_ENDING
                 else:
                     engine.mark_resync(self)
-            elif self.readable and self.read_tag == TAG_POLL and want == TAG_POLL and not self.spent:
+            elif self.readable and self.read_tag == TAG_POLL and want == TAG_POLL and not self.over_budget:
                 # (Not past a RECV that is to end: what it has taken comes first.)
                 self.read_bulk()
             return
@@ -103,13 +103,13 @@ cdef class RingStream(Gated):
         if want == TAG_POLL:
             io_uring_prep_poll_multishot(sqe, self.fd, POLLIN | POLLRDHUP | POLLPRI)
             self.read_state = READ_WORKING
-            if self.mute:
+            if self.kernel_receives:
                 self.readable = True
                 engine.mark_resync(self)
         else:
             io_uring_prep_recv_multishot(sqe, self.fd, NULL, 0, 0)
             self.read_state = READ_UNTRIED
-            if not self.mute:
+            if not self.kernel_receives:
                 # Nothing is there yet, or the poll says so at once.
                 sqe.ioprio |= IORING_RECVSEND_POLL_FIRST
             self.receives = 0
@@ -139,10 +139,10 @@ cdef class RingStream(Gated):
                 if self.read_state == READ_UNTRIED:
                     self.read_state = READ_WORKING
                     self.listen_for_reset()
-                if self.mute:
+                if self.kernel_receives:
                     # It polls now, or a control record is about to end it: not known is which.
                     self.receives += 1
-                    if self.receives >= MUTE_RECEIVES and <unsigned int>result < engine.buffer_size:
+                    if self.receives >= RETRY_RECEIVES and <unsigned int>result < engine.buffer_size:
                         self.replace_read()
                 self.deliver(engine.pool + <size_t>bid * engine.buffer_size, result)
                 if engine.forked():
@@ -177,10 +177,10 @@ cdef class RingStream(Gated):
     cdef void on_poll(self, int result, unsigned int flags) noexcept:
         if result >= 0:
             if result & (POLLRDHUP | POLLHUP | POLLERR):
-                self.thorough = True
-            if self.delivers() and not self.spent:
+                self.until_eagain = True
+            if self.delivers() and not self.over_budget:
                 self.read_bulk()
-                if result & POLLPRI and not (self.doubted or self.readable or self.thorough or self.closed):
+                if result & POLLPRI and not (self.doubted or self.readable or self.until_eagain or self.closed):
                     (<Queues>self.engine).doubt(self)
             else:
                 self.readable = True
@@ -189,7 +189,7 @@ cdef class RingStream(Gated):
 
     cdef void read_bulk(self) noexcept:
         cdef Py_ssize_t total = self.read_direct()
-        if self.readable and not self.spent:
+        if self.readable and not self.over_budget:
             self.engine.mark_resync(self)
         if total >= <Py_ssize_t>(<Queues>self.engine).buffer_size:
             self.small_reads = 0
@@ -225,7 +225,7 @@ cdef class RingStream(Gated):
         else:
             self.deliver_end(-result)
 
-    cdef void rearm(self) noexcept:
+    cdef void restart(self) noexcept:
         """The ring in which operations were in flight is gone: begin them anew."""
         cdef bint was_sending = self.sending
         self.in_flight = 0
