@@ -32,6 +32,7 @@ MODULES = [
     "aiouringnet._engine.ring.queues",
     "aiouringnet._engine.ring.ring",
     "aiouringnet._engine.ring.setup",
+    "aiouringnet._engine.ring.sqpoll",
     "aiouringnet._engine.ring.stream",
     "aiouringnet._engine.socket_file",
     "aiouringnet._engine.stream",

@@ -191,6 +191,20 @@ async def test_a_connection_that_ends_in_the_middle_ends_it(loop, place, path, h
     await place.protocol.lost
 
 
+async def test_a_connection_that_ends_in_the_middle_gives_its_descriptor_back(loop, place, path):
+    """Whether or not its peer ever reads again."""
+    os.truncate(path, MUCH)
+    place.peer.transport.pause_reading()
+    sock = place.transport.get_extra_info("socket")
+    with open(path, "rb") as file:
+        sending = asyncio.ensure_future(loop.sendfile(place.transport, file))
+        await asyncio.sleep(0.05)
+        place.transport.abort()
+        with pytest.raises(ConnectionError):
+            await sending
+    await helpers.eventually(lambda: sock.fileno() < 0)
+
+
 async def test_a_connection_that_ends_in_the_middle_leaves_no_reference_cycle(loop, path):
     class Deaf(asyncio.Protocol):
         def connection_made(self, transport):

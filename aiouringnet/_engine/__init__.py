@@ -75,7 +75,7 @@ def promise_resumed(loop):
     _telling.add(loop)
     engine = active_engine(loop)
     if engine is not None:
-        engine.told = True
+        engine.calls_resumed = True
 
 
 def active_engine(loop):
@@ -115,7 +115,7 @@ def engine_for(loop):
     if engine is None and not keeps_its_own(loop):
         engine = _make(loop, options_of(loop))
         if engine is not None:
-            engine.told = loop in _telling
+            engine.calls_resumed = loop in _telling
         _engines[loop] = None if engine is None else weakref.ref(engine)
     return engine
 

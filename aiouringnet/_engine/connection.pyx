@@ -26,7 +26,7 @@ cdef class Connection(Handle):
         self.future.add_done_callback(self._on_done)
 
     def _on_done(self, future):
-        if future.cancelled() and self.in_flight and not self.engine.closed and not self.engine.forked():
+        if future.cancelled() and self.in_flight and self.engine.usable():
             self.stop()
 
     cdef void finished(self, int error) noexcept:

@@ -21,23 +21,23 @@ cdef class Engine(LoopBound):
     # which it was called, and the transport's that it has entered.  In any other, a loop runs within the callback.
     cdef PyObject* pass_context
     cdef PyObject* entered
-    cdef list departed              # what a pass has let go of, which its callers may still be using
+    cdef list kept                  # what a pass has let go of, which its callers may still be using
     cdef long long deadline_ns      # of the pass under way (CLOCK_MONOTONIC), 0: not set yet
     cdef int unchecked              # work since the clock was looked at
     cdef bint over                  # the pass has used up its time: what is left is for the next one
     cdef unsigned int fed           # streams that have got data in this pass
-    # A poller hands over one stream's data at a time: several have company if another was the one before
+    # A poller hands over one stream's data at a time: several have some if another was the one before
     cdef bint by_turns
     cdef void* last_fed             # for comparison only
-    cdef bint company               # the last pass with data had it for several: gathering pays
+    cdef bint fed_several           # the last pass with data had it for several: gathering pays
     cdef long long fed_ns           # when that pass ended
     cdef int gathering              # GATHER_*
-    cdef bint expecting             # data was delivered in this pass: writes may follow in the same iteration
-    cdef int expectation            # how often that came true lately, 0..EXPECTATION_MAX
+    cdef bint early_pass            # the next one comes right behind the tasks that data has woken: they may write
+    cdef int early_worth            # how often they did lately, 0..EARLY_WORTH_MAX
     cdef list dirty, dirty_spare    # streams with something to send
     cdef list layers, layers_spare  # layers with something to pass on to their streams
     cdef list resync                # streams whose reading state changed
-    cdef list later                 # streams that have used up their read_budget of this pass
+    cdef list over_budget           # streams that have used up their read_budget of this pass
     cdef set live                   # handles with operations in flight: their owner
     cdef set cancelled              # those of them that were asked to end
     cdef bint silent                # no protocol is called now: the loop does not run
@@ -52,6 +52,7 @@ cdef class Engine(LoopBound):
 
     cdef void begin(self, Handle handle) noexcept
     cdef void end(self, Handle handle) noexcept
+    cdef void cancel_failed(self, int result) noexcept
     cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept
     cdef void renew_readiness(self) noexcept
     cdef void shut_readiness(self) noexcept

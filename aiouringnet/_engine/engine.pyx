@@ -15,7 +15,7 @@ Invariants:
   is cleared.
 * Whatever a callback lets go of while a pass runs (a sink whose stream was
   closed, a layer that another protocol replaces) is kept in
-  `engine.departed` until the outermost pass has ended: no object is freed
+  `engine.kept` until the outermost pass has ended: no object is freed
   inside its own method, whoever called that through a borrowed reference.
   Outside passes the caller of a transport's method holds the transport.
 * Callbacks do anything: close this or any other stream, fork, raise
@@ -25,6 +25,7 @@ Invariants:
 
 from cython cimport final
 from cpython.ref cimport Py_XDECREF
+from libc.errno cimport ENOENT
 from libc.stdlib cimport free
 
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
@@ -53,7 +54,7 @@ cdef extern from *:
 
 cdef enum:
     MAX_ROUNDS = 16     # of a pass, before other callbacks of the loop get their turn
-    EXPECTATION_MAX = 8
+    EARLY_WORTH_MAX = 8
     # How long a pass may take before the loop's other callbacks get their turn, in nanoseconds, and after how much
     # work (see out_of_time()) the clock is looked at: reading it takes 25 ns, serving one message some thousand.
     PASS_NS = 1000000
@@ -61,7 +62,7 @@ cdef enum:
     BYTES_OF_WORK = 14  # bytes received that count as much as a completion, as a power of two
     BURST_NS = 1000000  # see WRITES_AT_ONCE
     # For so long after several connections have got data their answers are gathered, in nanoseconds.
-    COMPANY_NS = 5000000
+    SEVERAL_NS = 5000000
 
 cdef enum:
     GATHER_AUTO
@@ -87,8 +88,8 @@ cdef class Engine(LoopBound):
         self.generation = fork_generation
         self.gathering = GATHERING[getattr(options, "gather", "auto")]
         self.pass_context = self.entered = <PyObject*>self  # which is no context
-        self.departed = []
-        self.later = []
+        self.kept = []
+        self.over_budget = []
         self.dirty = []
         self.dirty_spare = []
         self.layers = []
@@ -97,7 +98,7 @@ cdef class Engine(LoopBound):
         self.live = set()
         self.cancelled = set()
         self.read_budget = options.read_budget
-        self.expectation = EXPECTATION_MAX // 2
+        self.early_worth = EARLY_WORTH_MAX // 2
 
     def __dealloc__(self):
         Py_XDECREF(self.spare)
@@ -120,12 +121,21 @@ cdef class Engine(LoopBound):
             if self.cancelled:
                 self.cancelled.discard(handle)
 
+    cdef void cancel_failed(self, int result) noexcept:
+        """ENOENT: the operation had just ended, or the kernel was about to try it again.  Ask once more.
+
+        EALREADY: a worker thread runs it and was told to stop.
+        """
+        if result == -ENOENT and not self.closed:
+            for handle in list(self.cancelled):
+                (<Handle>handle).cancel_again()
+
     # --- readiness -----------------------------------------------------------
 
     cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept:
         """Watch a handle's descriptor for these events, 0: for none any more; returns 0 or an errno."""
         cdef int error = 0
-        if events == handle.watched or self.closed or self.forked():
+        if events == handle.watched or not self.usable():
             return 0
         if events == 0:
             self.readiness.forget(handle, fd)
@@ -183,10 +193,10 @@ cdef class Engine(LoopBound):
             more = more or bool(self.resync)
         if self.flush_scheduled:
             return
-        if more or self.dirty or self.layers or self.resync or self.later:
+        if more or self.dirty or self.layers or self.resync or self.over_budget:
             self.schedule()
-        elif delivered and self.expectation > 0:
-            self.expecting = True
+        elif delivered and self.early_worth > 0:
+            self.early_pass = True
             self.schedule()
 
     @final
@@ -234,7 +244,7 @@ cdef class Engine(LoopBound):
         if self.depth and not self.is_nested():
             return
         if not self.flush_scheduled:
-            self.expectation = min(self.expectation + 1, EXPECTATION_MAX)
+            self.early_worth = min(self.early_worth + 1, EARLY_WORTH_MAX)
             self.schedule()
         if not self.depth and _get_running_loop() is None:
             # Nobody knows when the loop will run again, if ever.
@@ -252,11 +262,11 @@ cdef class Engine(LoopBound):
 
     cdef void schedule(self) noexcept:
         """A pass in the loop's next iteration.  Until then nothing else need wake us."""
-        if self.closed or self.forked():
+        if not self.usable():
             return
         self.flush_scheduled = True
         self.quiet()
-        self.soon(self._flush)
+        self.call_soon(self._flush)
 
     @final
     cdef bint sends_now(self, Flow stream) noexcept:
@@ -276,7 +286,7 @@ cdef class Engine(LoopBound):
                 return False  # the pass sends at its end
             self.need_pass()  # the loop that runs in a callback is to find us
         now = airn_now_ns()
-        if self.company and (self.flush_scheduled or now - self.fed_ns <= COMPANY_NS):
+        if self.fed_several and (self.flush_scheduled or now - self.fed_ns <= SEVERAL_NS):
             return False
         if now - stream.burst_ns > BURST_NS:
             stream.burst_ns = now
@@ -332,7 +342,7 @@ cdef class Engine(LoopBound):
         if stream.taken_in != <unsigned int>self.n_passes:
             stream.taken_in = <unsigned int>self.n_passes
             stream.taken = 0
-            stream.spent = False
+            stream.over_budget = False
         if size:
             if stream.taken == 0:
                 self.fed += 1
@@ -364,18 +374,18 @@ cdef class Engine(LoopBound):
         self.check()
         self.n_flushes += 1
         # Was it worth coming back right after the iteration's tasks?
-        if self.expecting:
-            self.expecting = False
+        if self.early_pass:
+            self.early_pass = False
             if self.dirty or self.layers:
-                self.expectation = min(self.expectation + 2, EXPECTATION_MAX)
+                self.early_worth = min(self.early_worth + 2, EARLY_WORTH_MAX)
             else:
-                self.expectation -= 1
+                self.early_worth -= 1
         self.run_pass()
 
     cdef int run_pass(self) except -1:
         cdef PyObject* pass_context = self.pass_context
         cdef PyObject* entered = self.entered
-        if self.closed:
+        if not self.usable():
             return 0
         if not self.nests and (self.depth or NEST_ASYNCIO in modules):
             self.nests = True
@@ -387,20 +397,20 @@ cdef class Engine(LoopBound):
         self.unchecked = 0
         self.fed = 0
         self.over = False
-        if self.later:
+        if self.over_budget:
             # Their share of this pass.
-            self.resync += [stream for stream in self.later if not (<Flow>stream).resyncing]
-            for stream in self.later:
+            self.resync += [stream for stream in self.over_budget if not (<Flow>stream).resyncing]
+            for stream in self.over_budget:
                 (<Flow>stream).resyncing = True
-                (<Flow>stream).spent = False
-            self.later.clear()
+                (<Flow>stream).over_budget = False
+            self.over_budget.clear()
         guard = self.set_guard() if self.nests else None
         self.work()
         if guard is not None:
             self.cancel_guard(guard)
         if self.fed:
-            self.company = self.fed > 1
-            if self.company:
+            self.fed_several = self.fed > 1
+            if self.fed_several:
                 self.fed_ns = airn_now_ns()
         self.pass_context = pass_context
         self.entered = entered
@@ -434,15 +444,15 @@ cdef class Engine(LoopBound):
     cdef void keep(self, object thing) noexcept:
         """A callback has let go of something whose method may be running."""
         if self.depth:
-            self.departed.append(thing)
+            self.kept.append(thing)
 
     @final
     cdef void leave(self) noexcept:
         """The pass, or what is like one, has ended: what it let go of may go."""
         self.depth -= 1
-        if self.depth == 0 and self.departed:
-            departed, self.departed = self.departed, []
-            departed.clear()
+        if self.depth == 0 and self.kept:
+            kept, self.kept = self.kept, []
+            kept.clear()
 
     cdef void resync_all(self) noexcept:
         cdef list batch
@@ -468,10 +478,10 @@ cdef class Engine(LoopBound):
 
         Python's epoll.poll() drops the events that it has fetched when a
         signal handler raises, and an edge is not told twice.  So a selector
-        loop's watch is edge-triggered only where `told` promises this call,
+        loop's watch is edge-triggered only where `calls_resumed` promises this call,
         and not where callbacks run the loop: what they catch nobody tells us.
         """
-        if not self.closed and not self.forked() and not self.depth and not self.flush_scheduled:
+        if self.usable() and not self.depth and not self.flush_scheduled:
             self.schedule()
 
     def flush(self):
@@ -479,7 +489,7 @@ cdef class Engine(LoopBound):
 
         For a loop that stops running while output is gathered.
         """
-        if not self.closed and not self.forked() and not self.depth and self.on_own_thread():
+        if self.usable() and not self.depth and self.on_own_thread():
             self.depth = 1
             self.silent = True
             self.finish_sends()
@@ -510,7 +520,7 @@ cdef class Engine(LoopBound):
         self.dirty.clear()
         self.layers.clear()
         self.resync.clear()
-        self.later.clear()
+        self.over_budget.clear()
         self.leave()
 
     def stats(self):

@@ -4,7 +4,8 @@ from cpython.object cimport PyObject
 
 
 cdef enum:
-    EOF_HELD = -1       # Stream.held_end and deliver_end(): end of file rather than an errno
+    EOF_HELD = -1       # Stream.end and deliver_end(): end of file rather than an errno
+    END_TOLD = -2       # Stream.end: the sink knows
 
 
 # A bint of one byte, for what programs have ten thousands of.
@@ -34,7 +35,7 @@ cdef class Handle:
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept
     # The descriptor is ready
     cdef void on_ready(self, unsigned int events) noexcept
-    cdef void rearm(self) noexcept
+    cdef void restart(self) noexcept
     # A request to end an operation of this handle did not find it
     cdef void cancel_again(self) noexcept
     # The engine ends: ask for the end of all operations
@@ -45,11 +46,10 @@ cdef class Handle:
 cdef class Flow(Handle):
     # (Eight bytes of flags here: those of a stream are spread over its bases so that none is padded.)
     cdef flag reading               # the sink wants data
-    cdef flag ended                 # end of file or an error was met: nothing more to read
     cdef flag closed                # close() was called: nothing is delivered, nor sent
     cdef flag resyncing             # in engine.resync
     cdef flag dirty                 # in engine.dirty
-    cdef flag spent                 # its read_budget of this pass: in engine.later
+    cdef flag over_budget           # it has used up its read_budget of this pass: in engine.over_budget
     cdef unsigned char written      # writes that left at once since burst_ns
     cdef unsigned int taken_in      # the pass in which `taken` bytes were delivered
     cdef unsigned int taken

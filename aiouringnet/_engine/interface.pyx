@@ -26,7 +26,7 @@ cdef class Handle:
     cdef void on_ready(self, unsigned int events) noexcept:
         pass
 
-    cdef void rearm(self) noexcept:
+    cdef void restart(self) noexcept:
         pass
 
     cdef void cancel_again(self) noexcept:

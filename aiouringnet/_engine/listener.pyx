@@ -105,7 +105,7 @@ cdef class Listener(Handle):
         self.close()
 
     def _stop(self):
-        if self.engine.closed or self.engine.forked():
+        if not self.engine.usable():
             return
         if self.engine.on_own_thread():
             self.stop()
@@ -144,7 +144,7 @@ cdef class Listener(Handle):
         if self.sock.fileno() != self.fd:
             return EBADF  # its owner has closed it: the number may be another's
         for _accepted in range(ACCEPTS):
-            if self.closed or self.engine.closed or self.engine.forked():
+            if self.closed or not self.engine.usable():
                 return 0
             size = sizeof(address)
             fd = accept4(self.fd, <void*>&address, &size, SOCK_CLOEXEC | SOCK_NONBLOCK)
@@ -174,7 +174,7 @@ cdef class Listener(Handle):
                 "exception": OSError(error, strerror(error)),
                 "socket": TransportSocket(self.sock),
             })
-            self.engine.later_on(ACCEPT_RETRY_DELAY, self._resume)
+            self.engine.call_later(ACCEPT_RETRY_DELAY, self._resume)
         else:
             self.closed = True
             self.engine.report({
@@ -184,7 +184,7 @@ cdef class Listener(Handle):
             })
 
     def _resume(self):
-        if not self.closed and not self.engine.closed and not self.engine.forked():
+        if not self.closed and self.engine.usable():
             self.resume()
 
     cdef void resume(self) noexcept:
@@ -194,7 +194,7 @@ cdef class Listener(Handle):
 
     cdef void on_ready(self, unsigned int events) noexcept:
         cdef int error = self.accept_ready()
-        if self.closed or self.engine.closed or self.engine.forked():
+        if self.closed or not self.engine.usable():
             return
         if error:
             self.engine.watch_for(self, self.fd, 0)

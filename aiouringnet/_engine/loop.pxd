@@ -32,7 +32,7 @@ cdef class LoopBound:
     cdef int wake_fd                # watched by the loop
     cdef int loop_epoll_fd          # where it is watched edge-triggered, -1: level-triggered, must be read
     cdef bint wake_tuned
-    cdef public bint told           # the loop calls resumed() whenever it begins to run
+    cdef public bint calls_resumed  # the loop calls resumed() whenever it begins to run
     cdef bint nests                 # a callback has run the loop
     cdef unsigned long long n_wakes
 
@@ -41,14 +41,22 @@ cdef class LoopBound:
     cdef inline bint forked(self) noexcept:
         return self.generation != fork_generation
 
+    # Neither closed nor such a child
+    @final
+    cdef inline bint usable(self) noexcept:
+        return not self.closed and not self.forked()
+
+    @final
+    cdef inline bint on_own_thread(self) noexcept:
+        return self.thread_id == current_thread()
+
     cdef int check(self) except -1
-    cdef bint on_own_thread(self) noexcept
     # Whether this is a thread from which nothing may be called: another than the loop's, and the loop does not run here
     cdef bint is_foreign(self) except -1
     cdef int move_thread(self) except -1
     # From noexcept code into Python
-    cdef void soon(self, object callback, object context=*, object argument=*) noexcept
-    cdef void later_on(self, double delay_s, object callback, object argument=*) noexcept
+    cdef void call_soon(self, object callback, object context=*, object argument=*) noexcept
+    cdef void call_later(self, double delay_s, object callback, object argument=*) noexcept
     cdef void report(self, dict context) noexcept
     cdef void log_debug(self, str text, tuple arguments, object exc=*) noexcept
     cdef void settle(self, object future, object exc) noexcept

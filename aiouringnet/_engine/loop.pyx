@@ -1,9 +1,11 @@
 """What ties an engine to its event loop: whose it is, calls into it, and how it wakes us.
 
-Engines are used on the loop's thread only, and not across fork(): check() says
-so to whoever calls from Python, forked() to our own code.
+Engines are used on the loop's thread only, not after their end and not across
+fork(): check() says so to whoever calls a transport.  What comes from a loop,
+a timer or a future asks usable().  A callback may fork, and return in the child:
+behind one, our own code asks forked(), and so does whatever touches the ring.
 
-Python is called from noexcept code by soon() and report() alone, or within a
+Python is called from noexcept code by call_soon() and report() alone, or within a
 try that hands SystemExit and KeyboardInterrupt to interrupted(): what was begun
 is finished, and the pass raises them when it ends.
 
@@ -119,13 +121,9 @@ cdef class LoopBound:
 
     cdef int check(self) except -1:
         """Refuse use in a forked child, after the loop's end, and from a foreign thread."""
-        if (
-            self.generation == fork_generation
-            and not self.closed
-            and self.thread_id == airn_thread_id()
-        ):
+        if self.usable() and self.on_own_thread():
             return 0
-        if self.generation != fork_generation:
+        if self.forked():
             raise RuntimeError(
                 "this event loop was made before fork(): its connections belong to the parent process; "
                 "make a new event loop in the child"
@@ -142,9 +140,6 @@ cdef class LoopBound:
             )
         return 0
 
-    cdef bint on_own_thread(self) noexcept:
-        return self.thread_id == airn_thread_id()
-
     cdef bint is_foreign(self) except -1:
         return not self.forked() and not self.on_own_thread() and _get_running_loop() is not self.loop
 
@@ -155,7 +150,7 @@ cdef class LoopBound:
 
     # --- calls from noexcept code into Python -------------------------------
 
-    cdef void soon(self, object callback, object context=None, object argument=None) noexcept:
+    cdef void call_soon(self, object callback, object context=None, object argument=None) noexcept:
         """loop.call_soon(callback, argument); the argument is left out where it is None.
 
         A KeyboardInterrupt in the middle leaves open whether it is scheduled:
@@ -179,8 +174,8 @@ cdef class LoopBound:
         # It is not to be had: a later pass is scheduled anew.
         self.flush_scheduled = False
 
-    cdef void later_on(self, double delay_s, object callback, object argument=None) noexcept:
-        """loop.call_later(), as soon() is call_soon()."""
+    cdef void call_later(self, double delay_s, object callback, object argument=None) noexcept:
+        """loop.call_later(), as call_soon() is the loop's."""
         cdef int _tries
         for _tries in range(TRIES):
             try:
@@ -287,7 +282,7 @@ cdef class LoopBound:
             get_backend_id = getattr(self.loop, "_get_backend_id", None)  # uvloop
             if get_backend_id is not None:
                 fd = get_backend_id()
-            elif self.told and not self.nests:
+            elif self.calls_resumed and not self.nests:
                 fd = self.loop._selector.fileno()  # selectors.EpollSelector
             else:
                 return  # see resumed()

@@ -15,14 +15,27 @@ cdef struct Chunk:
     size_t size
 
 
+# What a stream's send, Output.sending, has come to.
+cdef enum:
+    NOT_SENDING = 0     # none is under way
+    SEND_SUBMITTED      # the queue's front is in flight
+    SOCKET_FULL         # nothing is: the socket is waited for, by readiness or a ring's poll
+    FULL_AT_GATE        # the same, at a ring's Gate
+
+# Whom the end of that send, Output.urgency, matters to.
+cdef enum:
+    NOT_URGENT = 0
+    URGENT              # more is queued than is in flight: it must wake the loop
+    AWAITED             # it must, since somebody waits for on_sent()
+
+
 cdef class Output(Flow):
     cdef Engine engine
     cdef Sink sink
     cdef int fd
     cdef flag ktls                  # the kernel makes TLS records: sends with MSG_WAITALL are refused
-    cdef flag sending               # a send is in flight or waits for the socket to drain
-    cdef flag awaited               # the sink asked for on_sent() as soon as possible
-    cdef flag urgent                # the send in flight must wake the loop: counted in engine.n_urgent
+    cdef flag sending               # NOT_SENDING, or what is under way
+    cdef flag urgency               # of its end; when nothing is under way, of the next one's
     # a queue of chunks, chunks[head : head + count]
     cdef Chunk* chunks              # `small`, or allocated when it does not suffice
     cdef Chunk small[1]
@@ -47,7 +60,7 @@ cdef class Output(Flow):
     cdef bint advance_file(self) noexcept
     # The sink needs on_sent() as soon as it can be had
     cdef void expect_sent(self) noexcept
-    cdef void begin_send(self, bint more_follows) noexcept
+    cdef void begin_send(self, int how, bint more_follows) noexcept
     cdef void end_send(self) noexcept
     cdef void shutdown_write(self) noexcept
 

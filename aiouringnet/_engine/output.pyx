@@ -7,13 +7,21 @@ send, an open stream whose socket is not in error is
     dirty       in engine.dirty: sent when the pass ends, or the loop's iteration, unless it is `sending` by then
     sending     a send is in flight, or the socket is full and waited for: what is written meanwhile follows it
 
-or both.  While it is `sending`, it may be
+or both.  What of `sending` it is begin_send() is told:
 
-    awaited     somebody waits for on_sent()
-    urgent      for that reason, or since more is queued than is in flight, its end must wake the loop: counted in
-                engine.n_urgent, for a ring whose sends usually end in silence (SQPOLL)
+    from                            to                  by
+    NOT_SENDING                     SEND_SUBMITTED      a send through the ring
+    NOT_SENDING                     SOCKET_FULL         a socket that has refused something
+    NOT_SENDING                     FULL_AT_GATE        one that a ring's poll cannot wait for (gate.pyx)
+    SEND_SUBMITTED, SOCKET_FULL     NOT_SENDING         end_send(): the completion, or the event
+    FULL_AT_GATE                    SOCKET_FULL         the Gate's event, which then ends it like one of its own
 
-end_send() ends all three.
+The end of a send that is NOT_URGENT may go unnoticed until the next pass: a ring with a poller (SQPOLL) does not wake
+the loop for it, while engine.n_urgent, which counts those of streams that are `sending`, is zero.
+
+    NOT_URGENT                      URGENT              begin_send(), when more is queued than it sends
+    any                             AWAITED             expect_sent(): somebody waits for on_sent()
+    any                             NOT_URGENT          end_send()
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -174,7 +182,7 @@ cdef class Output(Flow):
 
     cdef void before_push(self) noexcept:
         """The send before may have ended unnoticed, and what is queued next is none of it."""
-        if self.sending and not self.urgent:
+        if self.sending and not self.urgency:
             self.engine.poll_sends()
 
     cdef void kick(self) noexcept:
@@ -323,23 +331,24 @@ cdef class Output(Flow):
         return True
 
     cdef void expect_sent(self) noexcept:
-        self.awaited = True
-        if self.sending and not self.urgent:
-            self.urgent = True
+        cdef bint begins_to_matter = self.sending and not self.urgency
+        self.urgency = AWAITED
+        if begins_to_matter:
             self.engine.n_urgent += 1
             self.engine.on_urgent()
 
-    cdef void begin_send(self, bint more_follows) noexcept:
-        self.sending = True
-        if (self.awaited or more_follows) and not self.urgent:
-            self.urgent = True
+    cdef void begin_send(self, int how, bint more_follows) noexcept:
+        self.sending = how
+        if more_follows and not self.urgency:
+            self.urgency = URGENT
+        if self.urgency:
             self.engine.n_urgent += 1
 
     cdef void end_send(self) noexcept:
-        self.sending = self.awaited = False
-        if self.urgent:
-            self.urgent = False
+        if self.sending and self.urgency:
             self.engine.n_urgent -= 1
+        self.sending = NOT_SENDING
+        self.urgency = NOT_URGENT
 
     cdef void shutdown_write(self) noexcept:
         """Send FIN.  ENOTCONN (the peer has reset already) shows up when reading."""

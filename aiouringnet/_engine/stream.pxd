@@ -1,7 +1,9 @@
 # Read stream.pyx first.
 
+from cython cimport final
+
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.interface cimport Sink, flag
+from aiouringnet._engine.interface cimport END_TOLD, Sink, flag
 from aiouringnet._engine.output cimport Output
 
 
@@ -9,11 +11,20 @@ from aiouringnet._engine.output cimport Output
 cdef class Stream(Output):
     cdef flag tcp                   # else a Unix socket
     cdef flag readable              # direct reads stopped before the socket was empty
-    cdef flag thorough              # a short read may leave something behind: direct reads go on until EAGAIN
-    cdef flag mute                  # kernel TLS receives: poll() says nothing of a KeyUpdate that a read has stopped at
-    cdef int held_end               # 0, or EOF_HELD, or an errno, that follows `held`
+    cdef flag until_eagain          # a short read may leave something behind: direct reads go on until EAGAIN
+    cdef flag kernel_receives       # TLS records: poll() says nothing of a KeyUpdate that a read has stopped at
+    cdef int end                    # 0; or EOF_HELD or an errno, which follows `held`; or END_TOLD
     cdef list held                  # data that arrived after stop_reading(), oldest first
     cdef bytes rest                 # what put_back() returned, until it is held
+
+    # What is read now goes to the sink
+    @final
+    cdef inline bint delivers(self) noexcept:
+        return self.reading and self.held is None
+
+    @final
+    cdef inline bint end_is_held(self) noexcept:
+        return self.end != 0 and self.end != END_TOLD
 
     cdef void attach(self, Engine engine, int fd, Sink sink) noexcept
     cdef void start_reading(self) noexcept

@@ -6,15 +6,18 @@ Input.  What was read goes to the sink, or is held:
     reading, nothing held       it is delivered
     else                        it joins `held`, from which release_held() delivers when reading goes on
 
-The end, or an errno, is met once (`ended`); it takes the same way, as `held_end`
-behind what is held.
+End of file, or an errno, is met once and takes the same way, as `end`:
+
+    0                           not met: the socket is read while `reading`
+    EOF_HELD, an errno          met, and behind what is held
+    END_TOLD                    told, or the descriptor has gone
 
 Direct reads go on until the socket is empty.  What else the stream keeps in
 mind of its socket:
 
-    readable    there is, or may be, more to read: no event says so again
-    spent       its share of this pass is used up (engine.later); goes with `readable`
-    thorough    a short read does not mean that the socket is empty
+    readable        there is, or may be, more to read: no event says so again
+    over_budget     its share of this pass is used up; goes with `readable`
+    until_eagain    a short read does not mean that the socket is empty
 
 By readiness is how the epoll engine works.  Everything is watched
 edge-triggered; a ring overrides the methods of that section while it works.
@@ -24,8 +27,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, errno
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.interface cimport EOF_HELD, Room, Sink
-from aiouringnet._engine.output cimport Output
+from aiouringnet._engine.interface cimport END_TOLD, EOF_HELD, Room, Sink
+from aiouringnet._engine.output cimport Output, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLIN, POLLPRI, POLLRDHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 
@@ -65,12 +68,12 @@ cdef class Stream(Output):
         engine.n_streams += 1
         # On every TCP socket, whatever its `proto` says; a Unix socket answers EOPNOTSUPP.
         self.tcp = c_setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) == 0
-        self.thorough = not self.tcp
+        self.until_eagain = not self.tcp
 
     # --- input -----------------------------------------------------------
 
     cdef void start_reading(self) noexcept:
-        if self.closed or self.reading or (self.ended and not self.held_end):
+        if self.closed or self.reading or self.end == END_TOLD:
             return
         self.reading = True
         self.engine.mark_resync(self)
@@ -86,7 +89,7 @@ cdef class Stream(Output):
         if engine.account(self, size):
             # What the kernel has posted must be taken in order: not by this pass.
             engine.over = True
-        if self.reading and self.held is None:
+        if self.delivers():
             self.sink.on_data(data, size)
             if self.rest is not None:
                 self.hold_rest()
@@ -118,14 +121,14 @@ cdef class Stream(Output):
         if self.closed:
             return
         # A control record of kernel TLS is not the end, but waits like one for what came before it.
-        if error == EIO and self.ktls and self.reading and self.held is None and self.sink.on_control_record():
-            self.ended = False
+        if error == EIO and self.ktls and self.delivers() and self.sink.on_control_record():
+            self.end = 0
             self.engine.mark_resync(self)  # the read operation that met it has ended
             return
-        self.ended = True
-        if not self.reading or self.held is not None:
-            self.held_end = error
+        if not self.delivers():
+            self.end = error
             return
+        self.end = END_TOLD
         self.reading = False
         if error == EOF_HELD:
             self.sink.on_eof()
@@ -149,14 +152,14 @@ cdef class Stream(Output):
             self.sink.on_data(PyBytes_AS_STRING(piece), len(piece))
             if self.rest is not None:
                 self.hold_rest()
-        if self.held is None and self.held_end and self.reading:
-            end = self.held_end
-            self.held_end = 0
+        if self.delivers() and self.end_is_held():
+            end = self.end
+            self.end = END_TOLD
             self.deliver_end(end)
 
     cdef void resync(self) noexcept:
         """Its reading state has changed, or there is more to read."""
-        if (self.held is not None or self.held_end) and self.reading:
+        if (self.held is not None or self.end_is_held()) and self.reading:
             self.release_held()
         if not self.engine.forked():
             self.sync_reading()
@@ -165,7 +168,7 @@ cdef class Stream(Output):
         """Receive until the socket is empty or the budget is spent.
 
         A short read means that it is empty (epoll(7), question 9), except
-        for a `thorough` stream: where the peer's end or urgent data was
+        for an `until_eagain` stream: where the peer's end or urgent data was
         announced, which no further event does, or on a Unix socket, where
         recv() stops at passed descriptors.  Returns the bytes received.
         `readable` stays set when there may be more: the engine comes back.
@@ -185,7 +188,7 @@ cdef class Stream(Output):
         while self.reading and not engine.forked():
             if engine.account(self, 0):
                 # Others get their turn. (A message as large as the budget needs no further pass to find nothing.)
-                if self.mute or has_input(self.fd):
+                if self.kernel_receives or has_input(self.fd):
                     self.put_off()
                 else:
                     self.readable = False
@@ -206,9 +209,9 @@ cdef class Stream(Output):
                     engine.n_bytes_in += n
                     engine.account(self, n)
                     # Stays set when the sink stops reading now.
-                    self.readable = n == size or self.thorough
+                    self.readable = n == size or self.until_eagain
                     sink.release_room(&room, n)
-                    if n == size or self.thorough or n >= STREAMING_BYTES:
+                    if n == size or self.until_eagain or n >= STREAMING_BYTES:
                         continue
                     break
                 sink.release_room(&room, 0)
@@ -221,7 +224,7 @@ cdef class Stream(Output):
                 self.deliver_end(EOF_HELD)
             elif error != EAGAIN:
                 self.deliver_end(error)
-                if error == EIO and not self.ended:
+                if error == EIO and self.end == 0:
                     continue  # a control record, it is out of the way
             break
         return total
@@ -229,9 +232,9 @@ cdef class Stream(Output):
     cdef void put_off(self) noexcept:
         """What the socket has is for a later pass."""
         self.readable = True
-        if not self.spent:
-            self.spent = True
-            self.engine.later.append(self)
+        if not self.over_budget:
+            self.over_budget = True
+            self.engine.over_budget.append(self)
 
     # --- the end ---------------------------------------------------------
 
@@ -246,7 +249,8 @@ cdef class Stream(Output):
         self.closed = True
         self.reading = False
         self.held = None
-        self.held_end = 0
+        if self.end:
+            self.end = END_TOLD
         if self.file is not None:
             if not self.engine.closed:
                 self.file.end(ConnectionError("the connection was closed while a file was being sent"))
@@ -261,10 +265,11 @@ cdef class Stream(Output):
 
         As in asyncio, no end is reported; what is still queued is an error (EBADF).
         """
-        if self.closed or self.fd < 0 or self.engine.closed or self.engine.forked():
+        if self.closed or self.fd < 0 or not self.engine.usable():
             return
         self.reading = False
-        self.ended = True
+        if self.end == 0:
+            self.end = END_TOLD
         self.let_go()
         self.fd = -1
         if self.count and not self.sending and not self.dirty:
@@ -276,7 +281,7 @@ cdef class Stream(Output):
             self.engine.keep(sink)
             self.sink = None
             if self.engine.last_fed == <void*>self:
-                self.engine.last_fed = NULL  # no company for whoever comes next
+                self.engine.last_fed = NULL  # whoever comes next is not the second
             self.engine.n_streams -= 1
             sink.on_detached()
 
@@ -286,14 +291,14 @@ cdef class Stream(Output):
         if self.closed:
             return
         self.sync_watch()
-        if self.reading and self.readable and not self.spent:
+        if self.reading and self.readable and not self.over_budget:
             self.read()
 
     cdef void sync_watch(self) noexcept:
         """Make the events that are watched for those that are wanted."""
         cdef unsigned int want = 0
         cdef int error
-        if self.reading and not self.ended:
+        if self.reading and self.end == 0:
             want = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
         if self.sending:
             want |= EPOLLOUT | EPOLLET
@@ -303,7 +308,7 @@ cdef class Stream(Output):
 
     cdef void read(self) noexcept:
         self.read_direct()
-        if self.readable and not self.spent or not self.reading:
+        if self.readable and not self.over_budget or not self.reading:
             self.engine.mark_resync(self)
 
     cdef void on_ready(self, unsigned int events) noexcept:
@@ -316,9 +321,9 @@ cdef class Stream(Output):
         if self.closed:
             return
         if events & (EPOLLRDHUP | EPOLLERR | EPOLLHUP | EPOLLPRI):
-            self.thorough = True
+            self.until_eagain = True
         if events & ~EPOLLOUT:
-            if self.reading and self.held is None and not self.spent:
+            if self.delivers() and not self.over_budget:
                 self.read()
             else:
                 # No second event says so when reading resumes in this very pass.
@@ -328,7 +333,7 @@ cdef class Stream(Output):
         self.send_direct()
 
     cdef void await_writable(self) noexcept:
-        self.begin_send(False)
+        self.begin_send(SOCKET_FULL, False)
         self.sync_watch()
 
     cdef void cancel_all(self) noexcept:

@@ -111,7 +111,7 @@ cdef class KernelTLS(TLSOutput):
             self.waiting = False
         if offload.kernel.receives:
             # A read stops at each control record: a short one does not mean that the socket is empty.
-            stream.thorough = stream.mute = True
+            stream.until_eagain = stream.kernel_receives = True
         if self.stream.reads_itself:
             self.stream.reads_itself = False
             # What has arrived meanwhile has been announced already.

@@ -4,6 +4,7 @@ import asyncio
 
 from cpython.object cimport PyObject
 
+from aiouringnet._engine.interface cimport END_TOLD
 from aiouringnet._tls.connection cimport FLUSHING, HANDSHAKE, HELD, OPEN, OVER, READING, RESTING, SHUTDOWN
 from aiouringnet._tls.kernel cimport KernelTLS, as_ssl_error
 from aiouringnet._transports.common cimport immutable
@@ -77,10 +78,9 @@ cdef class Lifecycle(KernelTLS):
             self.keep_input()
         if not transport.is_reading() and not transport.is_closing():
             transport.resume_reading()
-        if self.state == HANDSHAKE and self.stream is not None and self.stream.stream.ended:
-            if not self.stream.stream.held_end:
-                # An upgrade after the protocol before us was told, and kept the connection open: nobody says so again.
-                self.eof_received()
+        if self.state == HANDSHAKE and self.stream is not None and self.stream.stream.end == END_TOLD:
+            # An upgrade after the protocol before us was told, and kept the connection open: nobody says so again.
+            self.eof_received()
         return 0
 
     def begin_paused(self):

@@ -159,7 +159,7 @@ cdef class TLSOutput(TLSInput):
         size = self.queued + self.lower_queued()
         if size <= self.low if self.protocol_paused else size > self.high:
             if self.engine.silent:
-                self.engine.soon(self._control_writing)
+                self.engine.call_soon(self._control_writing)
                 return 0
             self.protocol_paused = not self.protocol_paused
             self.call_flow_control("pause_writing" if self.protocol_paused else "resume_writing")

@@ -35,7 +35,7 @@ cdef class StreamOutput(StreamInput):
             return
         if self.protocol_paused and self.stream.queued <= self.low and not over:
             if self.engine.silent:
-                self.engine.soon(self._resume_writing)
+                self.engine.call_soon(self._resume_writing)
             else:
                 self.resume_writing()
             if self.state >= LOST:

@@ -462,7 +462,7 @@ cdef class StreamTransport(StreamOutput):
             return
         self.stream.close()
         # A context that is entered cannot be run in again, should this callback run the loop: a copy can.
-        self.engine.soon(self._call_connection_lost, None if self.in_context else self.context, exc)
+        self.engine.call_soon(self._call_connection_lost, None if self.in_context else self.context, exc)
 
     cdef void unregister(self) noexcept:
         try:

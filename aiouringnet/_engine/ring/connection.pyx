@@ -4,8 +4,9 @@ from libc.errno cimport EALREADY, EINTR, errno
 
 from aiouringnet._engine.connection cimport Connection
 from aiouringnet._engine.poll cimport POLLOUT
+from aiouringnet._engine.ring.completions cimport TAG_CONNECT, user_data
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.queues cimport Queues, TAG_CONNECT, user_data
+from aiouringnet._engine.ring.queues cimport Queues
 
 import socket
 
@@ -41,7 +42,7 @@ cdef class RingConnection(Connection):
             self.close_own_fd()
             Connection.begin(self)
             return
-        if engine.sqpoll:
+        if engine.poller is not None:
             # The poller has the rights with which the ring was made, whatever setuid(2) has done since.
             if not self.awaiting and not self.connect():
                 return
@@ -54,7 +55,7 @@ cdef class RingConnection(Connection):
             fd = self.own_fd
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            engine.soon(self._submit)
+            engine.call_soon(self._submit)
             return
         if self.awaiting:
             io_uring_prep_poll_add(sqe, fd, POLLOUT)
@@ -65,7 +66,7 @@ cdef class RingConnection(Connection):
         engine.need_pass()
 
     def _submit(self):
-        if not self.future.done() and not self.engine.closed and not self.engine.forked():
+        if not self.future.done() and self.engine.usable():
             self.submit()
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
@@ -103,6 +104,6 @@ cdef class RingConnection(Connection):
     cdef void cancel_operations(self) noexcept:
         (<Queues>self.engine).cancel(self, TAG_CONNECT, &(<Queues>self.engine).ring)
 
-    cdef void rearm(self) noexcept:
+    cdef void restart(self) noexcept:
         self.in_flight = 0
         self._submit()

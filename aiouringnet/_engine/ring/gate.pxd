@@ -1,6 +1,6 @@
 # Read gate.pyx first.
 
-from aiouringnet._engine.interface cimport Handle, flag
+from aiouringnet._engine.interface cimport Handle
 from aiouringnet._engine.readiness cimport Readiness
 from aiouringnet._engine.ring.queues cimport Queues
 from aiouringnet._engine.stream cimport Stream
@@ -8,9 +8,6 @@ from aiouringnet._engine.stream cimport Stream
 
 # A stream that may have to wait there.
 cdef class Gated(Stream):
-    cdef flag gated                 # waits in the engine's Gate for the socket to drain
-    cdef flag send_tag              # the send operation in flight: TAG_SEND, TAG_WRITABLE or 0
-
     cdef void wait_at_gate(self) noexcept
     cdef void leave_gate(self) noexcept
     cdef void on_writable(self, int result) noexcept

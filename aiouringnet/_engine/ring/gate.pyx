@@ -4,10 +4,12 @@ A ring's poll reports RDHUP whatever it was asked, at once and for ever; only
 epoll waits for POLLOUT alone.
 """
 
+from aiouringnet._engine.output cimport FULL_AT_GATE, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLIN, POLLOUT
 from aiouringnet._engine.readiness cimport EPOLLOUT, Readiness
+from aiouringnet._engine.ring.completions cimport TAG_POLL, user_data
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.queues cimport Queues, TAG_POLL, TAG_WRITABLE, user_data
+from aiouringnet._engine.ring.queues cimport Queues
 
 
 GATE_RETRY_S = 0.05
@@ -20,18 +22,16 @@ cdef class Gated(Stream):
         if engine.gate is None:
             engine.gate = Gate(engine)
         if (<Gate>engine.gate).add(self):
-            self.gated = True
-            self.begin_send(False)
+            self.begin_send(FULL_AT_GATE, False)
             engine.begin(self)
         else:
             engine.n_retries += 1
-            engine.later_on(GATE_RETRY_S, (<Gate>engine.gate).retry, self)
+            engine.call_later(GATE_RETRY_S, (<Gate>engine.gate).retry, self)
 
     cdef void leave_gate(self) noexcept:
         self.engine.keep(self)
         (<Gate>(<Queues>self.engine).gate).remove(self)
-        self.gated = False
-        self.send_tag = TAG_WRITABLE
+        self.sending = SOCKET_FULL
         self.on_writable(POLLOUT)
 
     cdef void on_writable(self, int result) noexcept:
@@ -64,7 +64,7 @@ cdef class Gate(Handle):
 
     def retry(self, Gated stream):
         """Out of descriptors or memory a moment ago."""
-        if not stream.closed and not stream.sending and not self.engine.closed and not self.engine.forked():
+        if not stream.closed and not stream.sending and self.engine.usable():
             stream.wait_at_gate()
 
     cdef void remove(self, Gated stream) noexcept:
@@ -81,7 +81,7 @@ cdef class Gate(Handle):
             return
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            engine.soon(self._arm)
+            engine.call_soon(self._arm)
             return
         io_uring_prep_poll_add(sqe, self.ready.epoll_fd, POLLIN)
         sqe.user_data = user_data(self, TAG_POLL)
@@ -90,7 +90,7 @@ cdef class Gate(Handle):
         engine.need_pass()
 
     def _arm(self):
-        if self.waiting and not self.engine.closed and not self.engine.forked():
+        if self.waiting and self.engine.usable():
             self.arm()
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
@@ -100,10 +100,10 @@ cdef class Gate(Handle):
         self.engine.end(self)
         if self.ready.next == self.ready.end and not self.engine.forked():
             self.ready.fetch()
-        while self.ready.next < self.ready.end and not self.engine.closed and not self.engine.forked():
+        while self.ready.next < self.ready.end and self.engine.usable():
             stream = self.ready.take(&events)
             # What the end of one sets off may have taken others away.
-            if stream is not None and (<Gated>stream).gated:
+            if stream is not None and (<Gated>stream).sending == FULL_AT_GATE:
                 (<Gated>stream).leave_gate()
         if self.ready.stale:
             fresh = self.ready.successor()

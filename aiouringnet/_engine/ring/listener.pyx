@@ -2,15 +2,13 @@
 
 from aiouringnet._engine.listener cimport Listener, MORE_WAITS
 from aiouringnet._engine.poll cimport POLLIN
+from aiouringnet._engine.ring.completions cimport TAG_ACCEPT, user_data
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.queues cimport Queues, TAG_ACCEPT, user_data
+from aiouringnet._engine.ring.queues cimport Queues
 
 
 cdef extern from "errno.h" nogil:
     int ECANCELED
-
-cdef extern from "unistd.h" nogil:
-    int usleep(unsigned int microseconds)
 
 
 cdef class RingListener(Listener):
@@ -24,7 +22,7 @@ cdef class RingListener(Listener):
             return
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            engine.soon(self._resume)
+            engine.call_soon(self._resume)
             return
         io_uring_prep_poll_add(sqe, self.fd, POLLIN)
         sqe.user_data = user_data(self, TAG_ACCEPT)
@@ -38,7 +36,7 @@ cdef class RingListener(Listener):
         self.engine.end(self)
         if result >= 0:
             error = self.accept_ready()
-        if self.armed or self.closed or self.engine.closed or self.engine.forked():
+        if self.armed or self.closed or not self.engine.usable():
             return
         if error == 0 or error == MORE_WAITS or error == ECANCELED:
             self.resume()
@@ -48,7 +46,6 @@ cdef class RingListener(Listener):
     cdef void stop(self) noexcept:
         """Cancel now, so that the port is free as soon as the caller closes the socket."""
         cdef Queues engine = <Queues>self.engine
-        cdef int _tries
         if engine.readiness is not None:
             Listener.stop(self)
             return
@@ -56,12 +53,8 @@ cdef class RingListener(Listener):
             return
         engine.cancel(self, TAG_ACCEPT, &engine.ring)
         engine.enter()
-        if engine.sqpoll:
-            # The poller does it; usually it has by now.  20 ms at the most.
-            for _tries in range(400):
-                if airn_has_ended(&engine.ring, user_data(self, TAG_ACCEPT)):
-                    break
-                usleep(50)
+        if engine.poller is not None:
+            engine.poller.await_end(user_data(self, TAG_ACCEPT))
         engine.need_pass()
 
     cdef void cancel_again(self) noexcept:
@@ -72,7 +65,7 @@ cdef class RingListener(Listener):
         if self.armed:
             (<Queues>self.engine).cancel(self, TAG_ACCEPT, &(<Queues>self.engine).ring)
 
-    cdef void rearm(self) noexcept:
+    cdef void restart(self) noexcept:
         self.in_flight = 0
         self.armed = False
         if not self.closed:

@@ -1,27 +1,22 @@
-"""The rings themselves: set-up, provided buffers, submissions, and when they wake the loop.
+"""The ring itself: provided buffers, submissions, completions, and when they wake the loop.
 
-With a kernel poller (SQPOLL) there are two: sends then have a ring of their own
-whose eventfd stays masked unless somebody waits for a send to end; otherwise
-every reply would wake the loop a second time, for a completion that only frees
-a buffer.
-
-user_data is the address of a Handle, which engine.live owns while anything is
-in flight, plus a tag in the low bits.  Zero means nobody cares.
+With a kernel poller (SQPOLL) there is one more, for sends: sqpoll.pyx.
 """
 
-from libc.errno cimport EAGAIN, EBUSY, EEXIST, EINTR, EINVAL, ENOENT, ENOMEM, errno
+from libc.errno cimport EAGAIN, EBUSY, EEXIST, EINTR, ENOMEM, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.interface cimport Handle
+from aiouringnet._engine.interface cimport Flow, Handle
+from aiouringnet._engine.output cimport Output
+from aiouringnet._engine.ring.completions cimport BATCH, CANCEL_FAILED, hand_out, user_data
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.setup cimport BUFFER_GROUP, flag_ladder, flags_to_names, map_anonymous
+from aiouringnet._engine.ring.setup cimport BUFFER_GROUP, flags_to_names, make_ring, map_anonymous, register_event_fd
+from aiouringnet._engine.ring.sqpoll cimport shared_poller
 
 import os
-
-from aiouringnet._options import QUEUE_DEPTH, QUEUE_DEPTH_SQPOLL
 
 
 cdef extern from "sys/eventfd.h" nogil:
@@ -35,67 +30,27 @@ cdef extern from "sys/mman.h" nogil:
     int munmap(void* address, size_t size)
 
 
-# A ring descriptor with a poller that later rings of the process can share.
-cdef list pollers = []
-
-
 cdef class Queues(Engine):
     def __cinit__(self):
         self.event_fd = -1
         memset(&self.ring, 0, sizeof(self.ring))
-        memset(&self.send_ring, 0, sizeof(self.send_ring))
         self.sends = &self.ring
 
     def __dealloc__(self):
         free(self.batch)
-        free(self.send_batch)
-
-    cdef object make_ring(self, io_uring* ring, int attach_fd):
-        """Set up a ring with the best flags that the kernel takes; returns the flags."""
-        cdef io_uring_params params
-        cdef int code = -EINVAL
-        cdef unsigned int depth = self.options.queue_depth or (QUEUE_DEPTH_SQPOLL if self.sqpoll else QUEUE_DEPTH)
-        for flags in flag_ladder(self.sqpoll):
-            memset(&params, 0, sizeof(params))
-            params.flags = flags
-            params.cq_entries = 4 * depth
-            if self.sqpoll:
-                params.sq_thread_idle = self.options.sqpoll_idle_ms
-                if attach_fd >= 0:
-                    params.flags |= IORING_SETUP_ATTACH_WQ
-                    params.wq_fd = attach_fd
-                if self.options.sqpoll_cpu is not None:
-                    params.flags |= IORING_SETUP_SQ_AFF
-                    params.sq_thread_cpu = self.options.sqpoll_cpu
-            code = io_uring_queue_init_params(depth, ring, &params)
-            if code != -EINVAL:
-                break
-        if code < 0:
-            raise OSError(-code, f"io_uring_setup: {os.strerror(-code)}")
-        io_uring_ring_dontfork(ring)
-        return params.flags
 
     cdef int set_up(self) except -1:
-        cdef int code
-        flags = self.make_ring(&self.ring, pollers[0] if self.sqpoll and pollers else -1)
+        flags = make_ring(&self.ring, self.options, -1 if self.poller is None else shared_poller())
         self.ring_up = True
         self.flag_names = flags_to_names(flags)
         self.deferred = bool(flags & IORING_SETUP_DEFER_TASKRUN)
         self.make_event_fd()
-        if self.sqpoll:
-            self.make_ring(&self.send_ring, self.ring.ring_fd)
-            self.send_ring_up = True
-            self.sends = &self.send_ring
-            # The same descriptor: one wake for both rings.
-            code = io_uring_register_eventfd(&self.send_ring, self.event_fd)
-            if code < 0:
-                raise OSError(-code, f"registering the eventfd: {os.strerror(-code)}")
-            io_uring_cq_eventfd_toggle(&self.send_ring, False)
-            pollers.append(self.ring.ring_fd)
+        if self.poller is not None:
+            self.poller.start(self.options, &self.ring, self.event_fd)
+            self.sends = &self.poller.ring
         if self.batch == NULL:
             self.batch = <io_uring_cqe*>malloc(BATCH * sizeof(io_uring_cqe))
-            self.send_batch = <io_uring_cqe*>malloc(BATCH * sizeof(io_uring_cqe))
-            if self.batch == NULL or self.send_batch == NULL:
+            if self.batch == NULL:
                 raise MemoryError()
         self.make_pool()
         return 0
@@ -105,17 +60,12 @@ cdef class Queues(Engine):
             self.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if self.event_fd < 0:
             raise OSError(errno, os.strerror(errno))
-        code = io_uring_register_eventfd(&self.ring, self.event_fd)
-        if code < 0:
-            raise OSError(-code, f"registering the eventfd: {os.strerror(-code)}")
+        register_event_fd(&self.ring, self.event_fd)
         return 0
 
     cdef void take_down_rings(self) noexcept:
-        if self.sqpoll and self.ring_up and self.ring.ring_fd in pollers:
-            pollers.remove(self.ring.ring_fd)
-        if self.send_ring_up:
-            io_uring_queue_exit(&self.send_ring)
-            self.send_ring_up = False
+        if self.poller is not None:
+            self.poller.close()
         if self.ring_up:
             io_uring_queue_exit(&self.ring)
             self.ring_up = False
@@ -189,10 +139,10 @@ cdef class Queues(Engine):
             return False
         while True:
             self.n_enters += 1
-            if self.sqpoll:
-                code = io_uring_submit(&self.ring)
-            else:
+            if self.poller is None:
                 code = io_uring_submit_and_get_events(&self.ring)
+            else:
+                code = io_uring_submit(&self.ring)
             if code >= 0:
                 return True
             if code == -EINTR:
@@ -221,20 +171,39 @@ cdef class Queues(Engine):
         self.cancelled.add(handle)
         return True
 
-    cdef void cancel_failed(self, int result) noexcept:
-        """ENOENT: the operation had just ended, or the kernel was about to try it again.  Ask once more.
-
-        EALREADY: a worker thread runs it and was told to stop.
-        """
-        if result == -ENOENT and not self.closed:
-            for handle in list(self.cancelled):
-                (<Handle>handle).cancel_again()
-
     cdef void broken(self, int error) noexcept:
         """The kernel refuses the ring itself: by a seccomp filter that the process has put on, for example."""
         self.refused = error
         if not self.flush_scheduled:
             self.schedule()  # a pass, which begins with give_up_ring()
+
+    # --- completions ---------------------------------------------------------
+
+    cdef int reap(self) noexcept:
+        """Take completions and hand them to their handles, until the pass has to end; returns how many.
+
+        Those left over are the next to be handed out, here or by the pass of
+        a loop that a callback runs.
+        """
+        cdef int n = 0
+        if self.batch_next == self.batch_end:
+            if self.forked():
+                return 0
+            self.batch_next = 0
+            self.batch_end = airn_take_cqes(&self.ring, self.batch, BATCH)
+            self.n_cqes += self.batch_end
+            if airn_sq_flags(&self.ring) & IORING_SQ_CQ_OVERFLOW:
+                self.n_overflows += 1
+        while self.batch_next < self.batch_end:
+            self.batch_next += 1
+            n += 1
+            hand_out(self, &self.batch[self.batch_next - 1])
+            if self.out_of_time(0) or self.forked():
+                break
+        if self.returned and not self.forked():
+            io_uring_buf_ring_advance(self.buf_ring, self.returned)
+            self.returned = 0
+        return n
 
     # --- waking the loop -----------------------------------------------------
 
@@ -242,25 +211,44 @@ cdef class Queues(Engine):
         """Whether an enter or a look at the completion queue would find something."""
         return self.batch_next < self.batch_end or airn_cq_ready(&self.ring) or (
             airn_sq_flags(&self.ring) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)
-        ) or (self.send_ring_up and airn_cq_ready(&self.send_ring))
+        ) or (self.poller is not None and self.poller.pending())
 
     cdef inline void mask(self, bint masked) noexcept:
         """Keep completions from signalling the eventfd while we look at them anyway."""
         if self.forked() or not self.ring_up:
             return
         io_uring_cq_eventfd_toggle(&self.ring, not masked)
-        if self.send_ring_up:
-            io_uring_cq_eventfd_toggle(&self.send_ring, not masked and self.n_urgent > 0)
+        if self.poller is not None:
+            self.poller.mask(masked or self.n_urgent == 0)
 
     cdef void quiet(self) noexcept:
         self.mask(True)
 
+    # --- sends that a poller makes -------------------------------------------
+
+    cdef bint sends_direct(self) noexcept:
+        return self.poller is None or self.readiness is not None
+
+    cdef void poll_sends(self) noexcept:
+        if self.poller is not None:
+            self.poller.poll(self)
+
+    cdef void push_sends(self) noexcept:
+        # Refused now and then: the pass that submit_send() has scheduled tries again.
+        if self.poller is not None and not self.forked():
+            self.poller.submit()
+
+    cdef void await_send(self, Flow stream) noexcept:
+        if self.poller is not None:
+            self.poller.await_send(self, <Output>stream)
+
+    cdef void finish_sends(self) noexcept:
+        if self.poller is not None:
+            self.poller.finish_sends(self)
+
     cdef void on_urgent(self) noexcept:
-        if self.send_ring_up and (not self.depth or self.is_nested()) and not self.forked():
-            io_uring_cq_eventfd_toggle(&self.send_ring, True)
-            airn_full_fence()
-            if airn_cq_ready(&self.send_ring):
-                self.need_pass()
+        if self.poller is not None:
+            self.poller.wake_for_sends(self)
 
     # --- what the ring implements ----------------------------------------------
 

@@ -7,8 +7,6 @@ cdef class Ring(Queues):
     cdef list doubts                # streams whose last direct read may have stopped at urgent data
     cdef int direct_limit           # up to so many streams are sent to directly at a flush
 
-    cdef int reap(self) noexcept
-    cdef int reap_sends(self) noexcept
     cdef void flush_output(self) noexcept
     cdef void give_up_ring(self) noexcept
     cdef bint drain(self) noexcept

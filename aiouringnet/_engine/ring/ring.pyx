@@ -12,26 +12,26 @@ work goes from empty to not empty, and not at all while it is masked.  So
 after unmasking, a full fence, and then a look at SQ_TASKRUN, SQ_CQ_OVERFLOW
 and the completion queue: if anything is there, another pass is scheduled.
 
-With a kernel poller (SQPOLL) nothing is direct: the poller's core runs the
-network stack, and sends have a ring of their own (queues.pyx).
+With a kernel poller (SQPOLL) nothing is direct, and sends have a ring of their
+own: sqpoll.pyx.
 """
 
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Flow, Handle, Sink
 from aiouringnet._engine.loop cimport current_thread
 from aiouringnet._engine.listener cimport sockaddr_storage
-from aiouringnet._engine.poll cimport POLLOUT, poll, pollfd
+from aiouringnet._engine.output cimport SEND_SUBMITTED
 from aiouringnet._engine.readiness cimport Readiness
+from aiouringnet._engine.ring.completions cimport TAG_RECV, TAG_SEND, user_data
 from aiouringnet._engine.ring.connection cimport RingConnection
 from aiouringnet._engine.ring.gate cimport Gate
 from aiouringnet._engine.ring.liburing cimport *
 from aiouringnet._engine.ring.listener cimport RingListener
-from aiouringnet._engine.ring.queues cimport (
-    BATCH, CANCEL_FAILED, Queues, TAG_MASK, TAG_RECV, TAG_SEND, user_data,
-)
+from aiouringnet._engine.ring.queues cimport Queues
+from aiouringnet._engine.ring.sqpoll cimport Poller
 from aiouringnet._engine.ring.stream cimport RingStream
 from aiouringnet._engine.stream cimport Stream
 
@@ -52,12 +52,6 @@ cdef extern from "sys/socket.h" nogil:
 cdef enum:
     # Rounds of a pass before other callbacks of the loop get their turn.
     MAX_ROUNDS = 16
-    # A poller sends within microseconds what a socket takes; for one that is full the end of a run does not wait.
-    AWAIT_TRIES = 500
-    AWAIT_US = 20
-    # Where the poller has to wait for a processor, the end of a run waits for it: 0.2 s in all.
-    FINISH_TRIES = 4000
-    FINISH_WAIT_US = 50
     DRAIN_MS = 1000     # how long the end of a ring waits for the end of its operations
     ASK_AGAIN_MS = 100  # until those left are cancelled once more: the kernel may have been about to try them again
 
@@ -67,14 +61,6 @@ DOUBT_S = 0.01
 # Rings whose thread was elsewhere when they had to go, with all that the
 # kernel might have touched still: kept until the process ends.
 cdef list abandoned = []
-
-
-cdef bint has_room(int fd) noexcept:
-    """Whether a socket takes output, or has an error to tell."""
-    cdef pollfd state
-    state.fd = fd
-    state.events = POLLOUT
-    return poll(&state, 1, 0) == 1
 
 
 cdef class Ring(Queues):
@@ -89,15 +75,16 @@ cdef class Ring(Queues):
 
     def __init__(self, loop, options):
         Engine.__init__(self, loop, options)
-        self.sqpoll = options.sqpoll
         self.buffer_size = options.buffer_size
         self.buffer_count = options.buffer_count
         self.doubts = []
-        self.direct_limit = 0 if self.sqpoll else 1
-        self.by_turns = self.sqpoll
         self.refused = 0
-        if not self.sqpoll:
-            # With a poller it is the poller that encrypts.
+        if options.sqpoll:
+            self.poller = Poller()
+            self.by_turns = True
+        else:
+            self.direct_limit = 1
+            # (It is the poller that encrypts, where there is one.)
             self.worker_bytes = options.ktls_worker_bytes or 0
         try:
             self.set_up()
@@ -137,9 +124,6 @@ cdef class Ring(Queues):
 
     # --- a pass -------------------------------------------------------------------
 
-    cdef bint sends_direct(self) noexcept:
-        return not self.sqpoll or self.readiness is not None
-
     cdef void on_wake(self) noexcept:
         cdef uint64_t value
         if self.readiness is not None:
@@ -177,11 +161,9 @@ cdef class Ring(Queues):
             delivered += n
             if self.forked():
                 return
-            if self.send_ring_up:
-                # Refused now and then: the pass that ok = False brings tries again.
-                if io_uring_submit(&self.send_ring) < 0:
-                    ok = False
-                n += self.reap_sends()
+            if self.poller is not None:
+                ok = self.poller.submit() and ok
+                n += self.poller.reap(self)
             if n == 0 and not self.dirty and not self.layers and not self.resync and not airn_unsubmitted(&self.ring):
                 break
             if not ok:
@@ -194,58 +176,22 @@ cdef class Ring(Queues):
                 return
             if airn_unsubmitted(&self.ring):
                 ok = self.enter()
-            if self.send_ring_up and io_uring_submit(&self.send_ring) < 0:
-                ok = False
+            if self.poller is not None:
+                ok = self.poller.submit() and ok
         if self.flush_scheduled:
             return
-        if not ok or self.dirty or self.layers or self.resync or self.later or self.pending():
+        if not ok or self.dirty or self.layers or self.resync or self.over_budget or self.pending():
             self.schedule()
             return
-        if delivered and self.expectation > 0:
+        if delivered and self.early_worth > 0:
             # Tasks that this data woke run in the next iteration: come back right after them.
-            self.expecting = True
+            self.early_pass = True
             self.schedule()
             return
         self.mask(False)
         airn_full_fence()
         if self.pending():
             self.schedule()
-
-    cdef int reap(self) noexcept:
-        """Take completions and hand them to their handles, until the pass has to end; returns how many.
-
-        Those left over are the next to be handed out, here or by the pass of
-        a loop that a callback runs.
-        """
-        cdef int n = 0
-        cdef uint64_t data
-        cdef Handle handle
-        cdef io_uring_cqe* cqe
-        if self.batch_next == self.batch_end:
-            if self.forked():
-                return 0
-            self.batch_next = 0
-            self.batch_end = airn_take_cqes(&self.ring, self.batch, BATCH)
-            self.n_cqes += self.batch_end
-            if airn_sq_flags(&self.ring) & IORING_SQ_CQ_OVERFLOW:
-                self.n_overflows += 1
-        while self.batch_next < self.batch_end:
-            cqe = &self.batch[self.batch_next]
-            self.batch_next += 1
-            n += 1
-            data = cqe.user_data
-            if data <= TAG_MASK:
-                if data == CANCEL_FAILED:
-                    self.cancel_failed(cqe.res)
-                continue
-            handle = <Handle><void*><uintptr_t>(data & ~<uint64_t>TAG_MASK)
-            handle.complete(<int>(data & TAG_MASK), cqe.res, cqe.flags)
-            if self.out_of_time(0) or self.forked():
-                break
-        if self.returned and not self.forked():
-            io_uring_buf_ring_advance(self.buf_ring, self.returned)
-            self.returned = 0
-        return n
 
     cdef void flush_output(self) noexcept:
         """Send what was written: directly for few streams, through the ring for many."""
@@ -277,94 +223,21 @@ cdef class Ring(Queues):
         call for each message.
         """
         if not self.doubts:
-            self.later_on(DOUBT_S, self._look_for_urgent)
+            self.call_later(DOUBT_S, self._look_for_urgent)
         try:
             self.doubts.append(stream)
             (<RingStream>stream).doubted = True
         except MemoryError:
-            (<RingStream>stream).thorough = True
+            (<RingStream>stream).until_eagain = True
 
     def _look_for_urgent(self):
         cdef RingStream stream
         doubts, self.doubts = self.doubts, []
         for stream in doubts:
             stream.doubted = False
-            if not (stream.closed or self.closed or self.forked()) and sockatmark(stream.fd) == 1:
+            if not stream.closed and self.usable() and sockatmark(stream.fd) == 1:
                 stream.readable = True
                 self.mark_resync(stream)
-
-    # --- with a poller: the ring of sends -----------------------------------------
-
-    cdef int reap_sends(self) noexcept:
-        cdef int n = 0
-        cdef uint64_t data
-        cdef Handle handle
-        cdef io_uring_cqe* cqe
-        if self.forked():
-            return 0
-        if self.send_next == self.send_end:
-            self.send_next = 0
-            self.send_end = airn_take_cqes(&self.send_ring, self.send_batch, BATCH)
-            self.n_cqes += self.send_end
-        while self.send_next < self.send_end and not self.forked():
-            cqe = &self.send_batch[self.send_next]
-            self.send_next += 1
-            n += 1
-            data = cqe.user_data
-            if data <= TAG_MASK:
-                if data == CANCEL_FAILED:
-                    self.cancel_failed(cqe.res)
-                continue
-            handle = <Handle><void*><uintptr_t>(data & ~<uint64_t>TAG_MASK)
-            handle.complete(<int>(data & TAG_MASK), cqe.res, cqe.flags)
-        return n
-
-    cdef void poll_sends(self) noexcept:
-        if not self.send_ring_up:
-            return
-        # Somebody is in the middle of a transport's method: protocols are called when a pass comes.
-        self.depth += 1
-        self.polling = True
-        self.reap_sends()
-        self.polling = False
-        self.leave()
-        if self.dirty or self.layers or self.resync:
-            self.need_pass()
-
-    cdef void push_sends(self) noexcept:
-        # Refused now and then: the pass that submit_send() has scheduled tries again.
-        if self.send_ring_up and not self.forked():
-            io_uring_submit(&self.send_ring)
-
-    cdef void await_send(self, Flow flow) noexcept:
-        cdef RingStream stream = <RingStream>flow
-        cdef int _tries
-        if not self.send_ring_up:
-            return
-        io_uring_submit(&self.send_ring)
-        for _tries in range(AWAIT_TRIES):
-            self.poll_sends()
-            if stream.send_tag != TAG_SEND or not has_room(stream.fd):
-                break  # it has ended, or the socket is full
-            with nogil:
-                usleep(AWAIT_US)
-
-    cdef void finish_sends(self) noexcept:
-        cdef int tries = FINISH_TRIES
-        cdef RingStream stream
-        if not self.send_ring_up:
-            return
-        io_uring_submit(&self.send_ring)
-        self.reap_sends()
-        for handle in list(self.live):
-            if not isinstance(handle, RingStream):
-                continue
-            stream = <RingStream>handle
-            while stream.send_tag == TAG_SEND and tries and has_room(stream.fd) and not self.forked():
-                tries -= 1
-                with nogil:
-                    usleep(FINISH_WAIT_US)
-                self.reap_sends()
 
     # --- the end, of a ring or of the engine --------------------------------------
 
@@ -384,7 +257,7 @@ cdef class Ring(Queues):
         except OSError as exc:
             self.report({"message": "neither io_uring nor an epoll set is to be had", "exception": exc})
             return
-        for i in range(0 if self.sqpoll else airn_unsubmitted(&self.ring)):
+        for i in range(airn_unsubmitted(&self.ring) if self.poller is None else 0):
             unsubmitted.add(airn_unsubmitted_data(&self.ring, i))
         while self.reap():
             pass
@@ -393,8 +266,8 @@ cdef class Ring(Queues):
         for handle in handles:
             if isinstance(handle, RingStream):
                 stream = <RingStream>handle
-                if self.sqpoll or not self.deferred and stream.read_tag == TAG_RECV or (
-                    stream.send_tag == TAG_SEND and user_data(stream, TAG_SEND) not in unsubmitted
+                if self.poller is not None or not self.deferred and stream.read_tag == TAG_RECV or (
+                    stream.sending == SEND_SUBMITTED and user_data(stream, TAG_SEND) not in unsubmitted
                 ):
                     doubtful.append(stream)
         self.abandon(handles)
@@ -412,7 +285,7 @@ cdef class Ring(Queues):
             "exception": OSError(self.refused, os.strerror(self.refused)),
         })
         for handle in handles:
-            handle.rearm()
+            handle.restart()
         for handle in doubtful:
             if (<Stream>handle).sink is not None:
                 (<Stream>handle).sink.on_error(self.refused, False)
@@ -434,10 +307,9 @@ cdef class Ring(Queues):
                 for handle in list(self.live):
                     (<Handle>handle).cancel_operations()
             self.enter()
-            if self.send_ring_up:
-                io_uring_submit(&self.send_ring)
-                self.reap_sends()
-            while self.reap() or self.send_ring_up and self.reap_sends() or self.pending() and self.enter():
+            if self.poller is not None:
+                self.poller.submit()
+            while self.reap() or self.poller is not None and self.poller.reap(self) or self.pending() and self.enter():
                 pass
             if not self.live:
                 return True
@@ -454,14 +326,14 @@ cdef class Ring(Queues):
             # In a forked child the rings' memory is not mapped, only the
             # descriptors are there.
             c_close(self.ring.ring_fd)
-            if self.send_ring_up:
-                c_close(self.send_ring.ring_fd)
+            if self.poller is not None:
+                self.poller.close_in_child()
             c_close(self.event_fd)
-            self.ring_up = self.send_ring_up = False
+            self.ring_up = False
             return
         if self.refused:
             clean = not self.live
-        elif self.thread_id == current_thread() or not self.deferred:
+        elif self.on_own_thread() or not self.deferred:
             clean = self.drain()
         else:
             # SINGLE_ISSUER: only its own thread may enter.  What has been
@@ -529,7 +401,7 @@ cdef class Ring(Queues):
         self.gate = None
         self.set_up()
         for handle in handles:
-            handle.rearm()
+            handle.restart()
         if not self.flush_scheduled:
             self.schedule()
         return 0
@@ -538,7 +410,7 @@ cdef class Ring(Queues):
         result = Engine.stats(self)
         result.update(
             enters=self.n_enters,
-            completions=self.n_cqes,
+            completions=self.n_cqes + (0 if self.poller is None else self.poller.n_cqes),
             ring_sends=self.n_sends,
             short_sends=self.n_short_sends,
             worker_sends=self.n_worker_sends,
@@ -554,7 +426,7 @@ cdef class Ring(Queues):
         result = Engine.details(self)
         result.update(
             flags=self.flag_names,
-            sqpoll=self.sqpoll,
+            sqpoll=self.poller is not None,
             submission_entries=self.ring.sq.ring_entries,
             completion_entries=self.ring.cq.ring_entries,
             buffer_size=self.buffer_size,

@@ -1,6 +1,13 @@
 """How rings are set up: flags and memory."""
 
+from libc.errno cimport EINVAL
+from libc.string cimport memset
+
 from aiouringnet._engine.ring.liburing cimport *
+
+import os
+
+from aiouringnet._options import QUEUE_DEPTH, QUEUE_DEPTH_SQPOLL
 
 
 cdef extern from "sys/mman.h" nogil:
@@ -22,6 +29,42 @@ FLAG_NAMES = {
     IORING_SETUP_SQ_AFF: "SQ_AFF",
     IORING_SETUP_ATTACH_WQ: "ATTACH_WQ",
 }
+
+
+cdef object make_ring(io_uring* ring, object options, int attach_fd):
+    """Set up a ring with the best flags that the kernel takes; returns the flags.
+
+    `attach_fd`: a ring whose poller it is to share, or -1.
+    """
+    cdef io_uring_params params
+    cdef int code = -EINVAL
+    cdef unsigned int depth = options.queue_depth or (QUEUE_DEPTH_SQPOLL if options.sqpoll else QUEUE_DEPTH)
+    for flags in flag_ladder(options.sqpoll):
+        memset(&params, 0, sizeof(params))
+        params.flags = flags
+        params.cq_entries = 4 * depth
+        if options.sqpoll:
+            params.sq_thread_idle = options.sqpoll_idle_ms
+            if attach_fd >= 0:
+                params.flags |= IORING_SETUP_ATTACH_WQ
+                params.wq_fd = attach_fd
+            if options.sqpoll_cpu is not None:
+                params.flags |= IORING_SETUP_SQ_AFF
+                params.sq_thread_cpu = options.sqpoll_cpu
+        code = io_uring_queue_init_params(depth, ring, &params)
+        if code != -EINVAL:
+            break
+    if code < 0:
+        raise OSError(-code, f"io_uring_setup: {os.strerror(-code)}")
+    io_uring_ring_dontfork(ring)
+    return params.flags
+
+
+cdef int register_event_fd(io_uring* ring, int event_fd) except -1:
+    cdef int code = io_uring_register_eventfd(ring, event_fd)
+    if code < 0:
+        raise OSError(-code, f"registering the eventfd: {os.strerror(-code)}")
+    return 0
 
 
 cdef list flag_ladder(bint sqpoll):

@@ -34,12 +34,18 @@ cdef extern from *:
     void airn_gather_init(airn_gather* gather, size_t count) nogil
 
 
+# What is known of a read operation in flight.
+cdef enum:
+    READ_UNTRIED        # a multishot RECV that has not delivered yet
+    READ_WORKING
+    READ_STALE          # it may not notice what comes next
+    READ_ENDING         # it was asked to end
+
+
 cdef class RingStream(Gated):
     cdef flag read_tag              # the read operation in flight: TAG_RECV, TAG_POLL or 0
-    cdef flag cancelling            # it was asked to end
-    cdef flag untried               # a multishot RECV that has not delivered yet
-    cdef flag deaf                  # it may not notice what comes next: to be begun anew
-    cdef int receives               # its completions so far, where the stream is mute
+    cdef flag read_state            # READ_*
+    cdef int receives               # its completions so far, where kernel_receives
     cdef flag bulk                  # readiness and direct reads instead of completions
     cdef flag small_reads
     cdef flag doubted               # in engine.doubts
@@ -50,6 +56,8 @@ cdef class RingStream(Gated):
     cdef void listen_for_reset(self) noexcept
     cdef void on_poll(self, int result, unsigned int flags) noexcept
     cdef void read_bulk(self) noexcept
+    cdef void replace_read(self) noexcept
     cdef void on_read_ended(self, int result) noexcept
     cdef void submit_chunks(self, bint poll_first) noexcept
     cdef void on_send(self, int result) noexcept
+    cdef bint cancel_send(self) noexcept

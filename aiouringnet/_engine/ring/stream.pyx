@@ -12,21 +12,21 @@ that it has drained.  (A send that waited in the kernel would go to a worker
 thread once the peer has half-closed, since io_uring's polls then report
 RDHUP at once and for ever; a Gate waits for such sockets.)
 
-The read operation in flight:
+Of read operations one is in flight, a multishot RECV or a multishot POLL as `read_tag` says, or none (0).
+sync_reading() compares it with the one wanted: none while not `reading` or when an end was met, POLL for a `bulk`
+stream, else RECV.  Its `read_state`:
 
-    read_tag            what is in flight: nothing, a multishot RECV (TAG_RECV) or a multishot POLL (TAG_POLL)
-    ... cancelling      ... and it was asked to end: nothing else is begun before it has
-    ... deaf            ... but may not notice what comes next: sync_reading() ends it and begins it anew
-    ... untried         ... and has not delivered yet (RECV)
+    from                to
+    (none)              READ_UNTRIED    sync_reading(): a RECV
+    (none)              READ_WORKING    sync_reading(): a POLL
+    READ_UNTRIED        READ_WORKING    it has delivered
+    UNTRIED, WORKING    READ_STALE      replace_read(): it may not notice what comes next
+    any but ENDING      READ_ENDING     it is stale or not the one wanted: nothing else is begun before it has ended
+    READ_ENDING         READ_STALE      cancel_again(): it was not found, and is asked once more
+    any                 (none)          on_read_ended()
 
-sync_reading() compares it with the one wanted: none while not `reading` or when
-`ended`, POLL for a `bulk` stream, else RECV.
+The send operation in flight: what `sending` says (output.pyx), a SEND or a POLL; none at the Gate.
 
-The send operation in flight, while `sending`:
-
-    send_tag == TAG_SEND        the queue's front
-    send_tag == TAG_WRITABLE    none: the socket is full, and polled
-    gated                       the same, at the Gate: nothing of its own is in flight
     ... send_cancelling         it was asked to end
 """
 
@@ -34,11 +34,12 @@ from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENOMEM
 from libc.stdlib cimport free, malloc
 
 from aiouringnet._engine.interface cimport EOF_HELD
-from aiouringnet._engine.output cimport Chunk
+from aiouringnet._engine.output cimport AWAITED, Chunk, FULL_AT_GATE, SEND_SUBMITTED, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLERR, POLLHUP, POLLIN, POLLOUT, POLLPRI, POLLRDHUP, poll, pollfd
+from aiouringnet._engine.ring.completions cimport TAG_POLL, TAG_RECV, TAG_SEND, TAG_WRITABLE, user_data
 from aiouringnet._engine.ring.gate cimport Gated
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.queues cimport Queues, TAG_POLL, TAG_RECV, TAG_SEND, TAG_WRITABLE, user_data
+from aiouringnet._engine.ring.queues cimport Queues
 from aiouringnet._engine.ring.setup cimport BUFFER_GROUP
 from aiouringnet._engine.stream cimport Stream
 
@@ -55,7 +56,7 @@ cdef enum:
     # connection goes back to completions.
     SMALL_READS = 32
     # After so many receives in a row a multishot RECV tries no more, but polls (MULTISHOT_MAX_RETRY in the kernel).
-    MUTE_RECEIVES = 31
+    RETRY_RECEIVES = 31
     # A send of so much may find the socket full.
     BULK_BYTES = 16384
     # Several chunks up to this size are copied together for a ring send.
@@ -81,14 +82,15 @@ cdef class RingStream(Gated):
         if self.closed:
             self.cancel_all()
             return
-        if self.reading and not self.ended:
+        if self.reading and self.end == 0:
             want = TAG_POLL if self.bulk or self.sink.reads_itself else TAG_RECV
         if self.read_tag:
-            if (self.read_tag != want or self.deaf) and not self.cancelling:
-                self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
-                if not self.cancelling:
+            if (self.read_tag != want or self.read_state == READ_STALE) and self.read_state != READ_ENDING:
+                if engine.cancel(self, self.read_tag, &engine.ring):
+                    self.read_state = READ_ENDING
+                else:
                     engine.mark_resync(self)
-            elif self.readable and self.read_tag == TAG_POLL and want == TAG_POLL and not self.spent:
+            elif self.readable and self.read_tag == TAG_POLL and want == TAG_POLL and not self.over_budget:
                 # (Not past a RECV that is to end: what it has taken comes first.)
                 self.read_bulk()
             return
@@ -100,12 +102,14 @@ cdef class RingStream(Gated):
             return
         if want == TAG_POLL:
             io_uring_prep_poll_multishot(sqe, self.fd, POLLIN | POLLRDHUP | POLLPRI)
-            if self.mute:
+            self.read_state = READ_WORKING
+            if self.kernel_receives:
                 self.readable = True
                 engine.mark_resync(self)
         else:
             io_uring_prep_recv_multishot(sqe, self.fd, NULL, 0, 0)
-            if not self.mute:
+            self.read_state = READ_UNTRIED
+            if not self.kernel_receives:
                 # Nothing is there yet, or the poll says so at once.
                 sqe.ioprio |= IORING_RECVSEND_POLL_FIRST
             self.receives = 0
@@ -114,8 +118,6 @@ cdef class RingStream(Gated):
             sqe.buf_group = BUFFER_GROUP
         sqe.user_data = user_data(self, want)
         self.read_tag = want
-        self.cancelling = self.deaf = False
-        self.untried = True
         engine.begin(self)
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
@@ -134,19 +136,18 @@ cdef class RingStream(Gated):
         if flags & IORING_CQE_F_BUFFER:
             bid = flags >> IORING_CQE_BUFFER_SHIFT
             if result > 0:
-                if self.untried:
-                    self.untried = False
+                if self.read_state == READ_UNTRIED:
+                    self.read_state = READ_WORKING
                     self.listen_for_reset()
-                if self.mute:
+                if self.kernel_receives:
                     # It polls now, or a control record is about to end it: not known is which.
                     self.receives += 1
-                    if self.receives >= MUTE_RECEIVES and <unsigned int>result < engine.buffer_size:
-                        self.deaf = True
-                        engine.mark_resync(self)
+                    if self.receives >= RETRY_RECEIVES and <unsigned int>result < engine.buffer_size:
+                        self.replace_read()
                 self.deliver(engine.pool + <size_t>bid * engine.buffer_size, result)
                 if engine.forked():
                     return
-                if <unsigned int>result == engine.buffer_size and not self.bulk and not engine.sqpoll:
+                if <unsigned int>result == engine.buffer_size and not self.bulk and engine.poller is None:
                     self.bulk = True
                     self.small_reads = 0
                     engine.n_switches += 1
@@ -165,16 +166,21 @@ cdef class RingStream(Gated):
         state.fd = self.fd
         state.events = 0
         if poll(&state, 1, 0) > 0 and state.revents & (POLLHUP | POLLERR):
-            self.deaf = True
-            self.engine.mark_resync(self)
+            self.replace_read()
+
+    cdef void replace_read(self) noexcept:
+        """The read operation in flight may not notice what comes next: end it and begin it anew."""
+        if self.read_state != READ_ENDING:
+            self.read_state = READ_STALE
+        self.engine.mark_resync(self)
 
     cdef void on_poll(self, int result, unsigned int flags) noexcept:
         if result >= 0:
             if result & (POLLRDHUP | POLLHUP | POLLERR):
-                self.thorough = True
-            if self.reading and self.held is None and not self.spent:
+                self.until_eagain = True
+            if self.delivers() and not self.over_budget:
                 self.read_bulk()
-                if result & POLLPRI and not (self.doubted or self.readable or self.thorough or self.closed):
+                if result & POLLPRI and not (self.doubted or self.readable or self.until_eagain or self.closed):
                     (<Queues>self.engine).doubt(self)
             else:
                 self.readable = True
@@ -183,7 +189,7 @@ cdef class RingStream(Gated):
 
     cdef void read_bulk(self) noexcept:
         cdef Py_ssize_t total = self.read_direct()
-        if self.readable and not self.spent:
+        if self.readable and not self.over_budget:
             self.engine.mark_resync(self)
         if total >= <Py_ssize_t>(<Queues>self.engine).buffer_size:
             self.small_reads = 0
@@ -199,7 +205,6 @@ cdef class RingStream(Gated):
         """The read operation's final completion."""
         cdef Queues engine = <Queues>self.engine
         self.read_tag = 0
-        self.cancelling = False
         engine.end(self)
         if self.closed:
             self.maybe_detached()
@@ -220,12 +225,12 @@ cdef class RingStream(Gated):
         else:
             self.deliver_end(-result)
 
-    cdef void rearm(self) noexcept:
+    cdef void restart(self) noexcept:
         """The ring in which operations were in flight is gone: begin them anew."""
         cdef bint was_sending = self.sending
         self.in_flight = 0
-        self.read_tag = self.send_tag = 0
-        self.cancelling = self.send_cancelling = self.gated = False
+        self.read_tag = 0
+        self.send_cancelling = False
         self.end_send()
         if self.closed:
             self.discard_output()
@@ -250,7 +255,7 @@ cdef class RingStream(Gated):
         if engine.readiness is not None:
             Stream.await_writable(self)
             return
-        if engine.sqpoll and self.count:
+        if engine.poller is not None and self.count:
             self.submit_chunks(True)
             return
         sqe = engine.get_sqe(&engine.ring)
@@ -260,15 +265,13 @@ cdef class RingStream(Gated):
             return
         io_uring_prep_poll_add(sqe, self.fd, POLLOUT)
         sqe.user_data = user_data(self, TAG_WRITABLE)
-        self.send_tag = TAG_WRITABLE
-        self.begin_send(False)
+        self.begin_send(SOCKET_FULL, False)
         engine.begin(self)
         engine.need_pass()
 
     cdef void on_writable(self, int result) noexcept:
         cdef Queues engine = <Queues>self.engine
         self.end_send()
-        self.send_tag = 0
         engine.end(self)
         if self.closed or engine.closed:
             self.discard_output()
@@ -290,7 +293,7 @@ cdef class RingStream(Gated):
         # With a poller the kernel waits and retries by itself: the loop need not be woken for it.
         # (Not for kernel TLS, which refuses MSG_WAITALL: there its completion continues.)
         cdef int flags = MSG_NOSIGNAL
-        if not engine.sqpoll:
+        if engine.poller is None:
             flags |= MSG_DONTWAIT
         elif not self.ktls:
             flags |= MSG_WAITALL
@@ -323,18 +326,16 @@ cdef class RingStream(Gated):
             sqe.flags |= IOSQE_ASYNC
             engine.n_worker_sends += 1
         sqe.user_data = user_data(self, TAG_SEND)
-        self.send_tag = TAG_SEND
         # With a poller: what may block is waited for, and so is noticed when it fails.
-        self.begin_send(self.count > n or self.queued >= BULK_BYTES)
+        self.begin_send(SEND_SUBMITTED, self.count > n or self.queued >= BULK_BYTES)
         engine.n_sends += 1
         engine.begin(self)
         engine.need_pass()
 
     cdef void on_send(self, int result) noexcept:
         cdef Queues engine = <Queues>self.engine
-        cdef bint awaited = self.awaited
+        cdef bint awaited = self.urgency == AWAITED
         self.end_send()
-        self.send_tag = 0
         if self.gather != NULL:
             free(self.gather)
             self.gather = NULL
@@ -346,18 +347,18 @@ cdef class RingStream(Gated):
         if result >= 0:
             self.consume(result)
             if self.count:
-                self.awaited = True
+                self.urgency = AWAITED
                 engine.n_short_sends += 1
                 if not self.dirty:
                     engine.mark_dirty(self)
-            if not engine.polling:
+            if engine.poller is None or not engine.poller.polling:
                 self.sink.on_sent()
             elif awaited:
                 # The pass to come calls it, or what it sends is waited for, too.
-                self.awaited = True
+                self.urgency = AWAITED
                 if not self.dirty:
                     engine.mark_dirty(self)
-        elif result == -EAGAIN and not engine.sqpoll:
+        elif result == -EAGAIN and engine.poller is None:
             self.await_writable()
         elif result == -EAGAIN or result == -EINTR or result == -ENOMEM or result == -ECANCELED:
             engine.n_retries += 1
@@ -377,13 +378,14 @@ cdef class RingStream(Gated):
         if engine.readiness is not None:
             Stream.cancel_all(self)
             return
-        if self.read_tag and not self.cancelling:
-            self.cancelling = engine.cancel(self, self.read_tag, &engine.ring)
+        if self.read_tag and self.read_state != READ_ENDING:
+            if engine.cancel(self, self.read_tag, &engine.ring):
+                self.read_state = READ_ENDING
             asked = True
-        if self.gated:
+        if self.sending == FULL_AT_GATE:
             self.leave_gate()
-        elif self.send_tag and not self.send_cancelling:
-            self.send_cancelling = engine.cancel(self, self.send_tag, engine.sends)
+        elif self.sending and not self.send_cancelling:
+            self.send_cancelling = self.cancel_send()
             self.expect_sent()
             asked = True
         if asked:
@@ -397,14 +399,23 @@ cdef class RingStream(Gated):
         (<Queues>self.engine).enter()
 
     cdef void cancel_again(self) noexcept:
-        self.cancelling = self.send_cancelling = False
+        if self.read_state == READ_ENDING:
+            self.read_state = READ_STALE
+        self.send_cancelling = False
         self.engine.mark_resync(self)
 
     cdef void cancel_operations(self) noexcept:
         cdef Queues engine = <Queues>self.engine
         if self.read_tag:
             engine.cancel(self, self.read_tag, &engine.ring)
-        if self.gated:
+        if self.sending == FULL_AT_GATE:
             self.leave_gate()
-        elif self.send_tag:
-            engine.cancel(self, self.send_tag, engine.sends)
+        elif self.sending:
+            self.cancel_send()
+
+    cdef bint cancel_send(self) noexcept:
+        cdef Queues engine = <Queues>self.engine
+        if self.sending == SEND_SUBMITTED:
+            return engine.cancel(self, TAG_SEND, engine.sends)
+        # Even with a poller the ring of receives has the poll for room.
+        return engine.cancel(self, TAG_WRITABLE, &engine.ring)

@@ -1,0 +1,33 @@
+# Read sqpoll.pyx first.
+
+from libc.stdint cimport uint64_t
+
+from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.output cimport Output
+from aiouringnet._engine.ring.liburing cimport io_uring, io_uring_cqe
+
+
+cdef class Poller:
+    cdef io_uring ring              # of sends
+    cdef io_uring* receives         # the engine's own ring
+    cdef bint up
+    cdef bint polling               # poll() is under way
+    # Completions copied out, and which of them are yet to be handed out
+    cdef io_uring_cqe* batch
+    cdef unsigned int next, end
+    cdef unsigned long long n_cqes
+
+    cdef int start(self, object options, io_uring* receives, int event_fd) except -1
+    cdef void close(self) noexcept
+    cdef void close_in_child(self) noexcept
+    cdef bint submit(self) noexcept
+    cdef bint pending(self) noexcept
+    cdef void mask(self, bint masked) noexcept
+    cdef int reap(self, Engine engine) noexcept
+    cdef void poll(self, Engine engine) noexcept
+    cdef void wake_for_sends(self, Engine engine) noexcept
+    cdef void await_send(self, Engine engine, Output stream) noexcept
+    cdef void finish_sends(self, Engine engine) noexcept
+    cdef void await_end(self, uint64_t data) noexcept
+
+cdef int shared_poller() noexcept

@@ -1,0 +1,185 @@
+"""What a kernel poller (SQPOLL) changes.
+
+A thread of the kernel's takes submissions and runs the network stack, on a core
+of its own: we make no system call while it is awake, and liburing wakes it.
+All that its engines do otherwise is here, or asks for `engine.poller`.
+
+Nothing is sent directly, and sends have a ring of their own, beside the
+engine's.  Its completions signal the same eventfd, but are masked unless
+somebody waits for a send to end (engine.n_urgent); otherwise every reply would
+wake the loop a second time, for a completion that only frees a buffer.  So
+whoever needs to know looks: poll().
+
+The poller sends within microseconds what a socket takes.  Where a direct send
+would have been through on return, a few of those are waited for: await_send()
+when somebody else may use the socket next, finish_sends() when the loop stops.
+
+The rings of a process share one poller.
+"""
+
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.output cimport Output, SEND_SUBMITTED
+from aiouringnet._engine.poll cimport POLLOUT, poll as c_poll, pollfd
+from aiouringnet._engine.ring.completions cimport BATCH, hand_out
+from aiouringnet._engine.ring.liburing cimport *
+from aiouringnet._engine.ring.setup cimport make_ring, register_event_fd
+
+
+cdef extern from "unistd.h" nogil:
+    int c_close "close"(int fd)
+    int usleep(unsigned int microseconds)
+
+
+cdef enum:
+    # For a socket that is full the end of a run does not wait.
+    AWAIT_TRIES = 500
+    AWAIT_US = 20
+    # Where the poller has to wait for a processor, the end of a run waits for it: 0.2 s in all.
+    FINISH_TRIES = 4000
+    FINISH_WAIT_US = 50
+    # Cancelling takes it less than 20 ms.
+    END_TRIES = 400
+    END_WAIT_US = 50
+
+
+# Descriptors of rings with a poller, which later rings of the process share.
+cdef list sharing = []
+
+cdef int shared_poller() noexcept:
+    """A ring whose poller a new one is to share, -1: there is none."""
+    return sharing[0] if sharing else -1
+
+
+cdef bint has_room(int fd) noexcept:
+    """Whether a socket takes output, or has an error to tell."""
+    cdef pollfd state
+    state.fd = fd
+    state.events = POLLOUT
+    return c_poll(&state, 1, 0) == 1
+
+
+cdef class Poller:
+    def __cinit__(self):
+        memset(&self.ring, 0, sizeof(self.ring))
+
+    def __dealloc__(self):
+        free(self.batch)
+
+    cdef int start(self, object options, io_uring* receives, int event_fd) except -1:
+        self.batch = <io_uring_cqe*>malloc(BATCH * sizeof(io_uring_cqe))
+        if self.batch == NULL:
+            raise MemoryError()
+        make_ring(&self.ring, options, receives.ring_fd)
+        self.receives = receives
+        self.up = True
+        # The same descriptor: one wake for both rings.
+        register_event_fd(&self.ring, event_fd)
+        io_uring_cq_eventfd_toggle(&self.ring, False)
+        sharing.append(receives.ring_fd)
+        return 0
+
+    cdef void close(self) noexcept:
+        if self.up:
+            if self.receives.ring_fd in sharing:
+                sharing.remove(self.receives.ring_fd)
+            io_uring_queue_exit(&self.ring)
+            self.up = False
+
+    cdef void close_in_child(self) noexcept:
+        """There only the descriptor is."""
+        if self.up:
+            c_close(self.ring.ring_fd)
+            self.up = False
+
+    cdef bint submit(self) noexcept:
+        """Show the poller what was queued.  False: it is refused, now and then; the next pass is to try again."""
+        return not self.up or io_uring_submit(&self.ring) >= 0
+
+    cdef bint pending(self) noexcept:
+        return self.up and airn_cq_ready(&self.ring)
+
+    cdef void mask(self, bint masked) noexcept:
+        if self.up:
+            io_uring_cq_eventfd_toggle(&self.ring, not masked)
+
+    cdef int reap(self, Engine engine) noexcept:
+        """Hand out what has come of sends; returns how many."""
+        cdef int n = 0
+        if not self.up or engine.forked():
+            return 0
+        if self.next == self.end:
+            self.next = 0
+            self.end = airn_take_cqes(&self.ring, self.batch, BATCH)
+            self.n_cqes += self.end
+        while self.next < self.end and not engine.forked():
+            self.next += 1
+            n += 1
+            hand_out(engine, &self.batch[self.next - 1])
+        return n
+
+    cdef void poll(self, Engine engine) noexcept:
+        """See whether sends have ended.
+
+        Somebody is in the middle of a transport's method: protocols are called
+        when a pass comes.
+        """
+        if not self.up:
+            return
+        engine.depth += 1
+        self.polling = True
+        self.reap(engine)
+        self.polling = False
+        engine.leave()
+        if engine.dirty or engine.layers or engine.resync:
+            engine.need_pass()
+
+    cdef void wake_for_sends(self, Engine engine) noexcept:
+        """From now on somebody waits for a send to end.  A pass that is under way looks anyway."""
+        if self.up and (not engine.depth or engine.is_nested()) and not engine.forked():
+            io_uring_cq_eventfd_toggle(&self.ring, True)
+            airn_full_fence()
+            if airn_cq_ready(&self.ring):
+                engine.need_pass()
+
+    cdef void await_send(self, Engine engine, Output stream) noexcept:
+        """Wait for a stream's send, unless its socket is full."""
+        cdef int _tries
+        if not self.up:
+            return
+        self.submit()
+        for _tries in range(AWAIT_TRIES):
+            self.poll(engine)
+            if stream.sending != SEND_SUBMITTED or not has_room(stream.fd):
+                break
+            with nogil:
+                usleep(AWAIT_US)
+
+    cdef void finish_sends(self, Engine engine) noexcept:
+        """The same for all streams, for the last time in a while."""
+        cdef int tries = FINISH_TRIES
+        cdef Output stream
+        if not self.up:
+            return
+        self.submit()
+        self.reap(engine)
+        for handle in list(engine.live):
+            if not isinstance(handle, Output):
+                continue
+            stream = <Output>handle
+            while stream.sending == SEND_SUBMITTED and tries and has_room(stream.fd) and not engine.forked():
+                tries -= 1
+                with nogil:
+                    usleep(FINISH_WAIT_US)
+                self.reap(engine)
+
+    cdef void await_end(self, uint64_t data) noexcept:
+        """Wait a moment until an operation of the engine's own ring has ended: usually it has by now."""
+        cdef int _tries
+        for _tries in range(END_TRIES):
+            if airn_has_ended(self.receives, data):
+                break
+            usleep(END_WAIT_US)
