@@ -33,6 +33,7 @@ MODULES = [
     "aiouringnet._engine.ring.ring",
     "aiouringnet._engine.ring.setup",
     "aiouringnet._engine.ring.stream",
+    "aiouringnet._engine.selecting",
     "aiouringnet._engine.socket_file",
     "aiouringnet._engine.stream",
     "aiouringnet._tls.bio",

@@ -28,8 +28,9 @@ from cpython.ref cimport Py_XDECREF
 from libc.stdlib cimport free
 
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
-from aiouringnet._engine.loop cimport LoopBound, airn_context, current_thread, fork_generation
+from aiouringnet._engine.loop cimport airn_context, current_thread, fork_generation
 from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
+from aiouringnet._engine.selecting cimport Selecting
 
 import sys
 from asyncio import _get_running_loop
@@ -74,7 +75,7 @@ cdef dict modules = sys.modules
 cdef dict GATHERING = {"auto": GATHER_AUTO, "always": GATHER_ALWAYS, "never": GATHER_NEVER}
 
 
-cdef class Engine(LoopBound):
+cdef class Engine(Selecting):
     kind = "none"
 
     def __init__(self, loop, options):
@@ -185,7 +186,7 @@ cdef class Engine(LoopBound):
             return
         if more or self.dirty or self.layers or self.resync or self.later:
             self.schedule()
-        elif delivered and self.expectation > 0:
+        elif delivered and self.expectation > 0 and self.selector is None:
             self.expecting = True
             self.schedule()
 
@@ -256,7 +257,10 @@ cdef class Engine(LoopBound):
             return
         self.flush_scheduled = True
         self.quiet()
-        self.soon(self._flush)
+        if self.selector is not None:
+            self.owed = True
+        else:
+            self.soon(self._flush)
 
     @final
     cdef bint sends_now(self, Flow stream) noexcept:
@@ -371,6 +375,15 @@ cdef class Engine(LoopBound):
             else:
                 self.expectation -= 1
         self.run_pass()
+
+    cdef int make_pass(self) except -1:
+        self.owed = False
+        if self.flush_scheduled:
+            self._flush()
+        else:
+            self.check()
+            self.run_pass()
+        return 0
 
     cdef int run_pass(self) except -1:
         cdef PyObject* pass_context = self.pass_context
@@ -511,12 +524,14 @@ cdef class Engine(LoopBound):
         self.layers.clear()
         self.resync.clear()
         self.later.clear()
+        self.leave_selector()
         self.leave()
 
     def stats(self):
         """Counters since the engine was made, as a dict of ints."""
         return {
             "wakes": self.n_wakes,
+            "waits": self.n_waits,
             "passes": self.n_passes,
             "flushes": self.n_flushes,
             "direct_sends": self.n_direct_sends,

@@ -16,6 +16,7 @@ cdef enum:
     TAG_WRITABLE = 6
     TAG_MASK = 7        # objects are aligned to 16 bytes: the low bits are free
     CANCEL_FAILED = 1   # user_data of a request to cancel, whose success posts nothing
+    OTHERS = 2          # user_data of the poll of the loop's epoll set
 
     BATCH = 256         # completions copied out at a time
 
@@ -39,6 +40,8 @@ cdef class Queues(Engine):
     cdef io_uring_cqe* send_batch
     cdef unsigned int batch_next, batch_end, send_next, send_end
     cdef int event_fd
+    cdef bint others_polled         # see selecting.pyx
+    cdef bint waits                 # the kernel lets us wait without a wait for input and output to be accounted
     cdef Handle gate                # a Gate, made when somebody has to wait there
 
     # provided receive buffers: buffer i lies at pool + i * buffer_size

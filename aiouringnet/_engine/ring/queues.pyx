@@ -16,6 +16,7 @@ from libc.string cimport memset
 
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Handle
+from aiouringnet._engine.poll cimport POLLIN
 from aiouringnet._engine.ring.liburing cimport *
 from aiouringnet._engine.ring.setup cimport BUFFER_GROUP, flag_ladder, flags_to_names, map_anonymous
 
@@ -27,6 +28,9 @@ from aiouringnet._options import QUEUE_DEPTH, QUEUE_DEPTH_SQPOLL
 cdef extern from "sys/eventfd.h" nogil:
     int eventfd(unsigned int value, int flags)
     int EFD_NONBLOCK, EFD_CLOEXEC
+
+cdef extern from "errno.h" nogil:
+    int ETIME
 
 cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
@@ -81,6 +85,8 @@ cdef class Queues(Engine):
         self.ring_up = True
         self.flag_names = flags_to_names(flags)
         self.deferred = bool(flags & IORING_SETUP_DEFER_TASKRUN)
+        self.waits = self.deferred and bool(self.ring.features & IORING_FEAT_NO_IOWAIT)
+        self.others_polled = False
         self.make_event_fd()
         if self.sqpoll:
             self.make_ring(&self.send_ring, self.ring.ring_fd)
@@ -254,6 +260,49 @@ cdef class Queues(Engine):
 
     cdef void quiet(self) noexcept:
         self.mask(True)
+
+    cdef void unquiet(self) noexcept:
+        if self.readiness is not None:
+            return
+        if airn_unsubmitted(&self.ring):
+            self.enter()
+        self.mask(False)
+        airn_full_fence()
+        if not self.flush_scheduled and self.pending():
+            self.schedule()
+
+    cdef bint has_work(self) noexcept:
+        return self.readiness is None and self.pending()
+
+    cdef bint can_wait(self) noexcept:
+        return self.waits and self.readiness is None and not self.refused
+
+    cdef int wait(self, long long deadline_ns) noexcept:
+        """Wait in the ring, which is masked, until a completion has come."""
+        cdef io_uring_sqe* sqe
+        cdef int code
+        if not self.others_polled:
+            sqe = self.get_sqe(&self.ring)
+            if sqe != NULL:
+                io_uring_prep_poll_add(sqe, self.selector_fd, POLLIN)
+                sqe.user_data = OTHERS
+                self.others_polled = True
+        if airn_unsubmitted(&self.ring):
+            self.enter()
+            if self.pending():
+                return 1
+        with nogil:
+            code = airn_wait(&self.ring, deadline_ns)
+        self.n_waits += 1
+        if code == -ETIME:
+            return 0
+        if code == 0 or code == -EINTR:
+            return 1
+        if code == -EAGAIN or code == -EBUSY or code == -ENOMEM:
+            self.enter()
+        else:
+            self.broken(-code)
+        return 1
 
     cdef void on_urgent(self) noexcept:
         if self.send_ring_up and (not self.depth or self.is_nested()) and not self.forked():

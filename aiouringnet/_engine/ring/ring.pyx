@@ -30,7 +30,7 @@ from aiouringnet._engine.ring.gate cimport Gate
 from aiouringnet._engine.ring.liburing cimport *
 from aiouringnet._engine.ring.listener cimport RingListener
 from aiouringnet._engine.ring.queues cimport (
-    BATCH, CANCEL_FAILED, Queues, TAG_MASK, TAG_RECV, TAG_SEND, user_data,
+    BATCH, CANCEL_FAILED, OTHERS, Queues, TAG_MASK, TAG_RECV, TAG_SEND, user_data,
 )
 from aiouringnet._engine.ring.stream cimport RingStream
 from aiouringnet._engine.stream cimport Stream
@@ -106,6 +106,7 @@ cdef class Ring(Queues):
             raise
         self.closed = False
         self.watch(self.event_fd)
+        self.take_selector()
 
     # --- streams, listeners, connections ------------------------------------------
 
@@ -201,6 +202,8 @@ cdef class Ring(Queues):
         if not ok or self.dirty or self.layers or self.resync or self.later or self.pending():
             self.schedule()
             return
+        if self.selector is not None:
+            return  # select() looks when it waits
         if delivered and self.expectation > 0:
             # Tasks that this data woke run in the next iteration: come back right after them.
             self.expecting = True
@@ -237,6 +240,9 @@ cdef class Ring(Queues):
             if data <= TAG_MASK:
                 if data == CANCEL_FAILED:
                     self.cancel_failed(cqe.res)
+                elif data == OTHERS:
+                    self.others_polled = False
+                    self.others_ready = True
                 continue
             handle = <Handle><void*><uintptr_t>(data & ~<uint64_t>TAG_MASK)
             handle.complete(<int>(data & TAG_MASK), cqe.res, cqe.flags)
