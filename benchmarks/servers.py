@@ -96,7 +96,8 @@ def parse_server(text: str) -> Server:
     for modifier in modifiers:
         if modifier not in ("uring", "epoll", "sqpoll", "factory", *TLS_MODIFIERS) and "=" not in modifier:
             raise ValueError(
-                f"server {text!r}: +{modifier} is none of +ktls, +tls12, +uring, +epoll, +sqpoll, +factory, +option=value"
+                f"server {text!r}: +{modifier} is none of +ktls, +tls12, +uring, +epoll, +sqpoll, +factory, "
+                "+option=value"
             )
     return server
 

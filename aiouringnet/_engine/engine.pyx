@@ -544,7 +544,8 @@ cdef class Engine(Selecting):
 
     def details(self):
         """The engine's flags, features and sizes, as a dict."""
-        return {"kind": self.kind, "edge_triggered": self.loop_epoll_fd >= 0}
+        waits_in = "loop" if self.selector is None else "ring" if self.can_wait() else "selector"
+        return {"kind": self.kind, "edge_triggered": self.loop_epoll_fd >= 0, "waits_in": waits_in}
 
     # --- what the engines implement ----------------------------------------
 

@@ -24,6 +24,7 @@ cdef class Selecting(LoopBound):
     # what engines implement
     cdef int make_pass(self) except -1
     cdef bint can_wait(self) noexcept
+    cdef void watch_others(self) noexcept
     cdef int wait(self, long long deadline_ns) noexcept
     cdef bint has_work(self) noexcept
     cdef void unquiet(self) noexcept

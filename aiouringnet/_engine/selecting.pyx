@@ -91,6 +91,8 @@ cdef class Selecting(LoopBound):
             seconds = timeout
             deadline_ns = airn_monotonic_ns() + <long long>(seconds * 1e9) if seconds > 0 else 0
         while True:
+            if not self.others_busy and self.can_wait():
+                self.watch_others()
             if self.owed or self.has_work():
                 if self.ready:
                     if self.owed or not self.flush_scheduled:
@@ -108,6 +110,8 @@ cdef class Selecting(LoopBound):
                     return found
             elif deadline_ns == 0 or self.wait(deadline_ns) == 0:
                 return []
+            else:
+                self.n_wakes += 1
             PyErr_CheckSignals()
 
     cdef list select_keys(self, object timeout):
@@ -116,7 +120,7 @@ cdef class Selecting(LoopBound):
             if self.owed:
                 self.owed = False
                 self.soon(self._flush)
-            elif not self.flush_scheduled and not self.depth:
+            elif not self.flush_scheduled:
                 self.unquiet()
                 if self.owed:
                     self.owed = False
@@ -133,7 +137,7 @@ cdef class Selecting(LoopBound):
         )
 
     cdef list look_at_others(self):
-        if self.others_busy or self.others_ready or not self.can_wait():
+        if not self.forked() and (self.others_busy or self.others_ready or not self.can_wait()):
             return self.wait_in_set(0) or []
         return []
 
@@ -190,6 +194,9 @@ cdef class Selecting(LoopBound):
     cdef bint can_wait(self) noexcept:
         """Whether wait() is better than to wait in the loop's set."""
         return False
+
+    cdef void watch_others(self) noexcept:
+        """Make sure that wait() ends when the loop's set has something."""
 
     cdef int wait(self, long long deadline_ns) noexcept:
         """Wait until something has come, 0: nothing has until then."""

@@ -277,16 +277,20 @@ cdef class Queues(Engine):
     cdef bint can_wait(self) noexcept:
         return self.waits and self.readiness is None and not self.refused
 
+    cdef void watch_others(self) noexcept:
+        cdef io_uring_sqe* sqe
+        if self.others_polled:
+            return
+        sqe = self.get_sqe(&self.ring)
+        if sqe != NULL:
+            io_uring_prep_poll_add(sqe, self.selector_fd, POLLIN)
+            sqe.user_data = OTHERS
+            self.others_polled = True
+            self.enter()
+
     cdef int wait(self, long long deadline_ns) noexcept:
         """Wait in the ring, which is masked, until a completion has come."""
-        cdef io_uring_sqe* sqe
         cdef int code
-        if not self.others_polled:
-            sqe = self.get_sqe(&self.ring)
-            if sqe != NULL:
-                io_uring_prep_poll_add(sqe, self.selector_fd, POLLIN)
-                sqe.user_data = OTHERS
-                self.others_polled = True
         if airn_unsubmitted(&self.ring):
             self.enter()
             if self.pending():
