@@ -34,6 +34,8 @@ MODULES = [
     "aiouringnet._engine.ring.setup",
     "aiouringnet._engine.ring.sqpoll",
     "aiouringnet._engine.ring.stream",
+    "aiouringnet._engine.ring.waiting",
+    "aiouringnet._engine.selecting",
     "aiouringnet._engine.socket_file",
     "aiouringnet._engine.stream",
     "aiouringnet._tls.bio",

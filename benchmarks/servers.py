@@ -5,6 +5,7 @@ asyncio, uvloop, rloop, aiofastnet-asyncio, aiofastnet-uvloop; of the modifiers,
 ours-asyncio, ours-uvloop, each with modifiers:
     +epoll              the epoll engine instead of the ring
     +sqpoll             a kernel thread submits (it gets its own core, or the client's)
+    +factory            loop_factory() makes the loop, which on asyncio waits in the ring
     +buffer_size=8192   any option of patch_loop, like +tls=ssl
     +ktls               TLS by the kernel; the server does not run where the kernel does not send
     +tls12              TLS 1.2 at most: OpenSSL 3.0 leaves receiving with TLS 1.3 to the process
@@ -93,9 +94,10 @@ def parse_server(text: str) -> Server:
             f"in Python {' and '.join(f'+{name}' for name in TLS_MODIFIERS)}"
         )
     for modifier in modifiers:
-        if modifier not in ("uring", "epoll", "sqpoll", *TLS_MODIFIERS) and "=" not in modifier:
+        if modifier not in ("uring", "epoll", "sqpoll", "factory", *TLS_MODIFIERS) and "=" not in modifier:
             raise ValueError(
-                f"server {text!r}: +{modifier} is none of +ktls, +tls12, +uring, +epoll, +sqpoll, +option=value"
+                f"server {text!r}: +{modifier} is none of +ktls, +tls12, +uring, +epoll, +sqpoll, +factory, "
+                "+option=value"
             )
     return server
 
@@ -116,7 +118,7 @@ def _arguments(server: Server, warm: bool, placement: Placement) -> list[str]:
     for modifier in server.modifiers:
         if modifier == "sqpoll":
             arguments += ["--sqpoll", "--sqpoll-cpu", str(placement.sqpoll_cpu)]
-        elif modifier in TLS_MODIFIERS:
+        elif modifier in TLS_MODIFIERS or modifier == "factory":
             arguments.append(f"--{modifier}")
         elif "=" in modifier:
             arguments += ["--option", modifier]

@@ -58,6 +58,9 @@ class Case:
         return child_env(AIOURINGNET_ENGINE=self.engine)
 
 
+# loops-own: stock asyncio loops keep their selector in all tests, not only in debug mode and where they are not ours.
+SELECTORS = os.environ.get("AIOURINGNET_TEST_SELECTORS", "")
+
 DEBUGGED = ("asyncio-uring-debug", "uvloop-epoll-debug")
 
 
@@ -107,6 +110,9 @@ def base_loop(case):
 def new_loop(case, patched=True, **options):
     loop = base_loop(case)
     if patched:
+        if not case.debug and SELECTORS != "loops-own":
+            # As loop_factory() makes it; in debug mode, as patch_loop() finds it.
+            loop = engines.with_selector(loop)
         if case.sqpoll:
             options.setdefault("sqpoll", True)
         aiouringnet.patch_loop(loop, **options)

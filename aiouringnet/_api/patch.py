@@ -21,7 +21,7 @@ from aiouringnet._api.ours import ensure_no_transport
 from aiouringnet._api.sendfile import sendfile
 from aiouringnet._api.serve import create_server, create_unix_server
 from aiouringnet._api.start_tls import start_tls
-from aiouringnet._engine import active_engine, configure, options_of, promise_resumed
+from aiouringnet._engine import active_engine, configure, options_of, promise_resumed, with_selector
 from aiouringnet._options import Options
 
 FUNCTIONS = (
@@ -204,7 +204,7 @@ def loop_factory(base_factory=None, **options):
         raise TypeError(f"loop_factory() expects a function that makes an event loop, not {base_factory!r}")
 
     def new_event_loop():
-        return patch_loop((base_factory or asyncio.new_event_loop)(), **options)
+        return patch_loop(with_selector((base_factory or asyncio.new_event_loop)()), **options)
 
     return new_event_loop
 
@@ -224,7 +224,7 @@ def new_event_loop():
     if base != "asyncio":
         raise ValueError(f"{BASE_LOOP_VARIABLE} must be 'asyncio' or 'uvloop', not {base!r}")
     # Not asyncio.new_event_loop(): an installed policy could lead back here.
-    return patch_loop(asyncio.SelectorEventLoop())
+    return patch_loop(with_selector(asyncio.SelectorEventLoop()))
 
 
 def install_policy(base_policy=None, **options):
@@ -269,7 +269,7 @@ def _policy_class():
             return f"<PatchingPolicy base={self._base!r}>"
 
         def new_event_loop(self):
-            return patch_loop(self._base.new_event_loop(), **self._options)
+            return patch_loop(with_selector(self._base.new_event_loop()), **self._options)
 
         def get_event_loop(self):
             loop = self._base.get_event_loop()

@@ -4,6 +4,7 @@ Imports without the compiled extensions: then, and off Linux, every loop's
 engine is None and callers use the loop's own implementation.
 """
 
+import asyncio
 import atexit
 import collections
 import errno
@@ -20,6 +21,7 @@ import_error = None
 try:
     from aiouringnet._engine.epoll import Epoll
     from aiouringnet._engine.loop import NotWatched
+    from aiouringnet._engine.selecting import Selector
 except ImportError as exc:
     ring = Epoll = None
     import_error = exc
@@ -63,6 +65,14 @@ def configure(loop, options):
     if active_engine(loop) is not None and options_of(loop) != options:
         raise RuntimeError("the event loop's engine is running already: set its options before the first connection")
     _options[loop] = options
+
+
+def with_selector(loop):
+    """The loop, or instead of asyncio's own selector loop, which must be new, one that waits in its engine."""
+    if Epoll is None or type(loop) is not asyncio.SelectorEventLoop:
+        return loop
+    loop.close()
+    return asyncio.SelectorEventLoop(Selector())
 
 
 def options_of(loop):

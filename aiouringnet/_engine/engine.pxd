@@ -3,8 +3,8 @@
 from cpython.object cimport PyObject
 
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
-from aiouringnet._engine.loop cimport LoopBound
 from aiouringnet._engine.readiness cimport Readiness
+from aiouringnet._engine.selecting cimport Selecting
 
 
 cdef enum:
@@ -13,10 +13,9 @@ cdef enum:
     WRITES_AT_ONCE = 4
 
 
-cdef class Engine(LoopBound):
+cdef class Engine(Selecting):
     cdef readonly object options
     cdef readonly object transports  # descriptor -> transport: asyncio's table of its loop, or Descriptors
-    cdef int depth                  # passes under way: more than one where a callback runs the loop
     # Contexts (of context variables) that are current in a callback of the innermost pass, borrowed: the one in
     # which it was called, and the transport's that it has entered.  In any other, a loop runs within the callback.
     cdef PyObject* pass_context

@@ -29,8 +29,9 @@ from libc.errno cimport ENOENT
 from libc.stdlib cimport free
 
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
-from aiouringnet._engine.loop cimport LoopBound, airn_context, current_thread, fork_generation
+from aiouringnet._engine.loop cimport airn_context, current_thread, fork_generation
 from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
+from aiouringnet._engine.selecting cimport Selecting
 
 import sys
 from asyncio import _get_running_loop
@@ -75,7 +76,7 @@ cdef dict modules = sys.modules
 cdef dict GATHERING = {"auto": GATHER_AUTO, "always": GATHER_ALWAYS, "never": GATHER_NEVER}
 
 
-cdef class Engine(LoopBound):
+cdef class Engine(Selecting):
     kind = "none"
 
     def __init__(self, loop, options):
@@ -195,7 +196,7 @@ cdef class Engine(LoopBound):
             return
         if more or self.dirty or self.layers or self.resync or self.over_budget:
             self.schedule()
-        elif delivered and self.early_worth > 0:
+        elif delivered and self.early_worth > 0 and self.selector is None:
             self.early_pass = True
             self.schedule()
 
@@ -266,7 +267,10 @@ cdef class Engine(LoopBound):
             return
         self.flush_scheduled = True
         self.quiet()
-        self.call_soon(self._flush)
+        if self.selector is not None:
+            self.owed = True
+        else:
+            self.call_soon(self._flush)
 
     @final
     cdef bint sends_now(self, Flow stream) noexcept:
@@ -381,6 +385,15 @@ cdef class Engine(LoopBound):
             else:
                 self.early_worth -= 1
         self.run_pass()
+
+    cdef int make_pass(self) except -1:
+        self.owed = False
+        if self.flush_scheduled:
+            self._flush()
+        else:
+            self.check()
+            self.run_pass()
+        return 0
 
     cdef int run_pass(self) except -1:
         cdef PyObject* pass_context = self.pass_context
@@ -521,12 +534,14 @@ cdef class Engine(LoopBound):
         self.layers.clear()
         self.resync.clear()
         self.over_budget.clear()
+        self.leave_selector()
         self.leave()
 
     def stats(self):
         """Counters since the engine was made, as a dict of ints."""
         return {
             "wakes": self.n_wakes,
+            "waits": self.n_waits,
             "passes": self.n_passes,
             "flushes": self.n_flushes,
             "direct_sends": self.n_direct_sends,
@@ -539,7 +554,8 @@ cdef class Engine(LoopBound):
 
     def details(self):
         """The engine's flags, features and sizes, as a dict."""
-        return {"kind": self.kind, "edge_triggered": self.loop_epoll_fd >= 0}
+        waits_in = "loop" if self.selector is None else "ring" if self.can_wait() else "selector"
+        return {"kind": self.kind, "edge_triggered": self.loop_epoll_fd >= 0, "waits_in": waits_in}
 
     # --- what the engines implement ----------------------------------------
 

@@ -16,6 +16,7 @@ import time
 import weakref
 
 import aiouringnet
+from aiouringnet import _engine as engines
 from random_protocols.acts import ACTS, starts_tls_wildly
 from random_protocols.ends import Boom, Flow, Interrupt, drawn_weights, wire_between
 from random_protocols.moves import MOVES, tls_is_started
@@ -126,6 +127,8 @@ class Round:
             loop = uvloop.new_event_loop()
         else:
             loop = asyncio.SelectorEventLoop()
+            if self.patched and not self.debug and self.seed is not None and self.seed % 2:
+                loop = engines.with_selector(loop)
         # The round waits for its thread, which keeps what it has done last for a moment.
         self.executor = concurrent.futures.ThreadPoolExecutor(1)
         loop.set_default_executor(self.executor)

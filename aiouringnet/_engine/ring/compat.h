@@ -8,11 +8,18 @@
 #define AIOURINGNET_COMPAT_H
 
 #include <liburing.h>
+#include <signal.h>
 #include <string.h>
+#include <time.h>
 
 #ifndef IO_URING_VERSION_MAJOR /* named since liburing 2.4 */
 #define IO_URING_VERSION_MAJOR 2
 #define IO_URING_VERSION_MINOR 3
+#endif
+
+#ifndef IORING_ENTER_NO_IOWAIT /* Linux 6.15 */
+#define IORING_ENTER_NO_IOWAIT (1U << 7)
+#define IORING_FEAT_NO_IOWAIT (1U << 17)
 #endif
 
 static inline unsigned airn_sq_flags(struct io_uring *ring)
@@ -71,6 +78,28 @@ static inline int airn_has_ended(struct io_uring *ring, __u64 user_data)
 			return 1;
 	}
 	return 0;
+}
+
+/* Waits for a completion until a time of CLOCK_MONOTONIC, -1: for ever; 0, -ETIME, -EINTR or another error. */
+static inline int airn_wait(struct io_uring *ring, long long deadline_ns)
+{
+	struct io_uring_getevents_arg arg = {0};
+	struct __kernel_timespec left;
+	struct timespec now;
+	int code;
+
+	if (deadline_ns >= 0) {
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		deadline_ns -= now.tv_sec * 1000000000LL + now.tv_nsec;
+		if (deadline_ns <= 0)
+			return -ETIME;
+		left.tv_sec = deadline_ns / 1000000000;
+		left.tv_nsec = deadline_ns % 1000000000;
+		arg.ts = (__u64)(unsigned long)&left;
+	}
+	code = io_uring_enter2(ring->ring_fd, 0, 1, IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG | IORING_ENTER_NO_IOWAIT,
+			       (sigset_t *)&arg, sizeof(arg));
+	return code < 0 ? code : 0;
 }
 
 static inline void airn_full_fence(void)

@@ -18,7 +18,9 @@ cdef enum:
     TAG_CONNECT = 5
     TAG_WRITABLE = 6
     TAG_MASK = 7        # objects are aligned to 16 bytes: the low bits are free
-    CANCEL_FAILED = 1   # user_data of a request to cancel, whose success posts nothing
+    # user_data of what no Handle has submitted
+    CANCEL_FAILED = 1   # a request to cancel, whose success posts nothing
+    LOOPS_SET = 2       # the poll of the loop's epoll set
 
     BATCH = 256         # completions copied out at a time
 
@@ -35,3 +37,6 @@ cdef inline void hand_out(Engine engine, const io_uring_cqe* cqe) noexcept:
         handle.complete(<int>(data & TAG_MASK), cqe.res, cqe.flags)
     elif data == CANCEL_FAILED:
         engine.cancel_failed(cqe.res)
+    elif data == LOOPS_SET:
+        engine.others_polled = False
+        engine.others_ready = True

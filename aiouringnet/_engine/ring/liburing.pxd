@@ -110,4 +110,6 @@ cdef extern from "compat.h" nogil:
     bint airn_cq_ready(io_uring* ring)
     unsigned int airn_take_cqes(io_uring* ring, io_uring_cqe* out, unsigned int limit)
     bint airn_has_ended(io_uring* ring, uint64_t user_data)
+    int airn_wait(io_uring* ring, long long deadline_ns)
+    unsigned int IORING_FEAT_NO_IOWAIT
     void airn_full_fence()

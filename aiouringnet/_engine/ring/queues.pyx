@@ -44,6 +44,7 @@ cdef class Queues(Engine):
         self.ring_up = True
         self.flag_names = flags_to_names(flags)
         self.deferred = bool(flags & IORING_SETUP_DEFER_TASKRUN)
+        self.others_polled = False
         self.make_event_fd()
         if self.poller is not None:
             self.poller.start(self.options, &self.ring, self.event_fd)

@@ -1,9 +1,9 @@
 # Read ring.pyx first.
 
-from aiouringnet._engine.ring.queues cimport Queues
+from aiouringnet._engine.ring.waiting cimport Waiting
 
 
-cdef class Ring(Queues):
+cdef class Ring(Waiting):
     cdef list doubts                # streams whose last direct read may have stopped at urgent data
     cdef int direct_limit           # up to so many streams are sent to directly at a flush
 

@@ -30,9 +30,9 @@ from aiouringnet._engine.ring.connection cimport RingConnection
 from aiouringnet._engine.ring.gate cimport Gate
 from aiouringnet._engine.ring.liburing cimport *
 from aiouringnet._engine.ring.listener cimport RingListener
-from aiouringnet._engine.ring.queues cimport Queues
 from aiouringnet._engine.ring.sqpoll cimport Poller
 from aiouringnet._engine.ring.stream cimport RingStream
+from aiouringnet._engine.ring.waiting cimport Waiting
 from aiouringnet._engine.stream cimport Stream
 
 import os
@@ -63,7 +63,7 @@ DOUBT_S = 0.01
 cdef list abandoned = []
 
 
-cdef class Ring(Queues):
+cdef class Ring(Waiting):
     @property
     def kind(self):
         return "uring" if self.readiness is None else "epoll"
@@ -93,6 +93,7 @@ cdef class Ring(Queues):
             raise
         self.closed = False
         self.watch(self.event_fd)
+        self.take_selector()
 
     # --- streams, listeners, connections ------------------------------------------
 
@@ -183,6 +184,8 @@ cdef class Ring(Queues):
         if not ok or self.dirty or self.layers or self.resync or self.over_budget or self.pending():
             self.schedule()
             return
+        if self.selector is not None:
+            return  # select() looks when it waits
         if delivered and self.early_worth > 0:
             # Tasks that this data woke run in the next iteration: come back right after them.
             self.early_pass = True

@@ -1,0 +1,7 @@
+# Read waiting.pyx first.
+
+from aiouringnet._engine.ring.queues cimport Queues
+
+
+cdef class Waiting(Queues):
+    pass

@@ -1,0 +1,31 @@
+# Read selecting.pyx first.
+
+from aiouringnet._engine.loop cimport LoopBound
+
+
+cdef class Selecting(LoopBound):
+    cdef int depth                  # passes under way: more than one where a callback runs the loop
+    cdef object selector            # the loop's, where it is ours; None: the loop watches us as any descriptor
+    cdef dict keys                  # descriptor -> SelectorKey: the selector's
+    cdef object ready               # loop._ready: callbacks that are due
+    cdef int selector_fd            # the loop's epoll set
+    cdef bint owed                  # a pass is scheduled, which select() is to make
+    cdef bint others_polled         # the ring is to tell when the loop's set has something
+    cdef bint others_ready          # the loop's set has something that is not ours
+    cdef bint others_busy           # it had when it was looked at last: wait there
+    cdef unsigned long long n_waits
+
+    cdef void take_selector(self) noexcept
+    cdef void leave_selector(self) noexcept
+    cdef list select_keys(self, object timeout)
+    cdef bint came_up(self, Py_ssize_t timers) except -1
+    cdef list look_at_others(self)
+    cdef list wait_in_set(self, long long deadline_ns)
+
+    # what engines implement
+    cdef int make_pass(self) except -1
+    cdef bint can_wait(self) noexcept
+    cdef void watch_others(self) noexcept
+    cdef int wait(self, long long deadline_ns) noexcept
+    cdef bint has_work(self) noexcept
+    cdef void unquiet(self) noexcept

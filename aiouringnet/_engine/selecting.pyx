@@ -1,0 +1,210 @@
+"""Where a loop waits whose selector is ours: in the ring, and passes are made there and then.
+
+loop_factory() makes asyncio's loop with a selector of ours, whose select() an
+engine takes over.  Then a wake takes no way round through the loop's epoll
+set, its eventfd and a callback: select() waits for completions, makes the
+pass, and returns as soon as that has brought the loop something to do.
+
+What the loop watches beside us stays in its epoll set, of which the ring
+tells once (others_ready).  While that has events (others_busy) we wait in
+epoll_wait(2), where the loop's watch on our own descriptor wakes us as it does
+any loop; with us alone, in the ring.  So neither kind of load pays for the
+other.
+
+Callbacks that are due go first, as they do before what select() returns; a
+timer that a pass has set, or a stop, is looked at before anybody waits.  In
+debug mode, on another thread, and where a callback runs the loop, all is as
+with any selector: what the loop finds ready is the Waker's turn.
+"""
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EINTR, errno
+
+from aiouringnet._engine.loop cimport LoopBound
+from aiouringnet._engine.readiness cimport EPOLLIN, EPOLLOUT, epoll_event
+
+from selectors import EVENT_READ, EVENT_WRITE, EpollSelector
+
+
+cdef extern from *:
+    """
+    #include <time.h>
+
+    static inline long long airn_monotonic_ns(void)
+    {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec * 1000000000LL + now.tv_nsec;
+    }
+    """
+    long long airn_monotonic_ns() noexcept nogil
+
+cdef extern from "sys/epoll.h" nogil:
+    int epoll_wait(int epfd, epoll_event* events, int limit, int timeout_ms)
+
+cdef enum:
+    SET_BATCH = 64      # events of the loop's set taken at a time; more of them come the next time
+    NEVER = -1
+    MS = 1000000        # nanoseconds
+
+cdef int READ = EVENT_READ
+cdef int WRITE = EVENT_WRITE
+cdef object select_any = EpollSelector.select
+
+
+class Selector(EpollSelector):
+    """asyncio's own, until an engine puts its select() in its place."""
+
+    def close(self):
+        self.__dict__.pop("select", None)
+        super().close()
+
+
+cdef class Selecting(LoopBound):
+    cdef void take_selector(self) noexcept:
+        """Wait for the loop from now on, if it is one of ours."""
+        try:
+            selector = getattr(self.loop, "_selector", None)
+            if isinstance(selector, Selector):
+                self.keys = selector._fd_to_key
+                self.ready = self.loop._ready
+                self.selector_fd = selector.fileno()
+                self.selector = selector
+                selector.select = self.select
+        except Exception:
+            self.selector = None
+
+    cdef void leave_selector(self) noexcept:
+        if self.selector is not None:
+            self.selector.__dict__.pop("select", None)
+            self.selector = None
+
+    def select(self, timeout=None):
+        """selectors.BaseSelector.select(), and the passes that are due.  timeout: seconds, None for ever."""
+        cdef long long deadline_ns = NEVER
+        cdef double seconds
+        cdef Py_ssize_t timers
+        cdef list found
+        if self.closed or self.forked() or self.depth or not self.on_own_thread() or self.loop._debug:
+            return self.select_keys(timeout)
+        if timeout is not None:
+            seconds = timeout
+            deadline_ns = airn_monotonic_ns() + <long long>(seconds * 1e9) if seconds > 0 else 0
+        while True:
+            if not self.others_busy and self.can_wait():
+                self.watch_others()
+            if self.owed or self.has_work():
+                if self.ready:
+                    if self.owed or not self.flush_scheduled:
+                        self.owed = False
+                        self.flush_scheduled = True
+                        self.call_soon(self._flush)
+                    return self.look_at_others()
+                timers = len(self.loop._scheduled)
+                self.make_pass()
+                if self.came_up(timers):
+                    return self.look_at_others()
+            if self.others_busy or self.others_ready or not self.can_wait():
+                found = self.wait_in_set(deadline_ns)
+                if found is not None:
+                    return found
+            elif deadline_ns == 0 or self.wait(deadline_ns) == 0:
+                return []
+            else:
+                self.n_wakes += 1
+            PyErr_CheckSignals()
+
+    cdef list select_keys(self, object timeout):
+        """As with any selector: what is ready is for the loop's callbacks."""
+        if not self.closed and not self.forked():
+            if self.owed:
+                self.owed = False
+                self.call_soon(self._flush)
+            elif not self.flush_scheduled:
+                self.unquiet()
+                if self.owed:
+                    self.owed = False
+                    self.call_soon(self._flush)
+            if self.ready:
+                timeout = 0
+        return select_any(self.selector, timeout)
+
+    cdef bint came_up(self, Py_ssize_t timers) except -1:
+        """Whether the pass has left the loop something to do before it waits: `timers` is what it had before."""
+        return (
+            self.owed or self.closed or self.forked() or bool(self.ready)
+            or len(self.loop._scheduled) != timers or self.loop._stopping
+        )
+
+    cdef list look_at_others(self):
+        if not self.forked() and (self.others_busy or self.others_ready or not self.can_wait()):
+            return self.wait_in_set(0) or []
+        return []
+
+    cdef list wait_in_set(self, long long deadline_ns):
+        """Wait in the loop's epoll set; None: a pass is due, or a signal has come."""
+        cdef epoll_event[SET_BATCH] events
+        cdef int timeout_ms = -1
+        cdef int i, n, fd
+        cdef unsigned int mask
+        cdef bint woken = False
+        cdef list found
+        self.others_ready = False
+        if not self.flush_scheduled:
+            self.unquiet()
+        if self.owed:
+            timeout_ms = 0
+        elif deadline_ns != NEVER:
+            timeout_ms = 0
+            if deadline_ns:
+                timeout_ms = <int>max((deadline_ns - airn_monotonic_ns() + MS - 1) // MS, 0)
+        if timeout_ms == 0:
+            n = epoll_wait(self.selector_fd, events, SET_BATCH, 0)
+        else:
+            with nogil:
+                n = epoll_wait(self.selector_fd, events, SET_BATCH, timeout_ms)
+        if n < 0:
+            return None if errno == EINTR else []
+        found = []
+        for i in range(n):
+            fd = <int>events[i].data.u64
+            if fd == self.wake_fd:
+                woken = True
+                continue
+            key = self.keys.get(fd)
+            if key is not None:
+                mask = (READ if events[i].events & ~EPOLLOUT else 0) | (WRITE if events[i].events & ~EPOLLIN else 0)
+                found.append((key, mask & <int>key.events))
+        self.others_busy = bool(found)
+        if woken:
+            self.n_wakes += 1
+            self.on_wake()
+            if not self.flush_scheduled:
+                self.owed = self.flush_scheduled = True
+        if self.owed and not found:
+            return None
+        return found
+
+    # --- what engines implement ------------------------------------------------
+
+    cdef int make_pass(self) except -1:
+        """The pass that is owed, or one for what has come."""
+        return 0
+
+    cdef bint can_wait(self) noexcept:
+        """Whether wait() is better than to wait in the loop's set."""
+        return False
+
+    cdef void watch_others(self) noexcept:
+        """Make sure that wait() ends when the loop's set has something."""
+
+    cdef int wait(self, long long deadline_ns) noexcept:
+        """Wait until something has come, 0: nothing has until then."""
+        return 0
+
+    cdef bint has_work(self) noexcept:
+        """Whether a pass would find something."""
+        return False
+
+    cdef void unquiet(self) noexcept:
+        """From now on what comes is to wake the loop; a pass is scheduled for what has come already."""
