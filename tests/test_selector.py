@@ -102,6 +102,32 @@ def test_loops_that_others_make_keep_theirs(case, monkeypatch):
     loop.close()
 
 
+def test_what_the_maker_of_a_loop_has_set_stays(case, monkeypatch):
+    monkeypatch.setenv("AIOURINGNET_ENGINE", case.engine)
+    made, tasks, got = [], [], []
+
+    def task_factory(loop, coroutine, **options):
+        tasks.append(asyncio.Task(coroutine, loop=loop, **options))
+        return tasks[-1]
+
+    def factory():
+        made.append(asyncio.SelectorEventLoop())
+        made[0].set_task_factory(task_factory)
+        made[0].add_reader(reading, lambda: got.append(os.read(reading, 10)))
+        made[0].call_soon(got.append, "soon")
+        return made[0]
+
+    reading, writing = os.pipe()
+    loop = aiouringnet.loop_factory(factory)()
+    assert loop is made[0] and is_ours(loop)
+    os.write(writing, b"read")
+    assert helpers.run_on(loop, echoed(loop, NUMBERS[:10])) == b"".join(NUMBERS[:10])
+    assert got == ["soon", b"read"] and tasks
+    loop.remove_reader(reading)
+    loop.close()
+    os.close(reading), os.close(writing)
+
+
 def test_a_loop_that_keeps_its_own_transports_keeps_its_own_waits():
     loop = aiouringnet.loop_factory(engine="loop")()
     assert helpers.run_on(loop, echoed(loop, NUMBERS[:10])) == b"".join(NUMBERS[:10])

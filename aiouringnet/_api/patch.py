@@ -198,6 +198,9 @@ def loop_factory(base_factory=None, **options):
 
     base_factory: makes the loop to patch, asyncio.new_event_loop by default
     (uvloop.new_event_loop for uvloop).  options: as in patch_loop().
+
+    An asyncio.SelectorEventLoop, but no subclass, gets a selector of ours for
+    asyncio's own, and waits in the ring (Linux 6.15).
     """
     _chosen(None, options)  # a bad option is an error here, not where the loop is made
     if base_factory is not None and not callable(base_factory):
@@ -213,8 +216,9 @@ def new_event_loop():
     """A new patched loop: `uvicorn --loop aiouringnet:new_event_loop`.
 
     The base is asyncio's selector loop, or uvloop's with
-    AIOURINGNET_BASE_LOOP=uvloop in the environment.  Raises ValueError for
-    another name there, ImportError when uvloop is not installed.
+    AIOURINGNET_BASE_LOOP=uvloop in the environment.  asyncio's waits in the
+    ring, as loop_factory()'s does.  Raises ValueError for another name there,
+    ImportError when uvloop is not installed.
     """
     base = os.environ.get(BASE_LOOP_VARIABLE) or "asyncio"
     if base == "uvloop":

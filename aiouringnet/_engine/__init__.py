@@ -11,6 +11,7 @@ import errno
 import functools
 import logging
 import os
+import selectors
 import sys
 import weakref
 
@@ -68,11 +69,15 @@ def configure(loop, options):
 
 
 def with_selector(loop):
-    """The loop, or instead of asyncio's own selector loop, which must be new, one that waits in its engine."""
-    if Epoll is None or type(loop) is not asyncio.SelectorEventLoop:
-        return loop
-    loop.close()
-    return asyncio.SelectorEventLoop(Selector())
+    """The loop, which must be new; asyncio's own with asyncio's own selector waits in its engine from now on."""
+    before = getattr(loop, "_selector", None)
+    if Epoll is not None and type(loop) is asyncio.SelectorEventLoop and type(before) is selectors.EpollSelector:
+        # In its place and not by the constructor: whoever made the loop may have set it up already.
+        loop._selector = selector = Selector()
+        for key in before.get_map().values():
+            selector.register(key.fileobj, key.events, key.data)
+        before.close()
+    return loop
 
 
 def options_of(loop):
