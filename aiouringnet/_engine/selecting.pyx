@@ -85,7 +85,9 @@ cdef class Selecting(LoopBound):
         cdef double seconds
         cdef Py_ssize_t timers
         cdef list found
-        if self.closed or self.forked() or self.depth or not self.on_own_thread() or self.loop._debug:
+        if self.selector is None:
+            return select_any(self.loop._selector, timeout)  # the engine's end has come in between
+        if not self.usable() or self.depth or not self.on_own_thread() or self.loop._debug:
             return self.select_keys(timeout)
         if timeout is not None:
             seconds = timeout
@@ -116,7 +118,7 @@ cdef class Selecting(LoopBound):
 
     cdef list select_keys(self, object timeout):
         """As with any selector: what is ready is for the loop's callbacks."""
-        if not self.closed and not self.forked():
+        if self.usable():
             if self.owed:
                 self.owed = False
                 self.call_soon(self._flush)
@@ -132,12 +134,12 @@ cdef class Selecting(LoopBound):
     cdef bint came_up(self, Py_ssize_t timers) except -1:
         """Whether the pass has left the loop something to do before it waits: `timers` is what it had before."""
         return (
-            self.owed or self.closed or self.forked() or bool(self.ready)
+            self.owed or not self.usable() or bool(self.ready)
             or len(self.loop._scheduled) != timers or self.loop._stopping
         )
 
     cdef list look_at_others(self):
-        if not self.forked() and (self.others_busy or self.others_ready or not self.can_wait()):
+        if self.usable() and (self.others_busy or self.others_ready or not self.can_wait()):
             return self.wait_in_set(0) or []
         return []
 
