@@ -280,6 +280,7 @@ async def test_the_protocol_hears_of_what_is_left_to_send(loop, place):
     place.protocol.pause_writing = lambda: calls.append("pause")
     place.protocol.resume_writing = lambda: calls.append("resume")
     place.peer.transport.pause_reading()
+    await asyncio.sleep(0.1)  # until a poller that is to stop reading has stopped
     place.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     place.transport.set_write_buffer_limits(1 << 16)
     data = pattern(250_000)  # one block, and more than fits into the socket and the peer's
