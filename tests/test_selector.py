@@ -1,6 +1,7 @@
 """Loops with our selector wait in their engine; all else that they watch, and their timers, are as before."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import gc
@@ -209,6 +210,33 @@ def test_connections_have_their_turn_while_others_are_busy(make_loop):
         assert await echoed(loop, NUMBERS[:50]) == b"".join(NUMBERS[:50])
         assert calls[0] == before
         os.close(reading), os.close(writing)
+
+    helpers.run_on(loop, main())
+
+
+def test_a_load_that_alternates_waits_in_one_place(make_loop):
+    """A server whose answers come from threads: each change of place would cost system calls."""
+    loop = make_loop()
+
+    def on_data(protocol, data):
+        loop.run_in_executor(None, time.sleep, 0.0005).add_done_callback(lambda _: protocol.transport.write(data))
+
+    def client(address):
+        with socket.create_connection(address) as sock:
+            for _ in range(200):
+                sock.sendall(b"ping")
+                assert sock.recv(4) == b"ping"
+                time.sleep(0.0003)
+
+    async def main():
+        endpoint = helpers.Endpoint("tcp")
+        with endpoint:
+            async with await endpoint.serve(loop, recorder(data_received=on_data)):
+                before = aiouringnet.stats(loop)["waits"]
+                with concurrent.futures.ThreadPoolExecutor(1) as others:
+                    await loop.run_in_executor(others, client, endpoint.address)
+                assert aiouringnet.stats(loop)["waits"] - before < 50  # of the 200 round trips'
+                await endpoint.accepted[0].lost
 
     helpers.run_on(loop, main())
 

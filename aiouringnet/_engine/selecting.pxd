@@ -12,7 +12,7 @@ cdef class Selecting(LoopBound):
     cdef bint owed                  # a pass is scheduled, which select() is to make
     cdef bint others_polled         # the ring is to tell when the loop's set has something
     cdef bint others_ready          # the loop's set has something that is not ours
-    cdef bint others_busy           # it had when it was looked at last: wait there
+    cdef int others_busy            # it had not long ago, so many wakes of ours at most: wait there
     cdef unsigned long long n_waits
 
     cdef void take_selector(self) noexcept

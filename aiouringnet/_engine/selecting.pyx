@@ -6,10 +6,10 @@ set, its eventfd and a callback: select() waits for completions, makes the
 pass, and returns as soon as that has brought the loop something to do.
 
 What the loop watches beside us stays in its epoll set, of which the ring
-tells once (others_ready).  While that has events (others_busy) we wait in
-epoll_wait(2), where the loop's watch on our own descriptor wakes us as it does
-any loop; with us alone, in the ring.  So neither kind of load pays for the
-other.
+tells once (others_ready).  While that has events now and then (others_busy) we
+wait in epoll_wait(2), where the loop's watch on our own descriptor wakes us as
+it does any loop; with us alone, in the ring.  So neither kind of load, nor one
+that alternates, pays for the other.
 
 Callbacks that are due go first, as they do before what select() returns; a
 timer that a pass has set, or a stop, is looked at before anybody waits.  In
@@ -45,6 +45,7 @@ cdef extern from "sys/epoll.h" nogil:
 cdef enum:
     SET_BATCH = 64      # events of the loop's set taken at a time; more of them come the next time
     NEVER = -1
+    LINGER = 8          # wakes by us alone, after which others are no longer busy
     MS = 1000000        # nanoseconds
 
 cdef int READ = EVENT_READ
@@ -177,7 +178,10 @@ cdef class Selecting(LoopBound):
             if key is not None:
                 mask = (READ if events[i].events & ~EPOLLOUT else 0) | (WRITE if events[i].events & ~EPOLLIN else 0)
                 found.append((key, mask & <int>key.events))
-        self.others_busy = bool(found)
+        if found:
+            self.others_busy = LINGER
+        elif woken and self.others_busy:
+            self.others_busy -= 1
         if woken:
             self.n_wakes += 1
             self.on_wake()
