@@ -61,7 +61,7 @@ async def connecting_is_cancelled(round):
     for _ in range(round.rng.randrange(8)):
         await asyncio.sleep(0)
     if not task.done():  # else its exception would not be reported
-        program.asked = True  # it is closed when the task hears of it: until then data may come
+        program.asked = program.gives_up = True  # it is closed when the task hears of it: until then data may come
         task.cancel()
 
 
