@@ -177,7 +177,7 @@ class Program(End):
             self.wrong(f"{name} after the loop was closed")
         elif name != "pause_writing" and asyncio._get_running_loop() is None:
             # close() of TLS takes what the peer has said last, and asyncio's whatever it finds.
-            if not self.secure or self.round.patched and name != "eof_received":
+            if not self.secure or (self.round.patched and name != "eof_received"):
                 self.wrong(f"{name} while the loop does not run")
         if not self.made:
             self.wrong(f"{name} before connection_made")
