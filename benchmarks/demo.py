@@ -16,8 +16,8 @@ import signal
 import subprocess
 import sys
 
+import aiouringnet
 import report
-from aiouringnet._engine import probe
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -136,7 +136,7 @@ def saved(
 
 
 def main() -> None:
-    ring = probe()
+    ring = aiouringnet.status()["io_uring"]
     engine, modifier = ("io_uring", "") if ring["usable"] else ("epoll", "+epoll")
     pairs = [("asyncio", f"ours-asyncio{modifier}"), ("uvloop", f"ours-uvloop{modifier}")]
     cells = list(CELLS)

@@ -114,10 +114,8 @@ def engine_kind(args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> st
     """The engine that really runs, so that a silent fallback is never measured as the ring."""
     if not args.loop.startswith("ours-"):
         return None
-    from aiouringnet._engine import active_engine
-
-    engine = active_engine(loop)
-    return engine.kind if engine is not None else "loop"
+    status = importlib.import_module("aiouringnet").status(loop)
+    return str(status["engine"]) if status["running"] else "loop"
 
 
 def record_layer(args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> str | None:
