@@ -164,6 +164,21 @@ async def test_data_around_an_urgent_byte_arrives(loop, wire):
         w.protocol.data.clear()
 
 
+@over("tcp")
+async def test_data_behind_an_urgent_byte_that_takes_several_passes_arrives(loop, wire):
+    """The pass that comes to the mark is not the one to which it was announced."""
+    aiouringnet.patch_loop(loop, read_budget=4096)
+    w = await wire()
+    await w.send(pattern(100_000))
+    await w.protocol.received(100_000)
+    w.protocol.data.clear()
+    # All of it is there when the loop looks.
+    w.peer.send(pattern(20_000))
+    w.peer.send(b"!", socket.MSG_OOB)
+    w.peer.send(b"behind")
+    assert await asyncio.wait_for(w.protocol.received(20_006), 5) == pattern(20_000) + b"behind"
+
+
 # --------------------------------------------------------------------------
 # BufferedProtocol
 

@@ -239,7 +239,7 @@ cdef class Ring(Waiting):
         for stream in doubts:
             stream.doubted = False
             if not stream.closed and self.usable() and sockatmark(stream.fd) == 1:
-                stream.readable = True
+                stream.readable = stream.may_be_urgent = True
                 self.mark_resync(stream)
 
     # --- the end, of a ring or of the engine --------------------------------------

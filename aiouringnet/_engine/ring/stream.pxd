@@ -48,6 +48,7 @@ cdef class RingStream(Gated):
     cdef int receives               # its completions so far, where kernel_receives
     cdef flag bulk                  # readiness and direct reads instead of completions
     cdef flag small_reads
+    cdef flag may_be_urgent         # announced with data that has not been read to its end
     cdef flag doubted               # in engine.doubts
     cdef flag send_cancelling
     cdef airn_gather* gather

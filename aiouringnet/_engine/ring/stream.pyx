@@ -178,10 +178,10 @@ cdef class RingStream(Gated):
         if result >= 0:
             if result & (POLLRDHUP | POLLHUP | POLLERR):
                 self.until_eagain = True
+            if result & POLLPRI:
+                self.may_be_urgent = True
             if self.delivers() and not self.over_budget:
                 self.read_bulk()
-                if result & POLLPRI and not (self.doubted or self.readable or self.until_eagain or self.closed):
-                    (<Queues>self.engine).doubt(self)
             else:
                 self.readable = True
         if not flags & IORING_CQE_F_MORE:
@@ -191,6 +191,11 @@ cdef class RingStream(Gated):
         cdef Py_ssize_t total = self.read_direct()
         if self.readable and not self.over_budget:
             self.engine.mark_resync(self)
+        if self.may_be_urgent and not self.readable:
+            # Whatever began this read, or put it off: it has ended.
+            self.may_be_urgent = False
+            if not (self.doubted or self.until_eagain or self.closed):
+                (<Queues>self.engine).doubt(self)
         if total >= <Py_ssize_t>(<Queues>self.engine).buffer_size:
             self.small_reads = 0
         elif total:
