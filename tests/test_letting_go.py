@@ -547,7 +547,14 @@ async def test_connection_made_may_wait_for_what_it_has_written(loop, endpoint):
     await protocol.lost
 
 
-@pytest.mark.matrix(debug=False)
+@pytest.fixture
+def collected_on_demand():
+    """Else the collector may come where nobody expects its warnings."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
 def paused_in_a_cycle(made):
     """A protocol whose connections are for the collector alone; `made`: references to their transports."""
 
@@ -560,6 +567,8 @@ def paused_in_a_cycle(made):
     return Paused
 
 
+@pytest.mark.matrix(debug=False)
+@pytest.mark.usefixtures("collected_on_demand")
 async def test_a_connection_that_is_collected_while_its_server_closes(loop, endpoint, monkeypatch):
     """Any allocation may start the collector, one of Server.close() too."""
     made = []
@@ -585,6 +594,8 @@ async def test_a_connection_that_is_collected_while_its_server_closes(loop, endp
     peer.close()
 
 
+@pytest.mark.matrix(debug=False)
+@pytest.mark.usefixtures("collected_on_demand")
 async def test_connections_that_are_collected_together_wake_a_closed_server_once(loop, endpoint):
     """Each leaves the server's WeakSet before any of them says goodbye."""
     made = []

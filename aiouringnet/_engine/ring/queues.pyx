@@ -220,7 +220,7 @@ cdef class Queues(Engine):
             return
         io_uring_cq_eventfd_toggle(&self.ring, not masked)
         if self.poller is not None:
-            self.poller.mask(masked or self.n_urgent == 0)
+            self.poller.mask(masked or (self.fed_several and self.n_urgent == 0))
 
     cdef void quiet(self) noexcept:
         self.mask(True)

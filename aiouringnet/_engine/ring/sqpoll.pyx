@@ -8,7 +8,9 @@ Nothing is sent directly, and sends have a ring of their own, beside the
 engine's.  Its completions signal the same eventfd, but are masked unless
 somebody waits for a send to end (engine.n_urgent); otherwise every reply would
 wake the loop a second time, for a completion that only frees a buffer.  So
-whoever needs to know looks: poll().
+whoever needs to know looks: poll().  They do wake it while one connection is
+alone (engine.fed_several is false): two short sleeps were cheaper than a long
+one, 10 us per echo of 64 B instead of 14 on asyncio, 6 instead of 10 on uvloop.
 
 The poller sends within microseconds what a socket takes.  Where a direct send
 would have been through on return, a few of those are waited for: await_send()
