@@ -19,7 +19,7 @@ the uring half is skipped and says why.
         one engine or one value only keeps all that it has; with --whole-suites each test does.
     @pytest.mark.limit(seconds)
         replaces the 30 s after which a hanging test fails with every thread's
-        traceback. Ten seconds later the process is ended, in case the hang is
+        traceback. Half a minute later the process is ended, in case the hang is
         in C code that no exception can leave.
     @pytest.mark.slow
         marks what `-m "not slow"` leaves out.

@@ -23,6 +23,7 @@ import tempfile
 import termios
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import tls
@@ -58,7 +59,7 @@ class Case:
         return child_env(AIOURINGNET_ENGINE=self.engine)
 
 
-# loops-own: stock asyncio loops keep their selector in all tests, not only in debug mode and where they are not ours.
+# Whose selector asyncio's loops have: "ours", as loop_factory() makes them, or "loops-own", as patch_loop() finds them.
 SELECTORS = os.environ.get("AIOURINGNET_TEST_SELECTORS", "")
 
 DEBUGGED = ("asyncio-uring-debug", "uvloop-epoll-debug")
@@ -107,11 +108,18 @@ def base_loop(case):
     return loop
 
 
+def has_our_selector(case):
+    """Whether the test's loops have; its children's are the same.  Ours does nothing in debug mode."""
+    if SELECTORS:
+        return SELECTORS == "ours"
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
+    return not case.debug and zlib.crc32(test.encode()) % 2 == 0
+
+
 def new_loop(case, patched=True, **options):
     loop = base_loop(case)
     if patched:
-        if not case.debug and SELECTORS != "loops-own":
-            # As loop_factory() makes it; in debug mode, as patch_loop() finds it.
+        if has_our_selector(case):
             loop = engines.with_selector(loop)
         if case.sqpoll:
             options.setdefault("sqpoll", True)

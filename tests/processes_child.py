@@ -28,8 +28,7 @@ NOBODY = 65534
 
 
 def new_loop(base, how):
-    loop = helpers.base_loop(helpers.Case(base, os.environ["AIOURINGNET_ENGINE"]))
-    return aiouringnet.patch_loop(loop, sqpoll=True) if how == "sqpoll" else aiouringnet.patch_loop(loop)
+    return helpers.new_loop(helpers.Case(base, os.environ["AIOURINGNET_ENGINE"], sqpoll=how == "sqpoll"))
 
 
 class Connections:

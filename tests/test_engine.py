@@ -42,9 +42,9 @@ class Since:
         return self["direct_sends"] + self["ring_sends"]
 
     def system_calls(self):
-        """Those that the engine makes; the loop's own epoll_wait comes on top."""
+        """Those that the engine makes; the loop's own epoll_wait comes on top, where it does not wait in the ring."""
         own_epoll = self["passes"] if engines.active_engine(self.loop).kind == "epoll" else 0
-        return self["enters"] + self["direct_sends"] + self["direct_reads"] + own_epoll
+        return self["enters"] + self["waits"] + self["direct_sends"] + self["direct_reads"] + own_epoll
 
 
 # --------------------------------------------------------------------------

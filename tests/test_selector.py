@@ -28,6 +28,11 @@ pytestmark = [pytest.mark.matrix(base="asyncio", debug=False), pytest.mark.kerne
 NUMBERS = [b"%4d" % number for number in range(200)]
 
 
+@pytest.fixture(autouse=True)
+def _ours_in_every_test(monkeypatch):
+    monkeypatch.setattr(helpers, "SELECTORS", "ours")
+
+
 def is_ours(loop):
     return type(loop._selector) is not selectors.EpollSelector
 
@@ -65,15 +70,29 @@ async def echoed(loop, messages=NUMBERS):
 # Which loops
 
 
-@pytest.mark.parametrize("made_by", ["loop_factory", "new_event_loop", "a base factory"])
+def made_by_a_policy():
+    before = asyncio.get_event_loop_policy()
+    try:
+        return aiouringnet.install_policy().new_event_loop()
+    finally:
+        asyncio.set_event_loop_policy(before)
+
+
+MAKERS = {
+    "loop_factory": lambda: aiouringnet.loop_factory()(),
+    "new_event_loop": aiouringnet.new_event_loop,
+    "a base factory": lambda: aiouringnet.loop_factory(asyncio.SelectorEventLoop)(),
+    "a policy": made_by_a_policy,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*policy:DeprecationWarning", "ignore:.*policies:DeprecationWarning")
+@pytest.mark.parametrize("made_by", MAKERS)
 def test_loops_that_we_make_have_it(case, monkeypatch, made_by):
+    if made_by == "a policy" and sys.version_info >= (3, 16):
+        pytest.skip("this Python has no policies")
     monkeypatch.setenv("AIOURINGNET_ENGINE", case.engine)
-    make = {
-        "loop_factory": aiouringnet.loop_factory(),
-        "new_event_loop": aiouringnet.new_event_loop,
-        "a base factory": aiouringnet.loop_factory(asyncio.SelectorEventLoop),
-    }[made_by]
-    loop = make()
+    loop = MAKERS[made_by]()
     try:
         assert type(loop).__name__ == asyncio.SelectorEventLoop.__name__ and is_ours(loop)
         assert helpers.run_on(loop, echoed(loop)) == b"".join(NUMBERS)
@@ -343,6 +362,63 @@ def test_a_timer_that_a_callback_has_set_ends_the_wait(make_loop):
     helpers.run_on(loop, main())
 
 
+PING_PONG = """
+import selectors, socket, sys, time
+
+flying, selector = 8, selectors.DefaultSelector()
+for _ in range(10):
+    sock = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+    selector.register(sock, selectors.EVENT_READ)
+    sock.sendall(bytes(64 * flying))
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    for key, _ in selector.select(0.1):
+        key.fileobj.sendall(key.fileobj.recv(65536))
+"""
+
+
+def test_timers_have_their_turn_while_protocols_are_busy(make_loop):
+    """Protocols that schedule nothing: no pass leaves the loop anything to do but look at the time."""
+    loop = make_loop()
+    late = []
+
+    def ring(due):
+        late.append(loop.time() - due)
+        if len(late) < 20:
+            loop.call_at(due + 0.02, ring, due + 0.02)
+
+    async def main():
+        server = await loop.create_server(Echo, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        clients = [
+            await asyncio.create_subprocess_exec(sys.executable, "-c", PING_PONG, str(port), "0.8") for _ in range(2)
+        ]
+        await asyncio.sleep(0.3)
+        due = loop.time() + 0.02
+        loop.call_at(due, ring, due)
+        for client in clients:
+            assert await client.wait() == 0
+        await helpers.eventually(lambda: len(late) == 20)
+        server.close()
+        await asyncio.sleep(0.05)
+
+    helpers.run_on(loop, main())
+    assert sorted(late)[10] < 0.02 * helpers.patience, late
+
+
+def test_one_iteration_looks_at_everything(make_loop):
+    """As programs do that run a loop within another: a run that stops at once serves what is ready."""
+    loop = make_loop()
+    got = []
+    helpers.run_on(loop, echoed(loop, NUMBERS[:5]))
+    with pipe_of(loop, got.append) as writing:
+        for number in range(5):
+            os.write(writing, b"%d" % number)
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+            assert len(got) == number + 1
+
+
 @pytest.mark.parametrize("name", ["data_received", "eof_received", "connection_lost"])
 def test_stop_in_a_callback_ends_the_run(make_loop, name):
     loop = make_loop()
@@ -434,14 +510,55 @@ def test_a_signal_without_exception_does_not_shorten_the_wait(make_loop):
     before = signal.signal(signal.SIGUSR1, lambda *args: struck.append(args))
     try:
         helpers.run_on(loop, echoed(loop, NUMBERS[:3]))
-        timer = threading.Timer(0.01, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))
-        timer.start()
+        thread = threading.get_ident()
+        timers = [threading.Timer(0.005 * n, signal.pthread_kill, (thread, signal.SIGUSR1)) for n in range(1, 6)]
+        for timer in timers:
+            timer.start()
         began = time.monotonic()
-        helpers.run_on(loop, asyncio.sleep(0.05))
-        assert time.monotonic() - began >= 0.049 and struck
-        timer.join()
+        assert loop._selector.select(0.1) == []
+        assert time.monotonic() - began >= 0.099 and struck
+        for timer in timers:
+            timer.join()
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def fork_in_a_signal_handler(make_loop):
+    loop = make_loop()
+    children = []
+
+    def fork(signum, frame):
+        children.append(os.fork())
+
+    async def main():
+        await echoed(loop, NUMBERS[:3])
+        timer = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
+        timer.start()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(loop.create_future(), 0.2)
+        timer.join()
+
+    signal.signal(signal.SIGUSR1, fork)
+    try:
+        loop.run_until_complete(main())
+    except BaseException:
+        if children == [0]:
+            os._exit(0)  # it may not go on there, and knows it
+        raise
+    if children == [0]:
+        os._exit(0)
+    assert os.waitpid(children[0], 0)[1] == 0
+    loop.run_until_complete(echoed(loop, NUMBERS[:3]))
+    loop.close()
+    print("both went on")
+
+
+def test_a_signal_handler_that_forks(case):
+    """The child's loop has nothing to wait for in the ring, whose memory it does not have."""
+    out = helpers.in_child(
+        case, fork_in_a_signal_handler, AIOURINGNET_TEST_SELECTORS="ours", PYTHONWARNINGS="ignore", timeout_s=10
+    )
+    assert out == "both went on\n"
 
 
 def test_a_loop_that_moves_to_another_thread(make_loop):

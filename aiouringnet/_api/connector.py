@@ -294,7 +294,7 @@ class Server(asyncio.base_events.Server):
         super().close()
 
     def _wakeup(self):
-        # A transport that is collected in the middle of close() leaves the server, too.
+        # Transports that are collected leave, too: in the middle of close(), and several of them the WeakSet at once.
         if self._waiters is not None:
             super()._wakeup()
 

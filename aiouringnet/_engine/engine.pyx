@@ -494,8 +494,10 @@ cdef class Engine(Selecting):
         loop's watch is edge-triggered only where `calls_resumed` promises this call,
         and not where callbacks run the loop: what they catch nobody tells us.
         """
-        if self.usable() and not self.depth and not self.flush_scheduled:
+        if self.usable() and not self.depth:
+            # Even if it is scheduled: an interrupt may have taken that callback with it.
             self.schedule()
+            self.others_ready = True
 
     def flush(self):
         """Send what is queued now, as far as the sockets take it.

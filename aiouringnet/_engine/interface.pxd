@@ -99,6 +99,8 @@ cdef class Layer:
     cdef bint control_record(self) noexcept
     # Reading has met an errno; the transport below ends with it
     cdef void read_failed(self, int error) noexcept
+    # The descriptor's owner closes it: its number may be another's from now on
+    cdef void descriptor_closes(self) noexcept
     # What was written to the transport below has been sent; called when it was asked for
     cdef void drained(self) noexcept
     # Pass on what was written since the last time

@@ -89,6 +89,9 @@ cdef class Layer:
     cdef void read_failed(self, int error) noexcept:
         pass
 
+    cdef void descriptor_closes(self) noexcept:
+        pass
+
     cdef void drained(self) noexcept:
         pass
 

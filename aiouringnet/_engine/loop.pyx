@@ -252,7 +252,7 @@ cdef class LoopBound:
                 return False
             memset(&event, 0, sizeof(event))
             event.events = EPOLLIN | EPOLLET
-            event.data.u64 = before
+            event.data.fd = before
             return epoll_ctl(self.loop_epoll_fd, EPOLL_CTL_ADD, before, &event) == 0
         waker = self.waker()
         if waker is None:
@@ -290,7 +290,7 @@ cdef class LoopBound:
             return
         memset(&event, 0, sizeof(event))
         event.events = EPOLLIN | EPOLLET
-        event.data.u64 = self.wake_fd
+        event.data.fd = self.wake_fd
         if epoll_ctl(fd, EPOLL_CTL_MOD, self.wake_fd, &event) == 0:
             self.loop_epoll_fd = fd
 
@@ -308,7 +308,7 @@ cdef class LoopBound:
             return
         memset(&event, 0, sizeof(event))
         event.events = EPOLLIN
-        event.data.u64 = self.wake_fd
+        event.data.fd = self.wake_fd
         if epoll_ctl(self.loop_epoll_fd, EPOLL_CTL_MOD, self.wake_fd, &event) == 0:
             self.loop_epoll_fd = -1
 

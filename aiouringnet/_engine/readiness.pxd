@@ -4,6 +4,7 @@ from libc.stdint cimport uint64_t
 
 cdef extern from "sys/epoll.h" nogil:
     ctypedef union epoll_data_t:
+        int fd
         uint64_t u64
     struct epoll_event:
         unsigned int events

@@ -15,17 +15,18 @@ cdef class Selecting(LoopBound):
     cdef int others_busy            # it had not long ago, so many wakes of ours at most: wait there
     cdef unsigned long long n_waits
 
-    cdef void take_selector(self) noexcept
+    cdef int take_selector(self) except -1
     cdef void leave_selector(self) noexcept
     cdef list select_keys(self, object timeout)
     cdef bint came_up(self, Py_ssize_t timers) except -1
+    cdef bint must_look(self) noexcept
     cdef list look_at_others(self)
     cdef list wait_in_set(self, long long deadline_ns)
 
     # what engines implement
     cdef int make_pass(self) except -1
     cdef bint can_wait(self) noexcept
-    cdef void watch_others(self) noexcept
+    cdef bint watch_others(self) noexcept
     cdef int wait(self, long long deadline_ns) noexcept
     cdef bint has_work(self) noexcept
     cdef void unquiet(self) noexcept

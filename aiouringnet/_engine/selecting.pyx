@@ -23,6 +23,7 @@ from libc.errno cimport EINTR, errno
 from aiouringnet._engine.loop cimport LoopBound
 from aiouringnet._engine.readiness cimport EPOLLIN, EPOLLOUT, epoll_event
 
+import os
 from selectors import EVENT_READ, EVENT_WRITE, EpollSelector
 
 
@@ -62,18 +63,16 @@ class Selector(EpollSelector):
 
 
 cdef class Selecting(LoopBound):
-    cdef void take_selector(self) noexcept:
+    cdef int take_selector(self) except -1:
         """Wait for the loop from now on, if it is one of ours."""
-        try:
-            selector = getattr(self.loop, "_selector", None)
-            if isinstance(selector, Selector):
-                self.keys = selector._fd_to_key
-                self.ready = self.loop._ready
-                self.selector_fd = selector.fileno()
-                self.selector = selector
-                selector.select = self.select
-        except Exception:
-            self.selector = None
+        selector = getattr(self.loop, "_selector", None)
+        if isinstance(selector, Selector) and "select" not in selector.__dict__:
+            self.keys = selector._fd_to_key
+            self.ready = self.loop._ready
+            self.selector_fd = selector.fileno()
+            self.selector = selector
+            selector.select = self.select
+        return 0
 
     cdef void leave_selector(self) noexcept:
         if self.selector is not None:
@@ -94,8 +93,6 @@ cdef class Selecting(LoopBound):
             seconds = timeout
             deadline_ns = airn_monotonic_ns() + <long long>(seconds * 1e9) if seconds > 0 else 0
         while True:
-            if not self.others_busy and self.can_wait():
-                self.watch_others()
             if self.owed or self.has_work():
                 if self.ready:
                     if self.owed or not self.flush_scheduled:
@@ -105,17 +102,25 @@ cdef class Selecting(LoopBound):
                     return self.look_at_others()
                 timers = len(self.loop._scheduled)
                 self.make_pass()
-                if self.came_up(timers):
+                PyErr_CheckSignals()
+                if self.came_up(timers) or (
+                    deadline_ns != NEVER and (deadline_ns == 0 or airn_monotonic_ns() >= deadline_ns)
+                ):
                     return self.look_at_others()
-            if self.others_busy or self.others_ready or not self.can_wait():
+            if self.others_ready or self.must_look():
                 found = self.wait_in_set(deadline_ns)
                 if found is not None:
                     return found
-            elif deadline_ns == 0 or self.wait(deadline_ns) == 0:
+            elif deadline_ns == 0:
+                if not self.has_work():
+                    return []
+            elif self.wait(deadline_ns) == 0:
                 return []
             else:
                 self.n_wakes += 1
             PyErr_CheckSignals()
+            if not self.usable():
+                return []  # a handler has forked
 
     cdef list select_keys(self, object timeout):
         """As with any selector: what is ready is for the loop's callbacks."""
@@ -135,12 +140,16 @@ cdef class Selecting(LoopBound):
     cdef bint came_up(self, Py_ssize_t timers) except -1:
         """Whether the pass has left the loop something to do before it waits: `timers` is what it had before."""
         return (
-            self.owed or not self.usable() or bool(self.ready)
+            self.owed or not self.usable() or self.nests or bool(self.ready)
             or len(self.loop._scheduled) != timers or self.loop._stopping
         )
 
+    cdef bint must_look(self) noexcept:
+        """Whether nobody else tells what the loop's set has."""
+        return self.others_busy or not self.can_wait() or not self.watch_others()
+
     cdef list look_at_others(self):
-        if self.usable() and (self.others_busy or self.others_ready or not self.can_wait()):
+        if self.usable() and (self.others_ready or self.must_look()):
             return self.wait_in_set(0) or []
         return []
 
@@ -167,10 +176,12 @@ cdef class Selecting(LoopBound):
             with nogil:
                 n = epoll_wait(self.selector_fd, events, SET_BATCH, timeout_ms)
         if n < 0:
-            return None if errno == EINTR else []
+            if errno == EINTR:
+                return None
+            raise OSError(errno, os.strerror(errno))
         found = []
         for i in range(n):
-            fd = <int>events[i].data.u64
+            fd = events[i].data.fd
             if fd == self.wake_fd:
                 woken = True
                 continue
@@ -201,8 +212,9 @@ cdef class Selecting(LoopBound):
         """Whether wait() is better than to wait in the loop's set."""
         return False
 
-    cdef void watch_others(self) noexcept:
-        """Make sure that wait() ends when the loop's set has something."""
+    cdef bint watch_others(self) noexcept:
+        """Make sure that wait() ends when the loop's set has something; false when that cannot be had now."""
+        return False
 
     cdef int wait(self, long long deadline_ns) noexcept:
         """Wait until something has come, 0: nothing has until then."""

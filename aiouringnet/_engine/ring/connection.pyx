@@ -85,9 +85,11 @@ cdef class RingConnection(Connection):
         else:
             self.close_own_fd()
             if self.awaiting and result >= 0:
-                self.finished(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-            else:
-                self.finished(-result)
+                try:
+                    result = -self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                except OSError as exc:
+                    result = -exc.errno  # its owner has closed it
+            self.finished(-min(result, 0))
 
     cdef void stop(self) noexcept:
         cdef Queues engine = <Queues>self.engine

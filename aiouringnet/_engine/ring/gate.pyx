@@ -64,8 +64,12 @@ cdef class Gate(Handle):
 
     def retry(self, Gated stream):
         """Out of descriptors or memory a moment ago."""
-        if not stream.closed and not stream.sending and self.engine.usable():
+        if stream.closed or stream.sending or not self.engine.usable():
+            return
+        if (<Queues>self.engine).gate is self:
             stream.wait_at_gate()
+        elif not stream.dirty:
+            self.engine.mark_dirty(stream)  # the ring has gone meanwhile
 
     cdef void remove(self, Gated stream) noexcept:
         self.ready.forget(stream, stream.fd)
@@ -90,7 +94,7 @@ cdef class Gate(Handle):
         engine.need_pass()
 
     def _arm(self):
-        if self.waiting and self.engine.usable():
+        if self.waiting and self.engine.usable() and (<Queues>self.engine).gate is self:
             self.arm()
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:

@@ -188,7 +188,7 @@ cdef class Queues(Engine):
         """
         cdef int n = 0
         if self.batch_next == self.batch_end:
-            if self.forked():
+            if self.forked() or not self.ring_up:
                 return 0
             self.batch_next = 0
             self.batch_end = airn_take_cqes(&self.ring, self.batch, BATCH)

@@ -16,6 +16,7 @@ With a kernel poller (SQPOLL) nothing is direct, and sends have a ring of their
 own: sqpoll.pyx.
 """
 
+from libc.errno cimport ENOMEM
 from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 
@@ -145,6 +146,9 @@ cdef class Ring(Waiting):
         if self.readiness is not None:
             self.work_without_ring()
             return
+        if not self.ring_up:
+            self.schedule()  # out of descriptors, too
+            return
         self.mask(True)
         while rounds < MAX_ROUNDS and not self.over:
             rounds += 1
@@ -260,7 +264,7 @@ cdef class Ring(Waiting):
         except OSError as exc:
             self.report({"message": "neither io_uring nor an epoll set is to be had", "exception": exc})
             return
-        for i in range(airn_unsubmitted(&self.ring) if self.poller is None else 0):
+        for i in range(airn_unsubmitted(&self.ring) if self.poller is None and self.ring_up else 0):
             unsubmitted.add(airn_unsubmitted_data(&self.ring, i))
         while self.reap():
             pass
@@ -402,9 +406,16 @@ cdef class Ring(Waiting):
         self.live.clear()
         self.cancelled.clear()
         self.gate = None
-        self.set_up()
-        for handle in handles:
-            handle.restart()
+        try:
+            self.set_up()
+        except (OSError, MemoryError) as exc:
+            # As where it is refused later: the pass goes on without one.
+            self.take_down_rings()
+            self.refused = getattr(exc, "errno", None) or ENOMEM
+            self.live.update(handles)
+        else:
+            for handle in handles:
+                handle.restart()
         if not self.flush_scheduled:
             self.schedule()
         return 0

@@ -26,42 +26,39 @@ cdef class Waiting(Queues):
         ) != 0
 
     cdef bint has_work(self) noexcept:
-        return self.readiness is None and self.pending()
+        return self.ring_up and self.pending()
 
     cdef void unquiet(self) noexcept:
-        if self.readiness is not None:
+        if self.readiness is not None or not self.ring_up:
             return
-        if airn_unsubmitted(&self.ring):
-            self.enter()
+        if airn_unsubmitted(&self.ring) and not self.enter() and not self.flush_scheduled:
+            self.schedule()  # it tries again
+            return
         self.mask(False)
         airn_full_fence()
         if not self.flush_scheduled and self.pending():
             self.schedule()
 
-    cdef void watch_others(self) noexcept:
+    cdef bint watch_others(self) noexcept:
         cdef io_uring_sqe* sqe
-        if self.others_polled:
-            return
-        sqe = self.get_sqe(&self.ring)
-        if sqe != NULL:
+        if not self.others_polled:
+            sqe = self.get_sqe(&self.ring)
+            if sqe == NULL:
+                return False
             io_uring_prep_poll_add(sqe, self.selector_fd, POLLIN)
             sqe.user_data = LOOPS_SET
             self.others_polled = True
-            self.enter()
+        return airn_unsubmitted(&self.ring) == 0 or (self.enter() and airn_unsubmitted(&self.ring) == 0)
 
     cdef int wait(self, long long deadline_ns) noexcept:
         cdef int code
-        if airn_unsubmitted(&self.ring):
-            self.enter()
-            if self.pending():
-                return 1
         with nogil:
             code = airn_wait(&self.ring, deadline_ns)
         self.n_waits += 1
         if code == -ETIME:
             return 0
         if code == -EAGAIN or code == -EBUSY or code == -ENOMEM:
-            self.enter()
+            self.enter()  # completions that have overflowed, say
         elif code < 0 and code != -EINTR:
             self.broken(-code)
         return 1
