@@ -6,6 +6,7 @@ arrives there, and each that arrives here, went through the kernel's cipher:
 """
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import os
@@ -21,7 +22,7 @@ from helpers import BufferedRecorder, Recorder, pattern
 from ktls import BULK_BYTES, Pump, proof, pumped, roles, swallowed  # noqa: F401
 from openssl_command import EchoOf, connect, s_client, s_server, serving
 from random_protocols.peers import is_eof
-from tls_wire import TLSPeer
+from tls_wire import RECORD_BYTES, TLSPeer
 from wire import over, recorder
 
 import aiouringnet
@@ -35,17 +36,16 @@ pytestmark = [
 ]
 
 MIB = 1 << 20
-RECORD_BYTES = 16384
 
-versions = pytest.mark.parametrize("version", [tls.TLS_1_2, tls.TLS_1_3], ids=["1.2", "1.3"])
 kinds = pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
 
 
 class Met:
     """A transport of ours over kernel TLS, and the standard library's blocking TLS socket at the other end."""
 
-    def __init__(self, loop, transport, protocol, peer):
+    def __init__(self, loop, transport, protocol, peer, ours):
         self.loop, self.transport, self.protocol, self.peer = loop, transport, protocol, peer
+        self.ours = ours  # the socket that was handed in
 
     async def call(self, function, *args):
         return await self.loop.run_in_executor(None, function, *args)
@@ -113,7 +113,7 @@ def meet(loop, proof):
         proof(transport, version)
         if peer_ktls:
             proof.of_peer(version)
-        made.append(Met(loop, transport, protocol, peer))
+        made.append(Met(loop, transport, protocol, peer, ours))
         return made[-1]
 
     yield meet
@@ -165,7 +165,7 @@ async def test_the_kernel_has_the_cipher_that_s_server_wants(loop, proof, tmp_pa
     assert bytes(protocol.data) == pattern(MIB)
 
 
-@versions
+@tls.versions
 @roles
 @kinds
 async def test_messages_of_any_size_come_back(meet, role, version, kind):
@@ -179,7 +179,7 @@ def echo(protocol, what):
     protocol.transport.write(what if isinstance(what, bytes) else bytes(protocol.buffer[:what]))
 
 
-@versions
+@tls.versions
 async def test_what_one_callback_writes_is_one_record(loop, meet, version):
     aiouringnet.patch_loop(loop, gather="always")  # a task writes here
     met = await meet(version=version)
@@ -192,7 +192,7 @@ async def test_what_one_callback_writes_is_one_record(loop, meet, version):
 
 @pytest.mark.limit(60 + BULK_BYTES // MIB)
 @pytest.mark.matrix(sqpoll=True)
-@versions
+@tls.versions
 async def test_bulk_arrives_whole_in_both_directions_at_once(loop, proof, version):
     await bulk_both_ways(loop, proof, version)
 
@@ -224,7 +224,7 @@ async def bulk_both_ways(loop, proof, version):
 
 
 @pytest.mark.limit(60 + BULK_BYTES // MIB)
-@versions
+@tls.versions
 @roles
 @pytest.mark.parametrize("peer_ktls", [False, True], ids=["", "peer-too"])
 async def test_bulk_comes_back_whole_from_another_tls(meet, role, version, peer_ktls):
@@ -251,7 +251,7 @@ by_workers = pytest.mark.matrix(engine="uring")
 
 @by_workers
 @pytest.mark.limit(60 + BULK_BYTES // MIB)
-@versions
+@tls.versions
 async def test_worker_threads_encrypt_bulk_in_order(workers, loop, proof, version):
     await bulk_both_ways(loop, proof, version)
     stats = aiouringnet.stats()
@@ -259,7 +259,7 @@ async def test_worker_threads_encrypt_bulk_in_order(workers, loop, proof, versio
 
 
 @by_workers
-@versions
+@tls.versions
 async def test_a_worker_thread_waits_for_no_slow_peer(workers, meet, version):
     met = await meet(version=version, buffers_bytes=65536)
     data = pattern(2 * MIB)
@@ -273,7 +273,7 @@ async def test_a_worker_thread_waits_for_no_slow_peer(workers, meet, version):
 
 
 @by_workers
-@versions
+@tls.versions
 @pytest.mark.parametrize("how", ["abort", "close the loop"])
 def test_a_worker_threads_send_does_not_outlive_its_connection(workers, loop, meet, version, how):
     async def begin():
@@ -293,7 +293,7 @@ def test_a_worker_threads_send_does_not_outlive_its_connection(workers, loop, me
 # Flow
 
 
-@versions
+@tls.versions
 @roles
 async def test_writing_pauses_while_the_peer_does_not_read(meet, role, version):
     met = await meet(role=role, version=version, buffers_bytes=65536)
@@ -306,7 +306,7 @@ async def test_writing_pauses_while_the_peer_does_not_read(meet, role, version):
     assert met.transport.get_write_buffer_size() == 0
 
 
-@versions
+@tls.versions
 @kinds
 async def test_nothing_arrives_while_reading_is_paused(meet, version, kind):
     met = await meet(kind, version=version)
@@ -322,7 +322,7 @@ async def test_nothing_arrives_while_reading_is_paused(meet, version, kind):
     await sending
 
 
-@versions
+@tls.versions
 @kinds
 async def test_reading_pauses_in_every_callback(meet, version, kind):
     def pause(protocol, what):
@@ -340,7 +340,7 @@ async def test_reading_pauses_in_every_callback(meet, version, kind):
     assert await met.protocol.received(len(data)) == data
 
 
-@versions
+@tls.versions
 async def test_the_protocol_changes_in_mid_connection(meet, version):
     met = await meet(version=version)
     await met.send(b"to the first")
@@ -358,7 +358,7 @@ async def test_the_protocol_changes_in_mid_connection(meet, version):
 # The end
 
 
-@versions
+@tls.versions
 @roles
 @kinds
 async def test_the_peer_says_goodbye_and_hears_ours(meet, role, version, kind):
@@ -370,7 +370,7 @@ async def test_the_peer_says_goodbye_and_hears_ours(meet, role, version, kind):
     assert met.protocol.log == ["made", "data", "eof", "lost"]
 
 
-@versions
+@tls.versions
 @roles
 async def test_all_that_was_written_precedes_our_goodbye(meet, role, version):
     met = await meet(role=role, version=version, buffers_bytes=65536)
@@ -383,7 +383,7 @@ async def test_all_that_was_written_precedes_our_goodbye(meet, role, version):
     assert await met.protocol.lost is None
 
 
-@versions
+@tls.versions
 async def test_what_arrives_after_our_goodbye_is_dropped(meet, version):
     met = await meet(version=version)
     met.transport.close()
@@ -394,7 +394,7 @@ async def test_what_arrives_after_our_goodbye_is_dropped(meet, version):
     assert met.protocol.log == ["made", "lost"] or met.protocol.log == ["made", "eof", "lost"]
 
 
-@versions
+@tls.versions
 @roles
 @kinds
 async def test_a_peer_that_just_ends_has_ended(meet, role, version, kind):
@@ -408,7 +408,7 @@ async def test_a_peer_that_just_ends_has_ended(meet, role, version, kind):
     assert met.protocol.log == ["made", "data", "eof", "lost"]
 
 
-@versions
+@tls.versions
 async def test_a_record_that_is_cut_off_is_not_delivered(meet, version):
     met = await meet(version=version)
     await met.send(b"last words")
@@ -419,7 +419,7 @@ async def test_a_record_that_is_cut_off_is_not_delivered(meet, version):
     assert met.protocol.data == b"last words"
 
 
-@versions
+@tls.versions
 async def test_a_forged_record_ends_the_connection_and_the_peer_is_told(meet, proof, version, errors):
     met = await meet(version=version)
     await met.send(b"last words")
@@ -435,7 +435,7 @@ async def test_a_forged_record_ends_the_connection_and_the_peer_is_told(meet, pr
     errors.take()
 
 
-@versions
+@tls.versions
 @roles
 async def test_abort_ends_a_connection_with_output_under_way(meet, role, version):
     met = await meet(role=role, version=version, buffers_bytes=65536)
@@ -447,7 +447,7 @@ async def test_abort_ends_a_connection_with_output_under_way(meet, role, version
     assert len(data) < 2 * MIB and how in ("eof", "reset")
 
 
-@versions
+@tls.versions
 async def test_a_reset_is_reported(meet, version):
     met = await meet(version=version)
     await met.send(b"last words")
@@ -456,11 +456,47 @@ async def test_a_reset_is_reported(meet, version):
     assert isinstance(await met.protocol.lost, (ConnectionResetError, BrokenPipeError))
 
 
+@tls.versions
+async def test_a_goodbye_that_nobody_can_hear_is_tried_once(meet, version):
+    """The peer has closed with something unread, so that ours is refused."""
+    met = await meet(version=version)
+    met.transport.pause_reading()
+    met.peer.setblocking(False)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        met.peer.unwrap()
+    met.transport.write(b"unread")
+    await asyncio.sleep(0.05)
+    met.peer.close()
+    await asyncio.sleep(0.05)
+    met.transport.resume_reading()
+    lost = await asyncio.wait_for(met.protocol.lost, 5)
+    assert lost is None or isinstance(lost, (ConnectionResetError, BrokenPipeError))
+
+
+@tls.versions
+async def test_the_goodbye_of_a_socket_that_its_owner_has_closed_goes_to_nobody(meet, version):
+    met = await meet(version=version)
+    number = met.ours.fileno()
+    met.ours.close()
+    stranger, beyond = socket.socketpair()
+    with stranger, beyond:
+        if number not in (stranger.fileno(), beyond.fileno()):
+            os.dup2(stranger.fileno(), number)
+        met.transport.close()
+        await asyncio.wait_for(met.protocol.lost, 5)
+        for sock in (stranger, beyond):
+            sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                sock.recv(100)
+        if number not in (stranger.fileno(), beyond.fileno()):
+            os.close(number)
+
+
 # --------------------------------------------------------------------------
 # Upgrades
 
 
-@versions
+@tls.versions
 async def test_an_upgraded_connection_is_taken_over_at_both_ends(loop, proof, version):
     with helpers.Endpoint("tcp") as endpoint:
         context = tls.authority().context_server(version=version, ktls=True)
@@ -483,7 +519,7 @@ async def test_an_upgraded_connection_is_taken_over_at_both_ends(loop, proof, ve
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="StreamWriter.start_tls came with 3.11")
-@versions
+@tls.versions
 async def test_what_had_arrived_before_an_upgrade_is_not_lost(loop, proof, version):
     """The kernel cannot have that any more, so it does not receive; it sends all the same."""
 

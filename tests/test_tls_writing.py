@@ -13,7 +13,6 @@ from tls_wire import (  # noqa: F401
     DATA_RECORD,
     KINDS,
     RECORD_BYTES,
-    VERSIONS,
     TLSPeer,
     both_places,
     echoing,
@@ -36,11 +35,11 @@ pytestmark = [
 
 MIB = 1 << 20
 
-WRITES_AT_ONCE, BURST_NS = 4, 1_000_000  # engine/engine.pxd and engine.pyx
+WRITES_AT_ONCE, BURST_NS = 4, 1_000_000  # _engine/engine.pxd and engine.pyx
 
 
 @KINDS
-@VERSIONS
+@tls.versions
 @pytest.mark.parametrize("size", [1, RECORD_BYTES, RECORD_BYTES + 1, 2_000_000])
 async def test_data_arrives_in_both_directions(loop, secure, role, version, base, size):
     w = await secure(base, role, version=version)

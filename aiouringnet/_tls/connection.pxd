@@ -26,7 +26,6 @@ cdef enum:
     BACKED_UP
 
 cdef enum:
-    RECORD_BYTES = 16384    # plaintext of a full record, RFC 8446 section 5.1
     # Answers to records without data, unsent, that pause reading
     MAX_ANSWER_BYTES = 65536
 
@@ -94,6 +93,7 @@ cdef class TLSConnection(Plaintext):
 
     # failures
     cdef void force_close(self, object exc) noexcept
+    cdef void drop_input(self) noexcept
     cdef void interrupted(self, object exc) noexcept
     cdef void report(self, str message, object exc) noexcept
     cdef void callback_failed(self, object exc, str message) noexcept

@@ -218,13 +218,19 @@ cdef class TLSConnection(Plaintext):
         self.state = OVER
         self.cancel_timer()
         self.drop_output()
-        if not self.busy:
-            self.records.drop_input()
+        self.drop_input()
         if self.lower is not None:
             try:
                 self.lower._force_close(exc)
             except BaseException as error:
                 self.interrupted(error)
+
+    cdef void drop_input(self) noexcept:
+        """Nothing is read any more.  Where OpenSSL is at work, it finds no descriptor from now on."""
+        if self.offload is not None:
+            self.offload.close()
+        if not self.busy:
+            self.records.drop_input()
 
     cdef void interrupted(self, object exc) noexcept:
         """Something failed where nothing can be done about it; SystemExit and KeyboardInterrupt are passed on."""
@@ -252,8 +258,7 @@ cdef class TLSConnection(Plaintext):
             self.handshake_failed(exc)
         else:
             self.fatal_error(exc, message)
-        if not self.busy:
-            self.records.drop_input()
+        self.drop_input()
 
     cdef void handshake_failed(self, object exc) noexcept:
         if self.state > HANDSHAKE:

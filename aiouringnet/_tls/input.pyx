@@ -16,9 +16,10 @@ from cpython.ref cimport Py_DECREF
 
 from aiouringnet._engine.interface cimport Layer
 from aiouringnet._tls.connection cimport (
-    BACKED_UP, FLUSHING, HANDSHAKE, HELD, MAX_ANSWER_BYTES, OPEN, OVER, RAISED, READING, RECORD_BYTES, RESTING,
+    BACKED_UP, FLUSHING, HANDSHAKE, HELD, MAX_ANSWER_BYTES, OPEN, OVER, RAISED, READING, RESTING,
     SHUTDOWN, TLSConnection,
 )
+from aiouringnet._tls.offload cimport RECORD_BYTES
 from aiouringnet._tls.records cimport FAILED, NO_DATA, WANTS_MORE
 
 

@@ -14,8 +14,8 @@ from libc.string cimport memcpy
 
 from aiouringnet._engine.interface cimport EOF_HELD, Layer
 from aiouringnet._engine.stream cimport Stream
-from aiouringnet._tls.connection cimport FLUSHING, HANDSHAKE, OPEN, OVER, READING, RECORD_BYTES
-from aiouringnet._tls.offload cimport Offload
+from aiouringnet._tls.connection cimport FLUSHING, HANDSHAKE, OPEN, OVER, READING
+from aiouringnet._tls.offload cimport Offload, RECORD_BYTES
 from aiouringnet._tls.output cimport TLSOutput
 from aiouringnet._tls.plaintext cimport contents
 from aiouringnet._tls.records cimport FAILED
@@ -81,7 +81,7 @@ cdef class KernelTLS(TLSOutput):
     cdef int start_offer(self) except -1:
         # What was received before an upgrade the kernel cannot decrypt any more.
         self.stream.reads_itself = not self.records.has_input() and self.stream.stream.held is None
-        self.offload.offer(self.stream.fileno, self.stream.reads_itself)
+        self.offload.offer(self.stream.stream.fd, self.stream.reads_itself)
         return 0
 
     cdef bint may_hand_over(self) except -1:
@@ -142,7 +142,7 @@ cdef class KernelTLS(TLSOutput):
         cdef Py_ssize_t size, room
         if self.offload.in_handshake() and not self.continue_handshake():
             return 0
-        while self.queued and not self.lower_paused and not self.offload.has_control():
+        while self.queued and not self.lower_paused and not self.offload.unsent():
             room = self.queued
             if full_records_only:
                 room -= room % RECORD_BYTES
@@ -174,18 +174,26 @@ cdef class KernelTLS(TLSOutput):
             raise self.take_error()
         return self.state != OVER
 
+    cdef void descriptor_closes(self) noexcept:
+        if self.offload is not None:
+            self.offload.close()
+
     cdef int send_control(self) except -1:
         """Tickets, alerts and KeyUpdates of ours, when the data before them is in the socket."""
-        if not self.offload.has_control() or self.stream.state >= LOST:
+        cdef int error
+        if not self.offload.unsent() or self.stream.state >= LOST:
             return 0
-        if self.socket_is_idle() and self.offload.send_control() or self.keys_are_lost():
-            return 0
-        if self.socket_is_idle():
-            # The socket is full of what went before.
-            self.loop.call_later(CONTROL_RETRY_S, self._drained)
-        else:
+        if not self.socket_is_idle():
+            self.waiting = True
             self.stream.stream.expect_sent()
-        self.waiting = True
+            return 0
+        error = self.offload.send_control()
+        if error == EAGAIN:
+            # The socket is full of what went before.
+            self.waiting = True
+            self.loop.call_later(CONTROL_RETRY_S, self._drained)
+        elif error and not self.keys_are_lost() and not self.both_closed():
+            self.stream.on_error(error, True)
         return 0
 
     def _drained(self):
@@ -356,7 +364,7 @@ cdef class KernelTLS(TLSOutput):
     cdef int check_empty(self) except -1:
         """What was written before the file is with the stream: wait for that to be sent."""
         waiter = self.offload.empty_waiter
-        if waiter is None or waiter.done() or self.queued or self.offload.has_control():
+        if waiter is None or waiter.done() or self.queued or self.offload.unsent():
             return 0
         if self.stream.empty_waiter is None:
             lower_waiter = self.stream._make_empty_waiter()
@@ -378,7 +386,7 @@ cdef class KernelTLS(TLSOutput):
     @property
     def _is_empty(self):
         # What OpenSSL has yet to say before data, an answer to KeyUpdate, precedes a file as well.
-        if not self._sends_files or self.queued or self.offload.has_control() or self.offload.in_handshake():
+        if not self._sends_files or self.queued or self.offload.unsent() or self.offload.in_handshake():
             return False
         return self.offload.empty_waiter is None and self.stream._is_empty
 

@@ -138,8 +138,7 @@ cdef class Lifecycle(KernelTLS):
         try:
             self.cancel_timer()
             self.drop_output()
-            if not self.busy:
-                self.records.drop_input()
+            self.drop_input()
             self.dropped += 1
             if self.offload is not None and self.offload.empty_waiter is not None:
                 self.engine.settle(
@@ -292,7 +291,7 @@ cdef class Lifecycle(KernelTLS):
 
     cdef int on_shutdown_complete(self) except -1:
         """Both sides have said goodbye."""
-        if self.waiting and self.offload.has_control():
+        if self.waiting and self.offload.unsent():
             return 0  # on_drained() comes back to it
         self.call_eof_received()
         if self.state == SHUTDOWN:

@@ -3,6 +3,10 @@
 from aiouringnet._tls.buffer cimport Buffer
 
 
+cdef enum:
+    RECORD_BYTES = 16384    # plaintext of a full record, RFC 8446 section 5.1; what one SSL_read() returns at most
+
+
 # What the BIO needs of it, without the GIL.
 cdef struct Kernel:
     int fd                      # of the socket; -1: it is not offered, or not any more
@@ -37,11 +41,10 @@ cdef class Offload:
     cdef void drain(self) noexcept
     # Whether OpenSSL has something to say before data; with kernel TLS it is not asked for that otherwise
     cdef bint in_handshake(self) noexcept
-    # Whether control records, or new keys, wait for the kernel, and their bytes
-    cdef bint has_control(self) noexcept
+    # Bytes of control records and new keys that wait for the kernel
     cdef Py_ssize_t unsent(self) noexcept
-    # Give them to it, when the socket is idle: false if it does not take them all now
-    cdef bint send_control(self) noexcept
+    # Give them to it, when the socket is idle: 0, EAGAIN if it does not take them all now, or the errno of the end
+    cdef int send_control(self) noexcept
     # Have it tell the peer of a fatal error (RFC 8446 section 6.2), if its socket takes that now
     cdef void send_alert(self, int description) noexcept
     # Receive a record that it has decrypted, header in front: its type, 0 at the end of the stream, or -errno

@@ -14,7 +14,7 @@ ControlHeader, until the socket has taken what precedes them; new keys
 The functions for the BIO touch nothing but a Kernel: they run without the GIL.
 """
 
-from libc.errno cimport EAGAIN, EALREADY, EBUSY, EEXIST, EINTR, ENOENT, EOPNOTSUPP, errno
+from libc.errno cimport EAGAIN, EALREADY, EBUSY, EEXIST, EINTR, ENOBUFS, ENOENT, ENOMEM, EOPNOTSUPP, errno
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -59,7 +59,6 @@ cdef extern from "netinet/in.h" nogil:
 
 
 cdef enum:
-    RECORD_BYTES = 16384        # plaintext of a full record, RFC 8446 section 5.1
     RECORD_HEADER = 5
     # Content types, the same; a level of section 6; a handshake message of section 4
     ALERT_RECORD = 21
@@ -271,8 +270,8 @@ cdef bint send_bytes(Kernel* kernel, Buffer* buffer) noexcept nogil:
     return buffer.used == 0
 
 
-cdef bint send_queued(Kernel* kernel) noexcept nogil:
-    """Send what waits; false: the socket did not take it all, or the kernel not the new keys."""
+cdef int send_queued(Kernel* kernel) noexcept nogil:
+    """Send what waits; EAGAIN: the socket did not take it all, or the errno that it has for it."""
     cdef ssize_t sent
     cdef ControlHeader header
     cdef char* content
@@ -282,7 +281,7 @@ cdef bint send_queued(Kernel* kernel) noexcept nogil:
         if header.type == NEW_KEYS:
             if c_setsockopt(kernel.fd, SOL_TLS, TLS_TX, content, header.size) < 0:
                 kernel.stuck = True
-                return False
+                return errno
             explicit_bzero(content, header.size)
             sent = header.size
         else:
@@ -292,11 +291,12 @@ cdef bint send_queued(Kernel* kernel) noexcept nogil:
             header.size -= <unsigned int>sent
             remove(&kernel.control, sent)
             memcpy(first(&kernel.control), &header, sizeof(header))
-            return False
+            return EAGAIN
         if sent != <ssize_t>header.size:
-            return False
+            # As for data: what is short for a moment, or interrupted, is tried again.
+            return EAGAIN if errno in (EAGAIN, EINTR, ENOMEM, ENOBUFS) else errno
         remove(&kernel.control, sizeof(header) + header.size)
-    return True
+    return 0
 
 
 # --- what the connection has --------------------------------------------------
@@ -340,14 +340,14 @@ cdef class Offload:
     cdef bint in_handshake(self) noexcept:
         return openssl.SSL_in_init(self.ssl) or openssl.SSL_get_key_update_type(self.ssl) != SSL_KEY_UPDATE_NONE
 
-    cdef bint has_control(self) noexcept:
-        return self.kernel.control.used > 0
-
     cdef Py_ssize_t unsent(self) noexcept:
         return <Py_ssize_t>self.kernel.control.used
 
-    cdef bint send_control(self) noexcept:
-        return send_queued(&self.kernel)
+    cdef int send_control(self) noexcept:
+        cdef int error = send_queued(&self.kernel)
+        if error and error != EAGAIN:
+            release(&self.kernel.control)  # they never will
+        return error
 
     cdef void send_alert(self, int description) noexcept:
         cdef char[2] alert

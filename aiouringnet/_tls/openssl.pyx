@@ -27,7 +27,7 @@ import ssl
 
 from aiouringnet._tls.bio cimport Link, make_method, new_bio
 from aiouringnet._tls.buffer cimport first, release
-from aiouringnet._tls.offload cimport Offload
+from aiouringnet._tls.offload cimport Offload, RECORD_BYTES
 from aiouringnet._tls.records cimport FAILED, is_overridden, NO_DATA, Records, WANTS_MORE
 from aiouringnet._tls.symbols cimport further, load, openssl, ssl_of, unknown_layout
 
@@ -44,7 +44,6 @@ cdef enum:
     SSL_MODE_AUTO_RETRY = 4
     SSL_OP_ENABLE_KTLS = 8
 
-    RECORD_BYTES = 16384        # plaintext of a full record, RFC 8446 section 5.1
     MAX_STALLED = 8             # reads in a row that find input and use none
     # What a record may add: header 5, explicit nonce or IV 16, MAC 48 (HMAC-SHA384), padding 16, content type 1.
     RECORD_OVERHEAD = 96

@@ -13,8 +13,9 @@ from cpython.bytes cimport PyBytes_GET_SIZE
 from libc.string cimport memcpy
 
 from aiouringnet._engine.interface cimport Layer
-from aiouringnet._tls.connection cimport FLUSHING, MAX_ANSWER_BYTES, OPEN, OVER, RAISED, RECORD_BYTES
+from aiouringnet._tls.connection cimport FLUSHING, MAX_ANSWER_BYTES, OPEN, OVER, RAISED
 from aiouringnet._tls.input cimport TLSInput
+from aiouringnet._tls.offload cimport RECORD_BYTES
 from aiouringnet._tls.plaintext cimport contents
 from aiouringnet._tls.records cimport FAILED
 
@@ -116,7 +117,7 @@ cdef class TLSOutput(TLSInput):
         """Pass ciphertext to the transport below; `answering`: what the peer's records have caused."""
         cdef const char* data = NULL
         cdef Py_ssize_t size = 0
-        if self.offload is not None and self.offload.has_control():
+        if self.offload is not None and self.offload.unsent():
             self.send_control()
             if answering and self.offload.unsent() > MAX_ANSWER_BYTES:
                 self.pause_for_answers()
@@ -166,7 +167,10 @@ cdef class TLSOutput(TLSInput):
         return 0
 
     def _control_writing(self):
-        self.control_writing()
+        try:
+            self.control_writing()
+        except BaseException as exc:
+            self.fail(exc)
 
     cdef int limit_lower(self) except -1:
         self.lower.set_write_buffer_limits(self.low, self.low)

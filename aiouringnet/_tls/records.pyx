@@ -20,7 +20,7 @@ import ssl
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.string cimport memcpy
 
-from aiouringnet._tls.offload cimport Offload
+from aiouringnet._tls.offload cimport Offload, RECORD_BYTES
 
 
 cdef extern from "Python.h":
@@ -32,7 +32,6 @@ AGAIN = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 cdef enum:
     RECORD_HEADER = 5       # bytes: type, version, length; RFC 8446 section 5.1
-    RECORD_BYTES = 16384    # plaintext of a full record; what one SSL_read() returns at most
     # Given to ssl.SSLObject at a time: an SSL_read() looks at all of them if none carries data.
     RECORDS_AT_ONCE = 16
     WRITE_BYTES = 4 * RECORD_BYTES

@@ -18,8 +18,9 @@ from cpython.bytes cimport PyBytes_CheckExact, PyBytes_GET_SIZE
 
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Layer
-from aiouringnet._tls.connection cimport FLUSHING, NEW, OPEN, OVER, RECORD_BYTES
+from aiouringnet._tls.connection cimport FLUSHING, NEW, OPEN, OVER
 from aiouringnet._tls.lifecycle cimport Lifecycle
+from aiouringnet._tls.offload cimport RECORD_BYTES
 from aiouringnet._tls.plaintext cimport immutable_piece
 from aiouringnet._transports.common cimport drop_empty_dict, called_soon_threadsafe, is_buffered, limits
 

@@ -138,7 +138,7 @@ cdef class StreamTransport(StreamOutput):
         elif self.state != OPEN:
             info.append("closing")
         info.append(f"fd={self.fileno}")
-        if self.sock is not None:
+        if self.sock is not None and self.stream is not None:
             info.append("read=paused" if self.paused or self.state != OPEN else "read=active")
             info.append(f"write=<{'active' if self.stream.queued else 'idle'}, bufsize={self.stream.queued}>")
         return "<{}>".format(" ".join(info))
@@ -501,6 +501,8 @@ cdef class StreamTransport(StreamOutput):
             self.loop.call_soon_threadsafe(self._socket_closes)
         elif self.state < LOST:
             self.unregister()
+            if self.layer is not None:
+                (<Layer>self.layer).descriptor_closes()
             self.stream.descriptor_closes()
 
     cdef void close_socket(self) noexcept:
@@ -518,9 +520,7 @@ cdef class StreamTransport(StreamOutput):
             self.server = None
             if self.engine.closed:
                 return  # with the loop: nobody can wait for the server any more
-            if not SERVER_TAKES_TRANSPORT:
-                server._detach()
-            elif server._waiters is not None:
-                # None: transports that the garbage collector takes together leave the server's WeakSet
-                # at once, and the first one's _detach() has woken those who wait.
+            if SERVER_TAKES_TRANSPORT:
                 server._detach(self)
+            else:
+                server._detach()
