@@ -14,8 +14,8 @@ tls-64x100      any of these over TLS: what is negotiated by default, which is T
 tls-handshakex10  a TLS connection for each echo of 64 bytes, 10 at a time: a request is a full handshake
 tls-resumedx10  the same, each connection resumes the session of the one before
 
-Groups: tls, all TLS cells with a target; ktls, TLS echo of 64 B to 256 KiB on 10 connections of a client that sleeps,
-for which one core will do; shapes, the ways to write a server, few connections and Unix sockets.
+Groups: tls, echo, handshakes and HTTP over TLS; ktls, TLS echo of 64 B to 256 KiB on 10 connections of a client that
+sleeps, for which one core will do; shapes, the ways to write a server, few connections and Unix sockets.
 """
 
 from __future__ import annotations
@@ -52,9 +52,8 @@ class Cell:
     def title(self) -> str:
         """For people: what the picture prints above the cell."""
         if self.reconnecting:
-            load = {"connect": "connections", "handshake": "TLS handshakes", "resumed": "TLS handshakes, resumed"}[
-                self.reconnecting
-            ]
+            work = {"connect": "connections", "handshake": "TLS handshakes", "resumed": "TLS handshakes, resumed"}
+            load = f"{'Unix ' if self.unix else ''}{work[self.reconnecting]}"
         elif self.is_http:
             load = f"HTTP{'S' if self.tls else ''}, {'100 KiB' if self.http_body == 'large' else 'small'} body"
         else:

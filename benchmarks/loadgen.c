@@ -655,7 +655,8 @@ static void drop(struct run *r, struct connection *c, const char *why)
     fprintf(stderr, "loadgen: connection %d: %s\n", (int)(c - r->connections), why);
     channel_close(c);
     r->errors++;
-    r->alive--;
+    /* A broadcast that one of them cannot hear ends the run. */
+    r->alive = r->options.broadcast ? 0 : r->alive - 1;
 }
 
 static void queue_message(struct run *r, struct connection *c, uint64_t now)
@@ -711,7 +712,7 @@ static void complete_broadcast(struct run *r, struct connection *c, uint64_t now
     if (++r->heard < r->alive)
         return;
     count_request(r, now - c->sent_at[0]);
-    if (r->phase < DRAINING) {
+    if (r->phase < DRAINING && r->alive) {
         queue_broadcast(r, now);
         flush_messages(r, &r->connections[0]);
     }

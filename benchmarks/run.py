@@ -122,11 +122,10 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
         args.sqpoll_cpu = spare[0] if spare else args.load_cpu
     try:
         default_cells, default_servers = cells_module.FULL_CELLS, servers_module.DEFAULT_SERVERS
+        if args.against_peers:
+            default_cells, default_servers = cells_module.ALL_CELLS, servers_module.WITHOUT_SQPOLL
         if quick:
             default_cells = cells_module.QUICK_CELLS
-        elif args.against_peers:
-            default_cells = cells_module.ALL_CELLS
-            default_servers = servers_module.WITHOUT_SQPOLL
         args.cells = [parse_cell(text) for text in cells_module.expand_groups(args.cells or default_cells)]
         args.servers = [parse_server(text) for text in args.servers or default_servers]
     except ValueError as error:
@@ -182,6 +181,8 @@ def takes_part(server: Server, cell: Cell, placement: Placement, tls_servers: li
     if server.loop == "rloop" and (cell.unix or cell.reconnecting):
         return False
     if server.changes_tls and (cell.is_http or not cell.tls):  # uvicorn makes its own context
+        return False
+    if server.ktls and (cell.unix or cell.shape != "protocol"):  # the kernel's TLS is on TCP, its server only echoes
         return False
     shared_core = placement.sqpoll_cpu == placement.load_cpu
     return not (server.sqpoll and shared_core and not cell.leaves_core_to_poller)

@@ -37,7 +37,8 @@ LIFE_SECONDS = 300  # a server ends by itself when the harness was killed before
 PEERS = LOOPS[:5]
 OURS = LOOPS[5:]
 TLS_MODIFIERS = ("ktls", "tls12")
-WITHOUT_SQPOLL = ("c", *PEERS, *OURS, *(f"{name}+epoll" for name in OURS))
+MADE = "ours-asyncio+factory"
+WITHOUT_SQPOLL = ("c", *PEERS, *OURS, MADE, *(f"{name}+epoll" for name in OURS))
 DEFAULT_SERVERS = (*WITHOUT_SQPOLL, *(f"{name}+sqpoll" for name in OURS))
 
 
