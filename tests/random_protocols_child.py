@@ -1,6 +1,7 @@
 """Protocols that do anything, at any moment, and keep nothing: a child process of test_random_protocols.py.
 
-    python random_protocols_child.py BASE-ENGINE-KIND [--seed N] [--rounds N | --seconds S] [--verbose] [--tls FOLDER]
+    python random_protocols_child.py BASE-ENGINE-KIND [--seed N] [--rounds N | --seconds S] [--verbose]
+        [--certificates AUTHORITY CERTIFICATE KEY]
 
     BASE    asyncio or uvloop
     ENGINE  uring, epoll, sqpoll; or stock: a loop that is not patched, to see that this program asks for no more

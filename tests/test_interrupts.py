@@ -15,7 +15,7 @@ import time
 import helpers
 import pytest
 from helpers import BufferedRecorder, Recorder, pattern
-from wire import Boom, over, recorder, serve, wire  # noqa: F401
+from wire import Boom, Interrupted, over, recorder, serve, wire  # noqa: F401
 
 import aiouringnet
 
@@ -291,24 +291,6 @@ def wire_on(endpoint):
     yield call
     for w in made:
         w.end()
-
-
-class Interrupted:
-    """An epoll object whose poll() does what it does when a signal handler raises: it drops what it has fetched."""
-
-    def __init__(self, epoll):
-        self.epoll = epoll
-        self.armed = False
-
-    def __getattr__(self, name):
-        return getattr(self.epoll, name)
-
-    def poll(self, *args):
-        events = self.epoll.poll(*args)
-        if self.armed and events:
-            self.armed = False
-            raise KeyboardInterrupt
-        return events
 
 
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])

@@ -25,8 +25,6 @@ pytestmark = [
 
 DATA = pattern(300_000)
 
-versions = pytest.mark.parametrize("version", [tls.TLS_1_2, tls.TLS_1_3], ids=["1.2", "1.3"])
-
 
 def asking(version=None):
     """Contexts of a server and a client that ask for it."""
@@ -95,7 +93,7 @@ def by_ssl_module(monkeypatch):
     monkeypatch.setenv("AIOURINGNET_TLS", "ssl")
 
 
-@versions
+@tls.versions
 async def test_a_kernel_without_tls(by_openssl, loop, tcp, said, version):
     if ktls.why_not_kernel() is None:
         pytest.skip("this kernel has TLS")

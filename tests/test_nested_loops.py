@@ -10,7 +10,7 @@ import time
 import helpers
 import pytest
 from helpers import BufferedRecorder, Recorder, pattern
-from wire import over, recorder, serve, wire  # noqa: F401
+from wire import Interrupted, over, recorder, serve, wire  # noqa: F401
 
 SIZE = 500_000
 
@@ -311,24 +311,6 @@ needs_nest_asyncio = pytest.mark.skipif(
 def test_nest_asyncio(case, when):
     """Applied to the loop before it is patched, or after."""
     assert helpers.in_child(case, with_nest_asyncio, when) == "all answered\n"
-
-
-class Interrupted:
-    """An epoll object whose poll() does what it does when a signal handler raises: it drops what it has fetched."""
-
-    def __init__(self, epoll):
-        self.epoll = epoll
-        self.armed = False
-
-    def __getattr__(self, name):
-        return getattr(self.epoll, name)
-
-    def poll(self, *args):
-        events = self.epoll.poll(*args)
-        if self.armed and events:
-            self.armed = False
-            raise KeyboardInterrupt
-        return events
 
 
 def interrupted_with_nest_asyncio(make_loop, when):

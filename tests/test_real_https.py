@@ -23,7 +23,6 @@ needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is no
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 
-versions = pytest.mark.parametrize("version", [tls.TLS_1_2, tls.TLS_1_3], ids=["1.2", "1.3"])
 
 MEGABYTES = helpers.pattern(5 << 20)
 
@@ -97,7 +96,7 @@ def curl(*args, **options):
 
 @needs_curl
 @over("tcp")
-@versions
+@tls.versions
 async def test_curl_gets_and_posts_megabytes(loop, endpoint, version):
     most = {tls.TLS_1_2: "1.2", tls.TLS_1_3: "1.3"}[version]
     async with Serving(loop, endpoint) as serving:
@@ -112,7 +111,7 @@ async def test_curl_gets_and_posts_megabytes(loop, endpoint, version):
 
 @needs_curl
 @over("tcp")
-@versions
+@tls.versions
 @pytest.mark.parametrize("certificate", ["expired", "self_signed"])
 async def test_curl_refuses_a_certificate_and_our_server_goes_on(loop, endpoint, version, certificate):
     async with Serving(loop, endpoint, pair=getattr(tls.authority(), certificate)(), version=version) as serving:
@@ -128,7 +127,7 @@ async def test_curl_refuses_a_certificate_and_our_server_goes_on(loop, endpoint,
 
 @needs_curl
 @over("tcp")
-@versions
+@tls.versions
 async def test_curl_is_refused_without_a_certificate(loop, endpoint, version):
     certificate, key = tls.authority().client_pair()
     async with Serving(loop, endpoint, verify_client=True, version=version) as serving:
@@ -140,7 +139,7 @@ async def test_curl_is_refused_without_a_certificate(loop, endpoint, version):
 
 @needs_curl
 @over("tcp")
-@versions
+@tls.versions
 async def test_a_curl_that_is_killed_in_mid_download_disturbs_nobody(loop, endpoint, version):
     async with Serving(loop, endpoint, version=version) as serving:
         slowly = curl_args("--limit-rate", "100k", "-o", "/dev/null", serving.url)
@@ -232,7 +231,7 @@ def post(body):
 
 
 @needs_nginx
-@versions
+@tls.versions
 async def test_downloads_from_nginx_are_whole(loop, tmp_path, version):
     (tmp_path / "file").write_bytes(MEGABYTES)
     context = tls.authority().context_client(version=version)
@@ -252,7 +251,7 @@ async def test_nginx_goes_on_after_we_have_refused_it(loop, tmp_path):
 
 
 @needs_nginx
-@versions
+@tls.versions
 async def test_an_nginx_that_is_killed_in_mid_download_is_missed(loop, tmp_path, version):
     (tmp_path / "file").write_bytes(MEGABYTES)
     with nginx(tmp_path, "limit_rate 1m;") as service:
@@ -271,7 +270,7 @@ async def test_an_nginx_that_is_killed_in_mid_download_is_missed(loop, tmp_path,
 
 @needs_nginx
 @over("tcp")
-@versions
+@tls.versions
 async def test_nginx_passes_requests_on_to_our_server(loop, endpoint, tmp_path, version):
     protocol = {tls.TLS_1_2: "TLSv1.2", tls.TLS_1_3: "TLSv1.3"}[version]
     async with Serving(loop, endpoint):

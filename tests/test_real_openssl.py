@@ -17,7 +17,6 @@ pytestmark = [
     tls.needs_openssl,
 ]
 
-versions = pytest.mark.parametrize("version", [tls.TLS_1_2, tls.TLS_1_3], ids=["1.2", "1.3"])
 
 MEGABYTES = helpers.pattern(3 << 20)
 
@@ -34,7 +33,7 @@ def report(done, line=b"hello\n"):
 
 
 @over("tcp")
-@versions
+@tls.versions
 async def test_s_client_gets_an_answer(loop, endpoint, version):
     context = tls.authority().context_server(version=version, alpn=["http/1.1", "h2"])
     async with serving(loop, endpoint, context):
@@ -45,7 +44,7 @@ async def test_s_client_gets_an_answer(loop, endpoint, version):
 
 
 @over("tcp")
-@versions
+@tls.versions
 async def test_s_client_gets_its_megabytes_back(loop, endpoint, version):
     context = tls.authority().context_server(version=version)
     async with serving(loop, endpoint, context, lambda: EchoOf(len(MEGABYTES))):
@@ -83,7 +82,7 @@ async def test_whatever_s_client_wants_its_data_comes_back(loop, endpoint, optio
 
 
 @over("tcp")
-@versions
+@tls.versions
 async def test_s_client_gets_a_long_certificate_chain(loop, endpoint, version, tmp_path):
     """A flight of the handshake larger than a record."""
     (certificate, key), cafile = tls.authority().pair(), tls.authority().cafile
@@ -106,7 +105,7 @@ async def test_s_client_resumes_its_session_on_each_reconnection(loop, endpoint)
 
 
 @over("tcp")
-@versions
+@tls.versions
 async def test_s_client_resumes_a_session_that_it_kept(loop, endpoint, version, tmp_path):
     ticket = tmp_path / "ticket"
     async with serving(loop, endpoint, tls.authority().context_server(version=version)):
@@ -117,7 +116,7 @@ async def test_s_client_resumes_a_session_that_it_kept(loop, endpoint, version, 
 
 
 @over("tcp")
-@versions
+@tls.versions
 async def test_s_client_identifies_itself(loop, endpoint, version):
     context = tls.authority().context_server(version=version, verify_client=True)
     certificate, key = tls.authority().client_pair()
@@ -127,7 +126,7 @@ async def test_s_client_identifies_itself(loop, endpoint, version):
 
 
 @over("tcp")
-@versions
+@tls.versions
 async def test_s_client_without_its_certificate_learns_why_it_is_refused(loop, endpoint, version):
     context = tls.authority().context_server(version=version, verify_client=True)
     async with serving(loop, endpoint, context):
@@ -163,7 +162,7 @@ async def test_s_client_renews_its_keys_in_mid_connection(loop, endpoint):
 # s_server
 
 
-@versions
+@tls.versions
 async def test_s_server_answers(loop, version):
     context = tls.authority().context_client(version=version, alpn=["spdy", "h2"])
     with s_server("-rev", "-alpn", "http/1.1,h2") as service:
@@ -176,7 +175,7 @@ async def test_s_server_answers(loop, version):
         assert await protocol.lost is None
 
 
-@versions
+@tls.versions
 async def test_a_file_of_s_servers_arrives_whole(loop, version, tmp_path):
     (tmp_path / "file").write_bytes(b"HTTP/1.0 200 OK\r\n\r\n" + MEGABYTES)
     context = tls.authority().context_client(version=version)
@@ -211,7 +210,7 @@ async def test_whatever_s_server_wants_its_file_arrives_whole(loop, tmp_path, op
     assert bytes(protocol.data) == MEGABYTES
 
 
-@versions
+@tls.versions
 async def test_we_identify_ourselves_to_s_server(loop, version):
     context = tls.authority().context_client(version=version, pair=tls.authority().client_pair())
     with s_server("-rev", "-Verify", "1", "-verify_return_error", "-CAfile", tls.authority().cafile) as service:
@@ -243,7 +242,7 @@ refused = pytest.mark.parametrize(
 )
 
 
-@versions
+@tls.versions
 @refused
 async def test_s_server_learns_why_we_refuse_it(loop, version, certificate, hostname, reason, alert):
     with s_server("-rev", pair=getattr(tls.authority(), certificate)()) as service:

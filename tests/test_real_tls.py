@@ -16,7 +16,6 @@ pytestmark = [
     tls.needs_openssl,
 ]
 
-versions = pytest.mark.parametrize("version", [tls.TLS_1_2, tls.TLS_1_3], ids=["1.2", "1.3"])
 
 SECRETS = {
     tls.TLS_1_2: {"CLIENT_RANDOM"},
@@ -95,7 +94,7 @@ async def test_sni_callback_refuses_a_name(loop, endpoint):
     assert endpoint.accepted[0].log == []
 
 
-@versions
+@tls.versions
 async def test_each_side_sees_the_others_certificate(loop, endpoint, version):
     server_context = tls.authority().context_server(version=version, verify_client=True)
     client_context = tls.authority().context_client(pair=tls.authority().client_pair("somebody"))
@@ -117,7 +116,7 @@ def secrets(path):
     return {line for line in path.read_text().splitlines() if not line.startswith("#")}
 
 
-@versions
+@tls.versions
 async def test_keylog_files_of_both_sides_hold_the_same_secrets(loop, endpoint, version, tmp_path):
     server_context, client_context = tls.authority().context_server(version=version), tls.authority().context_client()
     server_context.keylog_filename = str(tmp_path / "server")
@@ -138,7 +137,7 @@ async def test_sslkeylogfile_names_the_keylog_file(loop, endpoint, tmp_path, mon
 
 
 @over("tcp")
-@versions
+@tls.versions
 async def test_a_client_resumes_its_session_at_our_server(loop, endpoint, version):
     context = tls.authority().context_client(version=version)
 
@@ -172,7 +171,7 @@ async def test_both_sides_bind_to_the_same_channel(loop, endpoint):
         assert of_client and of_client == of_server
 
 
-@versions
+@tls.versions
 async def test_both_sides_agree_on_what_was_negotiated(loop, endpoint, version):
     server_context = tls.authority().context_server(version=version, alpn=["http/1.1", "h2"])
     client_context = tls.authority().context_client(alpn=["h2", "http/1.1"])

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+import socket
 import time
 
 import helpers
@@ -28,6 +29,8 @@ class Slow(asyncio.Protocol):
         self.take_time("connection_made")
         self.transport = transport
         transport.set_write_buffer_limits(0)
+        # Else a system that remembers fast connections may take it all at once.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
     def data_received(self, data):
         self.take_time("data_received")

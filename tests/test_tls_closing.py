@@ -13,7 +13,7 @@ import helpers
 import pytest
 import tls
 from helpers import Recorder, pattern
-from tls_wire import ANY_BASE, KINDS, RECORD_BYTES, VERSIONS, barrier, echoing, meet, passes, place, role, secure  # noqa: F401
+from tls_wire import ANY_BASE, KINDS, RECORD_BYTES, barrier, echoing, meet, passes, place, role, secure  # noqa: F401
 from wire import PEER_IS_GONE, recorder, resource_warnings_ignored
 
 pytestmark = [
@@ -145,7 +145,7 @@ async def test_every_ending_at_every_stage(loop, secure, stage, ending):
     await helpers.eventually(lambda: engine.stats()["streams"] == engine.stats()["in_flight"] == 0)
 
 
-@VERSIONS
+@tls.versions
 @pytest.mark.parametrize("size", [0, 10, 3 * MIB])
 async def test_close_sends_everything_and_then_close_notify(loop, secure, role, barrier, version, size):
     w = await secure(role=role, version=version)
@@ -212,7 +212,7 @@ async def test_data_that_was_held_at_close_is_dropped(loop, secure, barrier):
     assert w.protocol.data == b""
 
 
-@VERSIONS
+@tls.versions
 async def test_data_after_a_close_while_reading_is_paused_is_dropped_and_costs_no_memory(loop, secure, version):
     w = await secure(version=version)
     w.transport.pause_reading()

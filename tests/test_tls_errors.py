@@ -13,7 +13,7 @@ import pytest
 import tls
 from helpers import BufferedRecorder, Recorder, pattern
 from tls_wire import TLSPeer, echoing, meet, place, role, secure  # noqa: F401
-from wire import recorder
+from wire import PEER_IS_GONE, recorder
 
 pytestmark = [
     pytest.mark.kernel(engine="uring"),  # test_ktls.py has the other
@@ -22,8 +22,6 @@ pytestmark = [
     pytest.mark.matrix(base="asyncio", debug=False),
     pytest.mark.limit(15),
 ]
-
-PEER_IS_GONE = (BrokenPipeError, ConnectionResetError)
 
 
 class Guarded:

@@ -6,7 +6,7 @@ import ssl
 import pytest
 import tls
 from helpers import BufferedRecorder, Recorder, pattern
-from tls_wire import VERSIONS, barrier, echoing, meet, place, role, secure  # noqa: F401
+from tls_wire import barrier, echoing, meet, place, role, secure  # noqa: F401
 
 pytestmark = [
     pytest.mark.kernel(engine="uring"),  # test_ktls.py has the other
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-@VERSIONS
+@tls.versions
 async def test_extra_info_tells_about_the_connection(loop, secure, role, version, tls_engine, case):
     client, server = (
         tls.authority().context_client(version=version),
@@ -70,7 +70,7 @@ async def test_attributes_of_ones_own_and_replaced_methods_stay_with_the_transpo
     assert w.transport.write == write
 
 
-@VERSIONS
+@tls.versions
 async def test_alpn_is_negotiated(loop, secure, role, version):
     client = tls.authority().context_client(version=version, alpn=["h2", "http/1.1"])
     server = tls.authority().context_server(version=version, alpn=["http/1.1"])
@@ -99,7 +99,7 @@ async def test_the_server_chooses_a_certificate_by_the_name_asked_for(loop, secu
     assert await w.receive(4) == b"ways"
 
 
-@VERSIONS
+@tls.versions
 async def test_the_client_identifies_itself(loop, secure, role, version):
     client = tls.authority().context_client(pair=tls.authority().client_pair(), version=version)
     server = tls.authority().context_server(verify_client=True, version=version)
@@ -110,7 +110,7 @@ async def test_the_client_identifies_itself(loop, secure, role, version):
     assert dict(name[0] for name in seen["subject"]) == {"commonName": "client"}
 
 
-@VERSIONS
+@tls.versions
 async def test_a_session_is_resumed(loop, secure, version):
     client, server = (
         tls.authority().context_client(version=version),
@@ -126,7 +126,7 @@ async def test_a_session_is_resumed(loop, secure, version):
     assert await second.protocol.received(4) == b"data"
 
 
-@VERSIONS
+@tls.versions
 async def test_the_client_gets_its_session(loop, secure, version):
     w = await secure(version=version)
     await w.send(b"data")

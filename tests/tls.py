@@ -28,6 +28,7 @@ from pathlib import Path
 import pytest
 
 TLS_1_2, TLS_1_3 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
+versions = pytest.mark.parametrize("version", [TLS_1_2, TLS_1_3], ids=["1.2", "1.3"])
 
 # Python has the name since 3.12.
 OP_ENABLE_KTLS = 8

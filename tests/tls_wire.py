@@ -36,7 +36,6 @@ RECORD_BYTES = 16384  # of data, at most
 
 both_places = pytest.mark.parametrize("place", ["tcp", "unix"], indirect=True)
 KINDS = pytest.mark.parametrize("base", [helpers.Recorder, helpers.BufferedRecorder])
-VERSIONS = pytest.mark.parametrize("version", [tls.TLS_1_2, tls.TLS_1_3], ids=["1.2", "1.3"])
 BOTH_LAYERS = pytest.mark.usefixtures("tls_engine")
 ANY_BASE = pytest.mark.matrix(base=("asyncio", "uvloop"))  # in a module that leaves out one of them
 

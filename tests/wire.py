@@ -29,6 +29,24 @@ IDENTITY = b"are you there"
 PEER_IS_GONE = (BrokenPipeError, ConnectionResetError)
 
 
+class Interrupted:
+    """An epoll object whose poll() does what it does when a signal handler raises: it drops what it has fetched."""
+
+    def __init__(self, epoll):
+        self.epoll = epoll
+        self.armed = False
+
+    def __getattr__(self, name):
+        return getattr(self.epoll, name)
+
+    def poll(self, *args):
+        events = self.epoll.poll(*args)
+        if self.armed and events:
+            self.armed = False
+            raise KeyboardInterrupt
+        return events
+
+
 def over(kind):
     return pytest.mark.parametrize("endpoint", [kind], indirect=True)
 

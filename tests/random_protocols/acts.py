@@ -233,6 +233,7 @@ def starts_tls_wildly(program, transport, protocol, where):
         except (OSError, RuntimeError, asyncio.CancelledError, asyncio.TimeoutError, AttributeError) as exc:
             program.note("start_tls() fails", repr(exc))
         else:
+            program.held_up = None
             if new is not None:  # asyncio's, when the connection is gone
                 program.remember(new)
 
