@@ -13,7 +13,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 set_up test 'aiouringnet[test]'
-# What takes longest (other kernels, builds) is one test, so that more than four
-# processes would mostly start servers.
+# One more than cores, since tests wait for others, too. What takes longest (other
+# kernels, builds) is one test, so that more than four would mostly start servers.
 cores=$(nproc)
-exec "$venv/bin/pytest" -n $((cores < 4 ? cores : 4)) --dist worksteal "$@" </dev/null
+exec "$venv/bin/pytest" -n $((cores < 3 ? cores + 1 : 4)) --dist worksteal "$@" </dev/null

@@ -457,9 +457,11 @@ async def test_a_reset_is_reported(meet, version):
 
 
 @tls.versions
-async def test_a_goodbye_that_nobody_can_hear_is_tried_once(meet, version):
+async def test_a_goodbye_that_nobody_can_hear_is_tried_once(loop, meet, version, monkeypatch):
     """The peer has closed with something unread, so that ours is refused."""
     met = await meet(version=version)
+    later = []
+    monkeypatch.setattr(loop, "call_later", lambda *args: later.append(args) or type(loop).call_later(loop, *args))
     met.transport.pause_reading()
     met.peer.setblocking(False)
     with contextlib.suppress(ssl.SSLWantReadError):
@@ -468,9 +470,11 @@ async def test_a_goodbye_that_nobody_can_hear_is_tried_once(meet, version):
     await asyncio.sleep(0.05)
     met.peer.close()
     await asyncio.sleep(0.05)
+    later.clear()
     met.transport.resume_reading()
     lost = await asyncio.wait_for(met.protocol.lost, 5)
     assert lost is None or isinstance(lost, (ConnectionResetError, BrokenPipeError))
+    assert not [callback for _, callback, *_ in later if callback.__name__ == "_drained"]
 
 
 @tls.versions

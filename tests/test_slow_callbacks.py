@@ -11,6 +11,7 @@ import pytest
 import tls
 
 SLOW_S = 0.005
+REPLY_BYTES = 300_000
 
 
 class Slow(asyncio.Protocol):
@@ -29,12 +30,12 @@ class Slow(asyncio.Protocol):
         self.take_time("connection_made")
         self.transport = transport
         transport.set_write_buffer_limits(0)
-        # Else a system that remembers fast connections may take it all at once.
+        # Else a system that remembers fast connections may take all of a reply at once.
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
     def data_received(self, data):
         self.take_time("data_received")
-        self.transport.write(bytes(4_000_000))
+        self.transport.write(bytes(REPLY_BYTES))
 
     def eof_received(self):
         self.take_time("eof_received")
@@ -59,7 +60,7 @@ class SlowBuffered(Slow, asyncio.BufferedProtocol):
 
     def buffer_updated(self, size):
         self.take_time("buffer_updated")
-        self.transport.write(bytes(4_000_000))
+        self.transport.write(bytes(REPLY_BYTES))
 
     buffer = bytearray(1000)
 
@@ -71,7 +72,7 @@ async def reports(loop, endpoint, cls, where, caplog):
         async with await endpoint.serve(loop, lambda: cls(where)):
             transport, protocol = await endpoint.connect(loop, helpers.Recorder)
             transport.write(b"hello")
-            await protocol.received(4_000_000)
+            await protocol.received(REPLY_BYTES)
             if transport.can_write_eof():
                 transport.write_eof()
             else:

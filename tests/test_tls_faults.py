@@ -305,13 +305,14 @@ def fail_at(loop, monkeypatch):
 
 
 @ANY_FAILURE
-def test_what_fails_before_the_handshake_fails_the_connection(loop, meet, run, errors, fail_at, exception):
+def test_what_fails_before_the_handshake_fails_the_connection(loop, place, run, errors, fail_at, exception):
     fail_at("_check_handshake_timeout", exception())
 
     async def connect():
-        connecting, _ = await meet(Recorder, "client", tls.authority().context_client())
-        connectings.append(connecting)
-        await asyncio.wait([connecting])
+        place.listener()
+        options = {"ssl": tls.authority().context_client(), "server_hostname": "localhost"}
+        connectings.append(loop.create_task(place.connect(loop, Recorder, **options)))
+        await asyncio.wait(connectings)
 
     connectings = []
     interrupts = issubclass(exception, INTERRUPTS)
