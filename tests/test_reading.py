@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import time
+import tracemalloc
 
 import helpers
 import pytest
@@ -125,6 +126,83 @@ async def test_a_stream_of_random_sizes_without_waiting_keeps_every_byte_in_orde
         if chance.random() < 0.5:
             await asyncio.sleep(0)
     assert await receiving == data
+
+
+# --------------------------------------------------------------------------
+# What a protocol was given is its own. One that lets go of it is lent the same memory again.
+
+
+class Keeping(Recorder):
+    def __init__(self, keeps):
+        super().__init__()
+        self.keeps = keeps
+        self.seen = []
+        self.kept = []
+
+    def data_received(self, data):
+        self.seen.append((len(self.data), len(data), hash(data)))
+        if self.keeps(len(self.seen)):
+            self.kept.append((len(self.data), data))
+        super().data_received(data)
+
+
+@pytest.mark.parametrize("seldom", [1, 2, 10, 30, 1000])
+async def test_what_a_protocol_keeps_or_lets_go_stays_right(loop, wire, seldom):
+    w = await wire(lambda: Keeping(lambda number: number % seldom == 0))
+    chance = random.Random(seldom)
+    sent = bytearray()
+    for seed in range(100):
+        message = pattern(chance.randrange(8000, 60_000), seed=seed)
+        sent += message
+        await w.send(message)
+        await w.protocol.received(len(sent))
+    assert w.protocol.data == sent
+    for start, size, number in w.protocol.seen:
+        assert number == hash(bytes(sent[start : start + size]))
+    assert len(w.protocol.kept) == len(w.protocol.seen) // seldom
+    for start, data in w.protocol.kept:
+        assert data == sent[start : start + len(data)]
+
+
+async def test_what_a_protocol_keeps_takes_the_memory_of_its_bytes(loop, wire):
+    w = await wire(lambda: Keeping(lambda number: number % 20 >= 10))
+    total = 0
+
+    async def exchange(messages):
+        nonlocal total
+        for _ in range(messages):
+            total += 20_000
+            await w.send(bytes(20_000))
+            await w.protocol.received(total)
+
+    await exchange(20)
+    w.protocol.data, total = bytearray(), 0
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        kept = len(w.protocol.kept)
+        await exchange(400)
+        after = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    kept = sum(len(data) for _, data in w.protocol.kept[kept:])
+    assert kept > MIB
+    # The recorder's own copy, what it was kept of it, and what was lent a few times too often.
+    assert after - before < 1.2 * total + kept + 6 * (1 << 18)
+
+
+@over("unix")
+async def test_a_protocol_that_lets_go_is_given_more_at_once(loop, wire):
+    w = await wire()
+    w.peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
+    for number in range(1, 13):
+        w.transport.pause_reading()
+        await asyncio.sleep(0)
+        assert w.send_at_once(pattern(160_000)) == 160_000
+        w.transport.resume_reading()
+        await w.protocol.received(160_000 * number)
+    assert w.protocol.chunks[:2] == [122_880, 37_120]
+    assert w.protocol.chunks[-2:] == [160_000, 160_000]
 
 
 # --------------------------------------------------------------------------

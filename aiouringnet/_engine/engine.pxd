@@ -44,6 +44,7 @@ cdef class Engine(Selecting):
     cdef size_t worker_bytes        # kernel TLS sends of so much are left to a worker thread; 0: none are
     # What direct reads receive into, while none has it
     cdef PyObject* spare            # ROOM_BYTES
+    cdef PyObject* lent             # ROOM_LENT
     cdef char* wide                 # ROOM_WIDE
     cdef Readiness readiness        # None for a ring that works
     cdef Py_ssize_t n_urgent

@@ -64,9 +64,8 @@ cdef enum:
     BURST_NS = 1000000  # see WRITES_AT_ONCE
     # For so long after several connections have got data their answers are gathered, in nanoseconds.
     SEVERAL_NS = 5000000
-
-cdef enum:
-    GATHER_AUTO
+    # The option `gather`
+    GATHER_AUTO = 0
     GATHER_ALWAYS
     GATHER_NEVER
 
@@ -103,6 +102,7 @@ cdef class Engine(Selecting):
 
     def __dealloc__(self):
         Py_XDECREF(self.spare)
+        Py_XDECREF(self.lent)
         free(self.wide)
 
     def __del__(self):

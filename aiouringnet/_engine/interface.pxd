@@ -18,12 +18,13 @@ cdef struct Room:
     Py_ssize_t size
     int kind                        # ROOM_*
     Py_buffer view                  # ROOM_VIEW
-    PyObject* spare                 # ROOM_BYTES: the bytes object, owned
+    PyObject* spare                 # ROOM_BYTES, ROOM_LENT: the bytes object, owned
 
 cdef enum:
     ROOM_VIEW                       # a BufferedProtocol's own buffer
     ROOM_WIDE                       # memory of the engine's, for layers, which keep nothing of it
     ROOM_BYTES                      # a bytes object that is handed over, or kept for the next read
+    ROOM_LENT                       # a bytes object that is handed over and mostly comes back
 
 
 # Whatever the engine calls back with the result of an operation.

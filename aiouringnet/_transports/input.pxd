@@ -36,6 +36,8 @@ cdef class StreamInput(Sink):
     cdef flag in_context            # a callback of ours is running
     cdef flag detached              # nothing is in flight
     cdef flag timed                 # asyncio's debug mode: slow callbacks are named
+    cdef unsigned char let_go       # what data_received() was handed lately without keeping it, and
+    cdef unsigned char doublings    # how often it kept what it was lent: input.pyx, LENT_AFTER
     cdef int dropped                # how often a write was, once lost, and the loss itself
 
     # flow control
@@ -49,6 +51,8 @@ cdef class StreamInput(Sink):
     cdef bint enter_context(self, PyObject** before) except -1
     cdef int leave_context(self, PyObject* before) except -1
     cdef void call_data_received(self, object data) noexcept
+    cdef void give_back(self, Room* room) noexcept
+    cdef void hand_over(self, Room* room, Py_ssize_t size) noexcept
     cdef void feed_buffered_protocol(self, const char* data, Py_ssize_t size) noexcept
     cdef bint call_get_buffer(self, Room* room, Py_ssize_t hint) noexcept
     cdef void call_buffer_updated(self, Py_ssize_t size) noexcept

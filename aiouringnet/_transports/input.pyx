@@ -7,14 +7,29 @@ else as bytes.
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_DECREF
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_REFCNT
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from aiouringnet._engine.interface cimport Layer, ROOM_BYTES, ROOM_VIEW, ROOM_WIDE, Room, Sink
+from aiouringnet._engine.interface cimport Layer, ROOM_BYTES, ROOM_LENT, ROOM_VIEW, ROOM_WIDE, Room, Sink
 
 from aiouringnet._transports.slow import timed
 
+
+cdef extern from *:
+    """
+    /* The size of a bytes object that nobody else has, whose memory does for more: another value, another hash. */
+    static inline void airn_set_bytes_size(PyObject* data, Py_ssize_t size)
+    {
+        Py_SET_SIZE((PyVarObject*)data, size);
+        PyBytes_AS_STRING(data)[size] = 0;
+    #pragma GCC diagnostic push
+    #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+        ((PyBytesObject*)data)->ob_shash = -1;
+    #pragma GCC diagnostic pop
+    }
+    """
+    void airn_set_bytes_size(PyObject* data, Py_ssize_t size)
 
 cdef extern from "Python.h":
     PyObject* new_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
@@ -32,6 +47,11 @@ cdef enum:
     # That object is shrunk and handed over when it holds so much; less is
     # cheaper to copy.
     HANDOVER_BYTES = 8192
+    # A protocol that lets go of what it is given before data_received() returns is lent one object again and again, a
+    # larger one: after so many times in a row, twice as many for each time that it kept what it was lent.
+    LENT_BYTES = 262144
+    LENT_AFTER = 8
+    LENT_AFTER_DOUBLINGS = 4
     # What a layer is given at once, from a buffer that all of a loop's share; read_budget's default.
     LAYER_READ_BYTES = 262144
 
@@ -134,12 +154,18 @@ cdef class StreamInput(Sink):
             if room.data == NULL:
                 room.data = <char*>malloc(LAYER_READ_BYTES)
         else:
-            room.kind = ROOM_BYTES
-            room.size = READ_BYTES
-            room.spare = self.engine.spare
-            self.engine.spare = NULL
+            if self.let_go >= LENT_AFTER << self.doublings:
+                room.kind = ROOM_LENT
+                room.size = LENT_BYTES
+                room.spare = self.engine.lent
+                self.engine.lent = NULL
+            else:
+                room.kind = ROOM_BYTES
+                room.size = READ_BYTES
+                room.spare = self.engine.spare
+                self.engine.spare = NULL
             if room.spare == NULL:
-                room.spare = new_bytes(NULL, READ_BYTES)
+                room.spare = new_bytes(NULL, room.size)
             room.data = NULL if room.spare == NULL else PyBytes_AS_STRING(<object>room.spare)
         if room.data == NULL:
             PyErr_Clear()
@@ -196,19 +222,40 @@ cdef class StreamInput(Sink):
                     data = PyBytes_FromStringAndSize(room.data, size)
                 except MemoryError as exc:
                     self.fatal_error(exc, "Fatal read error on socket transport")
-            if self.engine.spare == NULL:
-                self.engine.spare = room.spare
-            else:
-                Py_DECREF(<object>room.spare)
+            self.give_back(room)
             if data is not None:
                 self.call_data_received(data)
+        else:
+            self.hand_over(room, size)
+
+    cdef void give_back(self, Room* room) noexcept:
+        if room.kind == ROOM_LENT and self.engine.lent == NULL:
+            self.engine.lent = room.spare
+        elif room.kind == ROOM_BYTES and self.engine.spare == NULL:
+            self.engine.spare = room.spare
+        else:
+            Py_DECREF(<object>room.spare)  # a pass within the callback took another
+
+    cdef void hand_over(self, Room* room, Py_ssize_t size) noexcept:
+        if room.kind == ROOM_LENT:
+            airn_set_bytes_size(room.spare, size)
         elif _PyBytes_Resize(&room.spare, size) < 0:
             PyErr_Clear()
             self.fatal_error(MemoryError(), "Fatal read error on socket transport")
+            return
+        data = <object>room.spare
+        Py_DECREF(data)
+        self.call_data_received(data)
+        if Py_REFCNT(data) > 1:
+            self.let_go = 0
+            if room.kind == ROOM_LENT and self.doublings < LENT_AFTER_DOUBLINGS:
+                self.doublings += 1
+        elif room.kind == ROOM_LENT:
+            airn_set_bytes_size(room.spare, LENT_BYTES)
+            Py_INCREF(data)
+            self.give_back(room)
         else:
-            data = <object>room.spare
-            Py_DECREF(data)
-            self.call_data_received(data)
+            self.let_go += 1
 
     cdef void call_buffer_updated(self, Py_ssize_t size) noexcept:
         cdef PyObject* before = NULL
