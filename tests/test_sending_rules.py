@@ -91,6 +91,30 @@ async def test_a_reply_from_the_task_that_a_request_woke_is_on_its_way(loop, end
             await helpers.eventually(lambda: engines.active_engine(loop).stats()["streams"] == 0)
 
 
+@pytest.mark.matrix(sqpoll=True)
+async def test_replies_in_quick_succession_are_each_on_their_way(loop, endpoint):
+    """One request after the other, hundreds in a few milliseconds: none is taken for a reply in many pieces."""
+    done = loop.create_future()
+
+    async def answer(reader, writer):
+        for _ in range(200):
+            assert await reader.read(100) == b"request"
+            writer.write(b"the answer")
+            assert blocked_until_received(peer) == b"the answer"
+            peer.send(b"request")
+        writer.close()
+
+    def answered(reader, writer):
+        loop.create_task(answer(reader, writer)).add_done_callback(lambda task: done.set_result(task.exception()))
+
+    async with await endpoint.serve(loop, lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader(), answered)):
+        peer = endpoint.peer()
+        peer.setblocking(False)
+        await loop.sock_sendall(peer, b"request")
+        assert await done is None
+        peer.close()
+
+
 # --------------------------------------------------------------------------
 # gather="auto", "always", "never"
 

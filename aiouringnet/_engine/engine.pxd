@@ -8,8 +8,8 @@ from aiouringnet._engine.selecting cimport Selecting
 
 
 cdef enum:
-    # So many writes of a stream leave at once within so many nanoseconds (BURST_NS), as with a response's head and
-    # body; more of them are gathered.
+    # So many writes of a stream leave at once after it has got data, or within so many nanoseconds (BURST_NS), as with
+    # a response's head and body; more of them are gathered.
     WRITES_AT_ONCE = 4
 
 

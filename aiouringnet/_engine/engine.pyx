@@ -64,8 +64,7 @@ cdef enum:
     BURST_NS = 1000000  # see WRITES_AT_ONCE
     # For so long after several connections have got data their answers are gathered, in nanoseconds.
     SEVERAL_NS = 5000000
-    # The option `gather`
-    GATHER_AUTO = 0
+    GATHER_AUTO = 0     # the option `gather`
     GATHER_ALWAYS
     GATHER_NEVER
 
@@ -353,6 +352,7 @@ cdef class Engine(Selecting):
                 if self.by_turns and self.last_fed != NULL and self.last_fed != <void*>stream:
                     self.fed = 2
                 self.last_fed = <void*>stream
+                stream.written = 0  # what follows answers it
             stream.taken += <unsigned int>size
         return stream.taken >= self.read_budget
 
