@@ -106,7 +106,9 @@ def sets_limits(program, transport, protocol, where):
     high = program.rng.choice((None, 0, 1, 1000, 100_000, 1_000_000))
     low = None if not high else program.rng.choice((None, 0, high // 2, high))
     if program.round.patched or not transport.is_closing():  # asyncio's TLS tells a protocol that it no longer has
+        program.sets_limits = True
         transport.set_write_buffer_limits(high, low)
+        program.sets_limits = False
 
 
 @act(4, ACTS, harmless=True)

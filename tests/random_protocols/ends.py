@@ -144,7 +144,7 @@ class End:
 
 def drawn_weights(rng, acts):
     """How likely each act is with this one: characters differ."""
-    return {act: weight * rng.choice((0, 0.3, 1, 1, 3)) + 1e-6 for act, weight in acts.items()}
+    return {act: weight * rng.choice((0, 0.3, 1, 1, 3)) + 1e-6 for act, weight in acts.items() if weight}
 
 
 HARMLESS = set()

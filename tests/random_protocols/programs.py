@@ -23,6 +23,7 @@ class Program(End):
         self.buffer = None  # what get_buffer() gave
         self.made = self.lost = self.collected = False
         self.asked = False  # somebody wants the connection to end
+        self.sets_limits = False
         self.paused = self.closed = self.eof_sent = self.eof_seen = self.resumed_late = False
         self.held_up = False  # by pause_writing()
         self.gives_up = False  # connecting is being cancelled
@@ -178,7 +179,9 @@ class Program(End):
         elif name != "pause_writing" and asyncio._get_running_loop() is None:
             # TLS takes in close() what the peer has said last, and asyncio's takes whatever it finds.
             last_words = name == "eof_received" and self.closed
-            if not self.secure or (self.round.patched and not last_words):
+            # And whoever raises its limits is told there and then that he may write.
+            limits = name == "resume_writing" and self.sets_limits
+            if not self.secure or (self.round.patched and not last_words and not limits):
                 self.wrong(f"{name} while the loop does not run")
         if not self.made:
             self.wrong(f"{name} before connection_made")
