@@ -15,6 +15,7 @@ from setuptools import Extension, setup
 
 # Each extension module and the C headers it needs rebuilt for.
 MODULES = [
+    "aiouringnet._engine.alone",
     "aiouringnet._engine.connection",
     "aiouringnet._engine.descriptors",
     "aiouringnet._engine.engine",

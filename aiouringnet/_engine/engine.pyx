@@ -28,29 +28,15 @@ from cpython.ref cimport Py_XDECREF
 from libc.errno cimport ENOENT
 from libc.stdlib cimport free
 
+from aiouringnet._engine.alone cimport Alone
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
-from aiouringnet._engine.loop cimport airn_context, current_thread, fork_generation
+from aiouringnet._engine.loop cimport airn_context, airn_monotonic_ns, current_thread, fork_generation
 from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
-from aiouringnet._engine.selecting cimport Selecting
 
 import sys
 from asyncio import _get_running_loop
 
 from aiouringnet._engine.descriptors import Descriptors
-
-
-cdef extern from *:
-    """
-    #include <time.h>
-
-    static inline long long airn_now_ns(void)
-    {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return now.tv_sec * 1000000000LL + now.tv_nsec;
-    }
-    """
-    long long airn_now_ns() noexcept nogil
 
 
 cdef enum:
@@ -74,7 +60,7 @@ cdef dict modules = sys.modules
 cdef dict GATHERING = {"auto": GATHER_AUTO, "always": GATHER_ALWAYS, "never": GATHER_NEVER}
 
 
-cdef class Engine(Selecting):
+cdef class Engine(Alone):
     kind = "none"
 
     def __init__(self, loop, options):
@@ -288,7 +274,7 @@ cdef class Engine(Selecting):
             if not self.is_nested():
                 return False  # the pass sends at its end
             self.need_pass()  # the loop that runs in a callback is to find us
-        now = airn_now_ns()
+        now = airn_monotonic_ns()
         if self.fed_several and (self.flush_scheduled or now - self.fed_ns <= SEVERAL_NS):
             return False
         if now - stream.burst_ns > BURST_NS:
@@ -351,6 +337,7 @@ cdef class Engine(Selecting):
                 self.fed += 1
                 if self.by_turns and self.last_fed != NULL and self.last_fed != <void*>stream:
                     self.fed = 2
+                self.met(stream)
                 self.last_fed = <void*>stream
                 stream.written = 0  # what follows answers it
             stream.taken += <unsigned int>size
@@ -364,7 +351,7 @@ cdef class Engine(Selecting):
         if self.unchecked < CLOCK_EVERY or self.closed:
             return self.over
         self.unchecked = 0
-        now = airn_now_ns()
+        now = airn_monotonic_ns()
         if self.deadline_ns == 0:
             self.deadline_ns = now + PASS_NS
         elif now >= self.deadline_ns:
@@ -424,7 +411,7 @@ cdef class Engine(Selecting):
         if self.fed:
             self.fed_several = self.fed > 1
             if self.fed_several:
-                self.fed_ns = airn_now_ns()
+                self.fed_ns = airn_monotonic_ns()
         self.pass_context = pass_context
         self.entered = entered
         self.leave()
@@ -531,6 +518,8 @@ cdef class Engine(Selecting):
             if isinstance(handle, Flow):
                 # What still arrives is for nobody: callbacks could not use the loop.
                 (<Flow>handle).reading = False
+        self.end_alone()
+        self.drop_alone_set()
         self.shut()
         self.dirty.clear()
         self.layers.clear()
@@ -548,6 +537,7 @@ cdef class Engine(Selecting):
             "flushes": self.n_flushes,
             "direct_sends": self.n_direct_sends,
             "direct_reads": self.n_direct_reads,
+            "alone": self.n_alone,
             "bytes_in": self.n_bytes_in,
             "bytes_out": self.n_bytes_out,
             "streams": self.n_streams,
