@@ -224,3 +224,31 @@ async def test_a_pass_over_many_connections_ends_for_other_callbacks(loop, endpo
         (await protocol.made).abort()
     endpoint.server.close()
     await asyncio.gather(*(protocol.lost for protocol in endpoint.accepted))
+
+
+# --------------------------------------------------------------------------
+# What comes while a pass is cut short
+
+
+@pytest.mark.matrix(debug=False, sqpoll=True)
+async def test_what_comes_while_a_pass_is_cut_short_is_found(loop, wire):
+    """Its wake fell together with the pass that served the rest, which looked no further."""
+    served = []
+
+    def slowly(protocol, data):
+        served.append(protocol)
+        if len(served) == 12:
+            late.peer.send(b"late")
+        take_time()
+
+    late = await wire()
+    wires = [await wire(recorder(data_received=slowly)) for _ in range(20)]
+    for _ in range(5):
+        for w in wires:
+            w.peer.send(b"?")
+        # The loop is late: all of it is there when it looks.
+        time.sleep(0.01)
+        assert await asyncio.wait_for(late.protocol.received(4), 3) == b"late"
+        await helpers.eventually(lambda: len(served) == 20)
+        late.protocol.data.clear()
+        served.clear()

@@ -191,7 +191,9 @@ cdef class Engine(Alone):
         cdef Readiness ready = self.readiness
         cdef Handle handle
         cdef unsigned int events = 0
-        if ready.next == ready.end and ready.fetch() == 0:
+        # A pass that was cut short has left them: what has come since has woken the loop for this one.
+        cdef bint left = ready.next < ready.end
+        if not left and ready.fetch() == 0:
             return False
         while ready.next < ready.end:
             delivered[0] += 1
@@ -202,7 +204,7 @@ cdef class Engine(Alone):
                 return True
         if ready.stale:
             self.renew_readiness()
-        return ready.end == READY_BATCH
+        return left or ready.end == READY_BATCH
 
     # --- gathering -------------------------------------------------------
 

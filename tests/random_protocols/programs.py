@@ -96,6 +96,7 @@ class Program(End):
         before = self.out.sent
         late = transport.is_closing()
         data = self.out.piece(size)
+        after = self.out.sent
         try:
             call(data)
         except RuntimeError:
@@ -104,7 +105,8 @@ class Program(End):
             self.out.sent = before
         else:
             if not late:
-                self.owed = self.out.sent
+                # (What pause_writing() has written after it had closed is not.)
+                self.owed = max(self.owed, after)
 
     def break_off(self):
         self.asked = self.broken = True
