@@ -15,7 +15,6 @@ from setuptools import Extension, setup
 
 # Each extension module and the C headers it needs rebuilt for.
 MODULES = [
-    "aiouringnet._engine.alone",
     "aiouringnet._engine.connection",
     "aiouringnet._engine.descriptors",
     "aiouringnet._engine.engine",

@@ -2,9 +2,9 @@
 
 from cpython.object cimport PyObject
 
-from aiouringnet._engine.alone cimport Alone
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
 from aiouringnet._engine.readiness cimport Readiness
+from aiouringnet._engine.selecting cimport Selecting
 
 
 cdef enum:
@@ -13,7 +13,7 @@ cdef enum:
     WRITES_AT_ONCE = 4
 
 
-cdef class Engine(Alone):
+cdef class Engine(Selecting):
     cdef readonly object options
     cdef readonly object transports  # descriptor -> transport: asyncio's table of its loop, or Descriptors
     # Contexts (of context variables) that are current in a callback of the innermost pass, borrowed: the one in
@@ -27,6 +27,7 @@ cdef class Engine(Alone):
     cdef unsigned int fed           # streams that have got data in this pass
     # A poller hands over one stream's data at a time: several have some if another was the one before
     cdef bint by_turns
+    cdef void* last_fed             # for comparison only
     cdef bint fed_several           # the last pass with data had it for several: gathering pays
     cdef long long fed_ns           # when that pass ended
     cdef int gathering              # GATHER_*
@@ -49,6 +50,8 @@ cdef class Engine(Alone):
     cdef Py_ssize_t n_urgent
     cdef unsigned long long n_passes, n_flushes, n_direct_sends, n_direct_reads, n_bytes_in, n_bytes_out, n_streams
 
+    cdef void begin(self, Handle handle) noexcept
+    cdef void end(self, Handle handle) noexcept
     cdef void cancel_failed(self, int result) noexcept
     cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept
     cdef void renew_readiness(self) noexcept
@@ -57,6 +60,7 @@ cdef class Engine(Alone):
     cdef bint hand_out_events(self, int* delivered) noexcept
     cdef void mark_dirty(self, Flow stream) noexcept
     cdef void mark_layer(self, Layer layer) noexcept
+    cdef void mark_resync(self, Flow stream) noexcept
     cdef void need_flush(self) noexcept
     cdef void schedule(self) noexcept
     cdef bint is_nested(self) noexcept

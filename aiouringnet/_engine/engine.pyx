@@ -28,15 +28,29 @@ from cpython.ref cimport Py_XDECREF
 from libc.errno cimport ENOENT
 from libc.stdlib cimport free
 
-from aiouringnet._engine.alone cimport Alone
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
-from aiouringnet._engine.loop cimport airn_context, airn_monotonic_ns, current_thread, fork_generation
+from aiouringnet._engine.loop cimport airn_context, current_thread, fork_generation
 from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
+from aiouringnet._engine.selecting cimport Selecting
 
 import sys
 from asyncio import _get_running_loop
 
 from aiouringnet._engine.descriptors import Descriptors
+
+
+cdef extern from *:
+    """
+    #include <time.h>
+
+    static inline long long airn_now_ns(void)
+    {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec * 1000000000LL + now.tv_nsec;
+    }
+    """
+    long long airn_now_ns() noexcept nogil
 
 
 cdef enum:
@@ -60,7 +74,7 @@ cdef dict modules = sys.modules
 cdef dict GATHERING = {"auto": GATHER_AUTO, "always": GATHER_ALWAYS, "never": GATHER_NEVER}
 
 
-cdef class Engine(Alone):
+cdef class Engine(Selecting):
     kind = "none"
 
     def __init__(self, loop, options):
@@ -276,7 +290,7 @@ cdef class Engine(Alone):
             if not self.is_nested():
                 return False  # the pass sends at its end
             self.need_pass()  # the loop that runs in a callback is to find us
-        now = airn_monotonic_ns()
+        now = airn_now_ns()
         if self.fed_several and (self.flush_scheduled or now - self.fed_ns <= SEVERAL_NS):
             return False
         if now - stream.burst_ns > BURST_NS:
@@ -339,7 +353,6 @@ cdef class Engine(Alone):
                 self.fed += 1
                 if self.by_turns and self.last_fed != NULL and self.last_fed != <void*>stream:
                     self.fed = 2
-                self.met(stream)
                 self.last_fed = <void*>stream
                 stream.written = 0  # what follows answers it
             stream.taken += <unsigned int>size
@@ -353,7 +366,7 @@ cdef class Engine(Alone):
         if self.unchecked < CLOCK_EVERY or self.closed:
             return self.over
         self.unchecked = 0
-        now = airn_monotonic_ns()
+        now = airn_now_ns()
         if self.deadline_ns == 0:
             self.deadline_ns = now + PASS_NS
         elif now >= self.deadline_ns:
@@ -413,7 +426,7 @@ cdef class Engine(Alone):
         if self.fed:
             self.fed_several = self.fed > 1
             if self.fed_several:
-                self.fed_ns = airn_monotonic_ns()
+                self.fed_ns = airn_now_ns()
         self.pass_context = pass_context
         self.entered = entered
         self.leave()
@@ -520,8 +533,6 @@ cdef class Engine(Alone):
             if isinstance(handle, Flow):
                 # What still arrives is for nobody: callbacks could not use the loop.
                 (<Flow>handle).reading = False
-        self.end_alone()
-        self.drop_alone_set()
         self.shut()
         self.dirty.clear()
         self.layers.clear()
@@ -539,7 +550,6 @@ cdef class Engine(Alone):
             "flushes": self.n_flushes,
             "direct_sends": self.n_direct_sends,
             "direct_reads": self.n_direct_reads,
-            "alone": self.n_alone,
             "bytes_in": self.n_bytes_in,
             "bytes_out": self.n_bytes_out,
             "streams": self.n_streams,

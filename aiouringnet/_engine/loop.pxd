@@ -8,22 +8,12 @@ from aiouringnet._engine.readiness cimport Readiness
 
 cdef extern from *:
     """
-    #include <time.h>
-
-    static inline long long airn_monotonic_ns(void)
-    {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return now.tv_sec * 1000000000LL + now.tv_nsec;
-    }
-
     /* The current context of context variables; borrowed, NULL for none yet. */
     static inline PyObject *airn_context(void)
     {
         return PyThreadState_Get()->context;
     }
     """
-    long long airn_monotonic_ns() noexcept nogil
     PyObject* airn_context() noexcept
 
 cdef unsigned int fork_generation   # see loop.pyx
@@ -42,7 +32,6 @@ cdef class LoopBound:
     cdef int wake_fd                # watched by the loop
     cdef int loop_epoll_fd          # where it is watched edge-triggered, -1: level-triggered, must be read
     cdef bint wake_tuned
-    cdef bint is_libuv
     cdef public bint calls_resumed  # the loop calls resumed() whenever it begins to run
     cdef bint nests                 # a callback has run the loop
     cdef unsigned long long n_wakes
@@ -77,7 +66,6 @@ cdef class LoopBound:
     cdef bint watch_instead(self, Readiness ready) noexcept
     cdef void tune_wake(self) noexcept
     cdef void watch_level(self) noexcept
-    cdef void end_alone(self) noexcept
 
     # what engines implement
     cdef void need_pass(self) noexcept

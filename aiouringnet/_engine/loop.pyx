@@ -281,7 +281,6 @@ cdef class LoopBound:
         try:
             get_backend_id = getattr(self.loop, "_get_backend_id", None)  # uvloop
             if get_backend_id is not None:
-                self.is_libuv = True
                 fd = get_backend_id()
             elif self.calls_resumed and not self.nests:
                 fd = self.loop._selector.fileno()  # selectors.EpollSelector
@@ -307,7 +306,6 @@ cdef class LoopBound:
         cdef epoll_event event
         if self.loop_epoll_fd < 0:
             return
-        self.end_alone()
         memset(&event, 0, sizeof(event))
         event.events = EPOLLIN
         event.data.fd = self.wake_fd
@@ -321,9 +319,6 @@ cdef class LoopBound:
 
     cdef void on_wake(self) noexcept:
         """The loop has found the descriptor ready."""
-
-    cdef void end_alone(self) noexcept:
-        """Nothing but our own descriptor may wake us from now on."""
 
     cdef int run_pass(self) except -1:
         return 0

@@ -179,8 +179,6 @@ cdef class Stream(Output):
         cdef Py_ssize_t size, n, total = 0
         cdef char byte
         cdef int error
-        # Where the loop watches it, level-triggered, what is left is told again.
-        cdef bint until_eagain = self.until_eagain and not (engine.alone is self and engine.alone_fd >= 0)
         self.readable = False
         if self.reading and sink.reads_itself:
             error = sink.on_readable()
@@ -211,9 +209,9 @@ cdef class Stream(Output):
                     engine.n_bytes_in += n
                     engine.account(self, n)
                     # Stays set when the sink stops reading now.
-                    self.readable = n == size or until_eagain
+                    self.readable = n == size or self.until_eagain
                     sink.release_room(&room, n)
-                    if n == size or until_eagain or n >= STREAMING_BYTES:
+                    if n == size or self.until_eagain or n >= STREAMING_BYTES:
                         continue
                     break
                 sink.release_room(&room, 0)
@@ -230,17 +228,6 @@ cdef class Stream(Output):
                     continue  # a control record, it is out of the way
             break
         return total
-
-    cdef bint can_be_alone(self) noexcept:
-        return self.delivers() and self.end == 0 and not (
-            self.sink.buffered or self.sink.reads_itself or self.kernel_receives
-        )
-
-    cdef void on_readable(self) noexcept:
-        self.readable = True
-        if not self.resyncing:
-            self.resyncing = True
-            self.engine.resync.append(self)
 
     cdef void put_off(self) noexcept:
         """What the socket has is for a later pass."""
