@@ -29,7 +29,7 @@ from libc.errno cimport ENOENT
 from libc.stdlib cimport free
 
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
-from aiouringnet._engine.loop cimport airn_context, current_thread, fork_generation
+from aiouringnet._engine.loop cimport airn_context, airn_monotonic_ns, current_thread, fork_generation
 from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
 from aiouringnet._engine.selecting cimport Selecting
 
@@ -37,20 +37,6 @@ import sys
 from asyncio import _get_running_loop
 
 from aiouringnet._engine.descriptors import Descriptors
-
-
-cdef extern from *:
-    """
-    #include <time.h>
-
-    static inline long long airn_now_ns(void)
-    {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return now.tv_sec * 1000000000LL + now.tv_nsec;
-    }
-    """
-    long long airn_now_ns() noexcept nogil
 
 
 cdef enum:
@@ -290,7 +276,7 @@ cdef class Engine(Selecting):
             if not self.is_nested():
                 return False  # the pass sends at its end
             self.need_pass()  # the loop that runs in a callback is to find us
-        now = airn_now_ns()
+        now = airn_monotonic_ns()
         if self.fed_several and (self.flush_scheduled or now - self.fed_ns <= SEVERAL_NS):
             return False
         if now - stream.burst_ns > BURST_NS:
@@ -366,7 +352,7 @@ cdef class Engine(Selecting):
         if self.unchecked < CLOCK_EVERY or self.closed:
             return self.over
         self.unchecked = 0
-        now = airn_now_ns()
+        now = airn_monotonic_ns()
         if self.deadline_ns == 0:
             self.deadline_ns = now + PASS_NS
         elif now >= self.deadline_ns:
@@ -426,7 +412,7 @@ cdef class Engine(Selecting):
         if self.fed:
             self.fed_several = self.fed > 1
             if self.fed_several:
-                self.fed_ns = airn_now_ns()
+                self.fed_ns = airn_monotonic_ns()
         self.pass_context = pass_context
         self.entered = entered
         self.leave()

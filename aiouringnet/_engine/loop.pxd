@@ -8,12 +8,22 @@ from aiouringnet._engine.readiness cimport Readiness
 
 cdef extern from *:
     """
+    #include <time.h>
+
+    static inline long long airn_monotonic_ns(void)
+    {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec * 1000000000LL + now.tv_nsec;
+    }
+
     /* The current context of context variables; borrowed, NULL for none yet. */
     static inline PyObject *airn_context(void)
     {
         return PyThreadState_Get()->context;
     }
     """
+    long long airn_monotonic_ns() noexcept nogil
     PyObject* airn_context() noexcept
 
 cdef unsigned int fork_generation   # see loop.pyx

@@ -20,25 +20,12 @@ with any selector: what the loop finds ready is the Waker's turn.
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, errno
 
-from aiouringnet._engine.loop cimport LoopBound
+from aiouringnet._engine.loop cimport airn_monotonic_ns, LoopBound
 from aiouringnet._engine.readiness cimport EPOLLIN, EPOLLOUT, epoll_event
 
 import os
 from selectors import EVENT_READ, EVENT_WRITE, EpollSelector
 
-
-cdef extern from *:
-    """
-    #include <time.h>
-
-    static inline long long airn_monotonic_ns(void)
-    {
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return now.tv_sec * 1000000000LL + now.tv_nsec;
-    }
-    """
-    long long airn_monotonic_ns() noexcept nogil
 
 cdef extern from "sys/epoll.h" nogil:
     int epoll_wait(int epfd, epoll_event* events, int limit, int timeout_ms)
