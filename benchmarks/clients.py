@@ -85,10 +85,11 @@ def found(name: str, *folders: str) -> str:
 def started(command: list[str], ready: Callable[[], bool], cpu: int, **options: typing.Any) -> Iterator[None]:
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            ["taskset", "-c", str(cpu), *command],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
             **options,
         )
         try:

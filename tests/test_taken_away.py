@@ -1,6 +1,7 @@
 """What a process had when its connections began and has no more: io_uring, memory, time to close thousands of them."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import errno
 import gc
@@ -13,17 +14,17 @@ import pytest
 import seccomp
 from helpers import Recorder, pattern
 
-IO_URING_ENTER = 426  # on every architecture
+IO_URING_SETUP, IO_URING_ENTER = 425, 426  # on every architecture
 CONNECTIONS = 8
 
 # --------------------------------------------------------------------------
 # io_uring: a process that sandboxes itself when its server is up
 
 
-def forbid_io_uring():
+def forbid_io_uring(call=IO_URING_ENTER):
     seccomp.install([
         (seccomp.LOAD_WORD, 0, 0, 0),
-        (seccomp.JUMP_IF_EQUAL, 0, 1, IO_URING_ENTER),
+        (seccomp.JUMP_IF_EQUAL, 0, 1, call),
         (seccomp.RETURN, 0, 0, seccomp.ERRNO | errno.EPERM),
         (seccomp.RETURN, 0, 0, seccomp.ALLOW),
     ])  # fmt: skip
@@ -121,6 +122,35 @@ def refused_later(make_loop):
 @pytest.mark.matrix(base="asyncio", engine="uring", debug=False, sqpoll=True)
 def test_connections_go_on_when_io_uring_is_refused_after_their_start(case):
     assert helpers.in_child(case, refused_later) == "all went on\n"
+
+
+def refused_in_another_thread(make_loop):
+    """A ring belongs to its thread: the loop's next one would need another, and may not have it."""
+    loop = make_loop()
+    reports = []
+    loop.set_exception_handler(lambda _, context: reports.append(context["message"]))
+    states = [States(loop, kind) for kind in ("tcp", "unix")]
+
+    async def begin():
+        for each in states:
+            await each.begin()
+
+    async def go_on():
+        for each in states:
+            await each.go_on()
+
+    helpers.run_on(loop, begin(), 15)
+    forbid_io_uring(IO_URING_SETUP)
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        executor.submit(helpers.run_on, loop, go_on(), 15).result()
+        assert len(reports) == 1 and "io_uring" in reports[0], reports
+        executor.submit(loop.close).result()
+    print("all went on")
+
+
+@pytest.mark.matrix(base="asyncio", engine="uring", debug=False)
+def test_connections_go_on_when_another_thread_may_not_have_a_ring(case):
+    assert helpers.in_child(case, refused_in_another_thread) == "all went on\n"
 
 
 # --------------------------------------------------------------------------

@@ -107,8 +107,10 @@ def sets_limits(program, transport, protocol, where):
     low = None if not high else program.rng.choice((None, 0, high // 2, high))
     if program.round.patched or not transport.is_closing():  # asyncio's TLS tells a protocol that it no longer has
         program.sets_limits = True
-        transport.set_write_buffer_limits(high, low)
-        program.sets_limits = False
+        try:
+            transport.set_write_buffer_limits(high, low)
+        finally:
+            program.sets_limits = False
 
 
 @act(4, ACTS, harmless=True)
