@@ -70,6 +70,20 @@ async def test_small_and_bulk_messages_in_turn_keep_every_byte_in_order(loop, wi
         assert helpers.engines.active_engine(loop).stats()["mode_switches"] >= 4
 
 
+@over("tcp")
+async def test_while_a_reader_is_paused_the_loop_rests_whatever_is_to_come(loop, wire):
+    """Linux 7.2 says without end that work is to be run, once a receive has used up all buffers."""
+    w = await wire(recorder(data_received=lambda protocol, _: protocol.transport.pause_reading()))
+    sent = w.send_at_once(bytes(2 * MIB))
+    await asyncio.sleep(0.1)
+    passes = aiouringnet.stats(loop)["passes"]
+    await asyncio.sleep(0.05)
+    assert aiouringnet.stats(loop)["passes"] < passes + 10, "the loop spins"
+    while len(w.protocol.data) < sent:
+        w.transport.resume_reading()
+        await asyncio.sleep(0.001)
+
+
 class Hesitating(helpers.Recorder):
     """Stops reading in every callback: until the next iteration, or for an instant."""
 

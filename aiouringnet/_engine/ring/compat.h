@@ -27,6 +27,19 @@ static inline unsigned airn_sq_flags(struct io_uring *ring)
 	return __atomic_load_n(ring->sq.kflags, __ATOMIC_RELAXED);
 }
 
+/* TASKRUN, cleared before an enter that runs all deferred work: what is set behind it is news. */
+static inline unsigned airn_forget_taskrun(struct io_uring *ring)
+{
+	if (!(airn_sq_flags(ring) & IORING_SQ_TASKRUN))
+		return 0;
+	return __atomic_fetch_and(ring->sq.kflags, ~IORING_SQ_TASKRUN, __ATOMIC_SEQ_CST) & IORING_SQ_TASKRUN;
+}
+
+static inline void airn_recall_taskrun(struct io_uring *ring, unsigned taskrun)
+{
+	__atomic_or_fetch(ring->sq.kflags, taskrun, __ATOMIC_SEQ_CST);
+}
+
 static inline int airn_cq_ready(struct io_uring *ring)
 {
 	return io_uring_smp_load_acquire(ring->cq.ktail) != *ring->cq.khead;

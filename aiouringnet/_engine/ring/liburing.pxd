@@ -107,6 +107,8 @@ cdef extern from "compat.h" nogil:
     unsigned int airn_unsubmitted(io_uring* ring)
     uint64_t airn_unsubmitted_data(io_uring* ring, unsigned int i)
     unsigned int airn_sq_flags(io_uring* ring)
+    unsigned int airn_forget_taskrun(io_uring* ring)
+    void airn_recall_taskrun(io_uring* ring, unsigned int taskrun)
     bint airn_cq_ready(io_uring* ring)
     unsigned int airn_take_cqes(io_uring* ring, io_uring_cqe* out, unsigned int limit)
     bint airn_has_ended(io_uring* ring, uint64_t user_data)

@@ -136,12 +136,18 @@ cdef class Queues(Engine):
     cdef bint enter(self) noexcept:
         """Submit, run deferred work and post its completions.  False: try again later."""
         cdef int code
+        cdef unsigned int taskrun
         if self.forked() or self.refused:
             return False
         while True:
             self.n_enters += 1
             if self.poller is None:
+                # The kernel's own clearing of it may come too early: Linux 7.2 leaves it set, with nothing to run, behind
+                # a multishot receive that has run out of buffers.
+                taskrun = airn_forget_taskrun(&self.ring)
                 code = io_uring_submit_and_get_events(&self.ring)
+                if code < 0:
+                    airn_recall_taskrun(&self.ring, taskrun)
             else:
                 code = io_uring_submit(&self.ring)
             if code >= 0:
