@@ -15,6 +15,7 @@ from setuptools import Extension, setup
 
 # Each extension module and the C headers it needs rebuilt for.
 MODULES = [
+    "aiouringnet._engine.alone",
     "aiouringnet._engine.connection",
     "aiouringnet._engine.descriptors",
     "aiouringnet._engine.engine",
@@ -24,6 +25,7 @@ MODULES = [
     "aiouringnet._engine.listener",
     "aiouringnet._engine.loop",
     "aiouringnet._engine.output",
+    "aiouringnet._engine.ownership",
     "aiouringnet._engine.readiness",
     "aiouringnet._engine.ring.connection",
     "aiouringnet._engine.ring.gate",

@@ -58,6 +58,7 @@ async def test_pipelined_small_messages_are_answered_in_order(loop, wire):
 async def test_small_and_bulk_messages_in_turn_keep_every_byte_in_order(loop, wire, case, endpoint):
     """The ring receives small messages through completions, bulk by direct reads; it changes over in between."""
     w = await wire(helpers.Echo)
+    company = await wire()  # else it would be read directly from the start
     seed = 0
     for size, count in ((64, 50), (300_000, 3), (64, 100), (5000, 20), (1, 60), (MIB, 2), (4096, 10), (100, 70)):
         for _ in range(count):
@@ -66,6 +67,9 @@ async def test_small_and_bulk_messages_in_turn_keep_every_byte_in_order(loop, wi
             receiving = loop.create_task(w.receive(size))
             await w.send(message)
             assert await receiving == message
+            company.protocol.data.clear()
+            await company.send(b"?")
+            await company.protocol.received(1)
     if (case.engine, case.sqpoll, endpoint.kind) == ("uring", False, "tcp"):
         assert helpers.engines.active_engine(loop).stats()["mode_switches"] >= 4
 

@@ -52,7 +52,7 @@ SELECTED = {
             " and not debug and not floods"
         ),
     ),
-    "letting_go": (["letting_go"], "asyncio-uring or uvloop-epoll or uvloop-sqpoll"),
+    "letting_go": (["letting_go", "alone"], "asyncio-uring or uvloop-epoll or uvloop-sqpoll"),
     "random_protocols": (
         ["random_protocols"],
         "(asyncio-uring or uvloop-epoll or uvloop-sqpoll) and let_go",

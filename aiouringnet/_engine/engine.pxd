@@ -2,9 +2,9 @@
 
 from cpython.object cimport PyObject
 
+from aiouringnet._engine.alone cimport Alone
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
 from aiouringnet._engine.readiness cimport Readiness
-from aiouringnet._engine.selecting cimport Selecting
 
 
 cdef enum:
@@ -13,32 +13,30 @@ cdef enum:
     WRITES_AT_ONCE = 4
 
 
-cdef class Engine(Selecting):
+cdef class Engine(Alone):
     cdef readonly object options
     cdef readonly object transports  # descriptor -> transport: asyncio's table of its loop, or Descriptors
     # Contexts (of context variables) that are current in a callback of the innermost pass, borrowed: the one in
     # which it was called, and the transport's that it has entered.  In any other, a loop runs within the callback.
     cdef PyObject* pass_context
     cdef PyObject* entered
-    cdef list kept                  # what a pass has let go of, which its callers may still be using
     cdef long long deadline_ns      # of the pass under way (CLOCK_MONOTONIC), 0: not set yet
     cdef int unchecked              # work since the clock was looked at
     cdef bint over                  # the pass has used up its time: what is left is for the next one
     cdef unsigned int fed           # streams that have got data in this pass
     # A poller hands over one stream's data at a time: several have some if another was the one before
     cdef bint by_turns
-    cdef void* last_fed             # for comparison only
     cdef bint fed_several           # the last pass with data had it for several: gathering pays
     cdef long long fed_ns           # when that pass ended
     cdef int gathering              # GATHER_*
+    cdef bint spares_fetch          # this wake was for the stream that is alone, it seems
+    cdef int fetches_spared         # for its sake in a row
     cdef bint early_pass            # the next one comes right behind the tasks that data has woken: they may write
     cdef int early_worth            # how often they did lately, 0..EARLY_WORTH_MAX
     cdef list dirty, dirty_spare    # streams with something to send
     cdef list layers, layers_spare  # layers with something to pass on to their streams
     cdef list resync                # streams whose reading state changed
     cdef list over_budget           # streams that have used up their read_budget of this pass
-    cdef set live                   # handles with operations in flight: their owner
-    cdef set cancelled              # those of them that were asked to end
     cdef bint silent                # no protocol is called now: the loop does not run
     cdef size_t read_budget
     cdef size_t worker_bytes        # kernel TLS sends of so much are left to a worker thread; 0: none are
@@ -50,17 +48,14 @@ cdef class Engine(Selecting):
     cdef Py_ssize_t n_urgent
     cdef unsigned long long n_passes, n_flushes, n_direct_sends, n_direct_reads, n_bytes_in, n_bytes_out, n_streams
 
-    cdef void begin(self, Handle handle) noexcept
-    cdef void end(self, Handle handle) noexcept
-    cdef void cancel_failed(self, int result) noexcept
     cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept
     cdef void renew_readiness(self) noexcept
     cdef void shut_readiness(self) noexcept
     cdef void work_without_ring(self) noexcept
+    cdef bint spare_fetch(self) noexcept
     cdef bint hand_out_events(self, int* delivered) noexcept
     cdef void mark_dirty(self, Flow stream) noexcept
     cdef void mark_layer(self, Layer layer) noexcept
-    cdef void mark_resync(self, Flow stream) noexcept
     cdef void need_flush(self) noexcept
     cdef void schedule(self) noexcept
     cdef bint is_nested(self) noexcept
@@ -73,8 +68,6 @@ cdef class Engine(Selecting):
     cdef bint out_of_time(self, size_t size) noexcept
     cdef object set_guard(self)
     cdef void cancel_guard(self, object handle) noexcept
-    cdef void keep(self, object thing) noexcept
-    cdef void leave(self) noexcept
     cdef void resync_all(self) noexcept
 
     # what the engines implement

@@ -8,16 +8,7 @@ outside a pass waits for one that is scheduled with call_soon.
 
 Invariants:
 
-* A Handle with operations in flight is in `engine.live`, which owns it (and
-  through it every buffer that the kernel may still touch) until the final
-  completion.  It is an ordinary set, so the garbage collector sees through
-  it; Engine.__del__ ends all operations before anything in a garbage cycle
-  is cleared.
-* Whatever a callback lets go of while a pass runs (a sink whose stream was
-  closed, a layer that another protocol replaces) is kept in
-  `engine.kept` until the outermost pass has ended: no object is freed
-  inside its own method, whoever called that through a borrowed reference.
-  Outside passes the caller of a transport's method holds the transport.
+* What is in flight, or whose method runs, is owned: ownership.pyx.
 * Callbacks do anything: close this or any other stream, fork, raise
   SystemExit, run the loop.  After each, what was read before is read again;
   in a forked child nothing shared with the parent is touched.
@@ -25,13 +16,12 @@ Invariants:
 
 from cython cimport final
 from cpython.ref cimport Py_XDECREF
-from libc.errno cimport ENOENT
 from libc.stdlib cimport free
 
+from aiouringnet._engine.alone cimport Alone
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
 from aiouringnet._engine.loop cimport airn_context, airn_monotonic_ns, current_thread, fork_generation
 from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
-from aiouringnet._engine.selecting cimport Selecting
 
 import sys
 from asyncio import _get_running_loop
@@ -47,6 +37,7 @@ cdef enum:
     PASS_NS = 1000000
     CLOCK_EVERY = 8
     BYTES_OF_WORK = 14  # bytes received that count as much as a completion, as a power of two
+    FETCHES_SPARED = 8  # in a row: for so many wakes others may have to wait
     BURST_NS = 1000000  # see WRITES_AT_ONCE
     # For so long after several connections have got data their answers are gathered, in nanoseconds.
     SEVERAL_NS = 5000000
@@ -60,7 +51,7 @@ cdef dict modules = sys.modules
 cdef dict GATHERING = {"auto": GATHER_AUTO, "always": GATHER_ALWAYS, "never": GATHER_NEVER}
 
 
-cdef class Engine(Selecting):
+cdef class Engine(Alone):
     kind = "none"
 
     def __init__(self, loop, options):
@@ -73,15 +64,12 @@ cdef class Engine(Selecting):
         self.generation = fork_generation
         self.gathering = GATHERING[getattr(options, "gather", "auto")]
         self.pass_context = self.entered = <PyObject*>self  # which is no context
-        self.kept = []
         self.over_budget = []
         self.dirty = []
         self.dirty_spare = []
         self.layers = []
         self.layers_spare = []
         self.resync = []
-        self.live = set()
-        self.cancelled = set()
         self.read_budget = options.read_budget
         self.early_worth = EARLY_WORTH_MAX // 2
 
@@ -92,29 +80,6 @@ cdef class Engine(Selecting):
 
     def __del__(self):
         self.close()
-
-    # --- ownership of operations in flight ---------------------------------
-
-    cdef void begin(self, Handle handle) noexcept:
-        if handle.in_flight == 0:
-            self.live.add(handle)
-        handle.in_flight += 1
-
-    cdef void end(self, Handle handle) noexcept:
-        handle.in_flight -= 1
-        if handle.in_flight == 0:
-            self.live.discard(handle)
-            if self.cancelled:
-                self.cancelled.discard(handle)
-
-    cdef void cancel_failed(self, int result) noexcept:
-        """ENOENT: the operation had just ended, or the kernel was about to try it again.  Ask once more.
-
-        EALREADY: a worker thread runs it and was told to stop.
-        """
-        if result == -ENOENT and not self.closed:
-            for handle in list(self.cancelled):
-                (<Handle>handle).cancel_again()
 
     # --- readiness -----------------------------------------------------------
 
@@ -140,7 +105,9 @@ cdef class Engine(Selecting):
         return 0
 
     cdef void renew_readiness(self) noexcept:
-        cdef Readiness fresh = self.readiness.successor()
+        cdef Readiness fresh
+        self.end_alone()
+        fresh = self.readiness.successor()
         if fresh is None:
             return
         if self.watch_instead(fresh):
@@ -169,7 +136,7 @@ cdef class Engine(Selecting):
                 self.resync_all()
             if self.forked():
                 return
-            more = self.hand_out_events(&delivered)
+            more = not self.spare_fetch() and self.hand_out_events(&delivered)
             if self.forked():
                 return
             if self.dirty or self.layers:
@@ -184,6 +151,19 @@ cdef class Engine(Selecting):
         elif delivered and self.early_worth > 0 and self.selector is None:
             self.early_pass = True
             self.schedule()
+
+    @final
+    cdef bint spare_fetch(self) noexcept:
+        """Whether nobody is asked for events, as the wake was for the stream that is alone.
+
+        Level-triggered, what others have wakes us once more; that one then has nothing, or has had its turn.
+        """
+        cdef bint spared = (
+            self.spares_fetch and self.fed and not self.over_budget and self.fetches_spared < FETCHES_SPARED
+        )
+        self.spares_fetch = False
+        self.fetches_spared = self.fetches_spared + 1 if spared else 0
+        return spared
 
     @final
     cdef bint hand_out_events(self, int* delivered) noexcept:
@@ -339,6 +319,7 @@ cdef class Engine(Selecting):
                 self.fed += 1
                 if self.by_turns and self.last_fed != NULL and self.last_fed != <void*>stream:
                     self.fed = 2
+                self.met(stream)
                 self.last_fed = <void*>stream
                 stream.written = 0  # what follows answers it
             stream.taken += <unsigned int>size
@@ -391,6 +372,7 @@ cdef class Engine(Selecting):
         if not self.nests and (self.depth or NEST_ASYNCIO in modules):
             self.nests = True
             self.watch_level()
+            self.end_alone()
         self.depth += 1
         self.pass_context = self.entered = airn_context()
         self.n_passes += 1
@@ -441,19 +423,6 @@ cdef class Engine(Selecting):
             handle.cancel()
         except (SystemExit, KeyboardInterrupt) as exc:
             self.interrupted(exc)
-
-    cdef void keep(self, object thing) noexcept:
-        """A callback has let go of something whose method may be running."""
-        if self.depth:
-            self.kept.append(thing)
-
-    @final
-    cdef void leave(self) noexcept:
-        """The pass, or what is like one, has ended: what it let go of may go."""
-        self.depth -= 1
-        if self.depth == 0 and self.kept:
-            kept, self.kept = self.kept, []
-            kept.clear()
 
     cdef void resync_all(self) noexcept:
         cdef list batch
@@ -519,6 +488,8 @@ cdef class Engine(Selecting):
             if isinstance(handle, Flow):
                 # What still arrives is for nobody: callbacks could not use the loop.
                 (<Flow>handle).reading = False
+        self.end_alone()
+        self.drop_alone_set()
         self.shut()
         self.dirty.clear()
         self.layers.clear()
@@ -536,6 +507,7 @@ cdef class Engine(Selecting):
             "flushes": self.n_flushes,
             "direct_sends": self.n_direct_sends,
             "direct_reads": self.n_direct_reads,
+            "alone": self.n_alone,
             "bytes_in": self.n_bytes_in,
             "bytes_out": self.n_bytes_out,
             "streams": self.n_streams,

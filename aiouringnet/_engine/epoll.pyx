@@ -14,7 +14,7 @@ from aiouringnet._engine.connection cimport Connection
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Flow, Sink
 from aiouringnet._engine.listener cimport Listener
-from aiouringnet._engine.readiness cimport Readiness
+from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN, Readiness
 from aiouringnet._engine.stream cimport Stream
 
 from aiouringnet._engine.address import pack_address
@@ -33,6 +33,17 @@ cdef class Epoll(Engine):
     cdef void on_wake(self) noexcept:
         if not self.wake_tuned:
             self.tune_wake()
+        if self.alone_fd >= 0:
+            self.wake_alone(False)
+            self.spares_fetch = True
+
+    cdef bint can_watch_alone(self) noexcept:
+        return self.loop_epoll_fd >= 0 and self.selector is None
+
+    cdef void follow_alone(self) noexcept:
+        # Level-triggered meanwhile: not every wake fetches events.
+        if self.loop_epoll_fd >= 0:
+            self.trigger_by(self.loop_epoll_fd, EPOLLIN if self.alone_fd >= 0 else EPOLLIN | EPOLLET)
 
     cdef void work(self) noexcept:
         self.work_without_ring()

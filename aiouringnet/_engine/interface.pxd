@@ -62,6 +62,10 @@ cdef class Flow(Handle):
     cdef void resync(self) noexcept
     # Whether that was the last operation in flight of a closed one: its sink is told
     cdef void maybe_detached(self) noexcept
+    # Whether the loop may watch its descriptor: alone.pyx
+    cdef bint can_be_alone(self) noexcept
+    # The loop has found that it is readable: the pass that begins now is to read
+    cdef void on_readable(self) noexcept
 
 
 # Where a stream delivers what it reads.  A transport subclasses it.

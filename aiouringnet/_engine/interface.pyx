@@ -46,6 +46,12 @@ cdef class Flow(Handle):
     cdef void maybe_detached(self) noexcept:
         pass
 
+    cdef bint can_be_alone(self) noexcept:
+        return False
+
+    cdef void on_readable(self) noexcept:
+        pass
+
 
 cdef class Sink:
     cdef void on_data(self, const char* data, Py_ssize_t size) noexcept:

@@ -42,6 +42,7 @@ cdef class LoopBound:
     cdef int wake_fd                # watched by the loop
     cdef int loop_epoll_fd          # where it is watched edge-triggered, -1: level-triggered, must be read
     cdef bint wake_tuned
+    cdef bint is_libuv
     cdef public bint calls_resumed  # the loop calls resumed() whenever it begins to run
     cdef bint nests                 # a callback has run the loop
     cdef unsigned long long n_wakes
@@ -76,6 +77,7 @@ cdef class LoopBound:
     cdef bint watch_instead(self, Readiness ready) noexcept
     cdef void tune_wake(self) noexcept
     cdef void watch_level(self) noexcept
+    cdef bint trigger_by(self, int epoll_fd, unsigned int events) noexcept
 
     # what engines implement
     cdef void need_pass(self) noexcept

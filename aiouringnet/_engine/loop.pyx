@@ -276,11 +276,11 @@ cdef class LoopBound:
         level-triggered and is read.  Called in the first wake, when libuv too
         has put the descriptor into its epoll set.
         """
-        cdef epoll_event event
         self.wake_tuned = True
         try:
             get_backend_id = getattr(self.loop, "_get_backend_id", None)  # uvloop
             if get_backend_id is not None:
+                self.is_libuv = True
                 fd = get_backend_id()
             elif self.calls_resumed and not self.nests:
                 fd = self.loop._selector.fileno()  # selectors.EpollSelector
@@ -288,10 +288,7 @@ cdef class LoopBound:
                 return  # see resumed()
         except Exception:
             return
-        memset(&event, 0, sizeof(event))
-        event.events = EPOLLIN | EPOLLET
-        event.data.fd = self.wake_fd
-        if epoll_ctl(fd, EPOLL_CTL_MOD, self.wake_fd, &event) == 0:
+        if self.trigger_by(fd, EPOLLIN | EPOLLET):
             self.loop_epoll_fd = fd
 
     def before_fork(self):
@@ -303,14 +300,16 @@ cdef class LoopBound:
 
     cdef void watch_level(self) noexcept:
         """Watch level-triggered from now on."""
-        cdef epoll_event event
-        if self.loop_epoll_fd < 0:
-            return
-        memset(&event, 0, sizeof(event))
-        event.events = EPOLLIN
-        event.data.fd = self.wake_fd
-        if epoll_ctl(self.loop_epoll_fd, EPOLL_CTL_MOD, self.wake_fd, &event) == 0:
+        if self.loop_epoll_fd >= 0 and self.trigger_by(self.loop_epoll_fd, EPOLLIN):
             self.loop_epoll_fd = -1
+
+    cdef bint trigger_by(self, int epoll_fd, unsigned int events) noexcept:
+        """How the loop's set watches our descriptor."""
+        cdef epoll_event event
+        memset(&event, 0, sizeof(event))
+        event.events = events
+        event.data.fd = self.wake_fd
+        return epoll_ctl(epoll_fd, EPOLL_CTL_MOD, self.wake_fd, &event) == 0
 
     # --- what engines implement ------------------------------------------------
 

@@ -179,6 +179,8 @@ cdef class Stream(Output):
         cdef Py_ssize_t size, n, total = 0
         cdef char byte
         cdef int error
+        # Where the loop watches it, level-triggered, what is left is told again.
+        cdef bint until_eagain = self.until_eagain and not (engine.alone is self and engine.alone_fd >= 0)
         self.readable = False
         if self.reading and sink.reads_itself:
             error = sink.on_readable()
@@ -209,9 +211,9 @@ cdef class Stream(Output):
                     engine.n_bytes_in += n
                     engine.account(self, n)
                     # Stays set when the sink stops reading now.
-                    self.readable = n == size or self.until_eagain
+                    self.readable = n == size or until_eagain
                     sink.release_room(&room, n)
-                    if n == size or self.until_eagain or n >= STREAMING_BYTES:
+                    if n == size or until_eagain or n >= STREAMING_BYTES:
                         continue
                     break
                 sink.release_room(&room, 0)
@@ -228,6 +230,17 @@ cdef class Stream(Output):
                     continue  # a control record, it is out of the way
             break
         return total
+
+    cdef bint can_be_alone(self) noexcept:
+        return self.delivers() and self.end == 0 and not (
+            self.sink.buffered or self.sink.reads_itself or self.kernel_receives
+        )
+
+    cdef void on_readable(self) noexcept:
+        self.readable = True
+        if not self.resyncing:
+            self.resyncing = True
+            self.engine.resync.append(self)
 
     cdef void put_off(self) noexcept:
         """What the socket has is for a later pass."""
@@ -288,9 +301,14 @@ cdef class Stream(Output):
     # --- by readiness ------------------------------------------------------
 
     cdef void sync_reading(self) noexcept:
+        cdef Engine engine = self.engine
         if self.closed:
             return
+        if engine.alone is self and not (self.reading and self.end == 0):
+            engine.end_alone()
         self.sync_watch()
+        if engine.alone is self and engine.alone_fd < 0:
+            engine.watch_alone(self.fd)
         if self.reading and self.readable and not self.over_budget:
             self.read()
 
@@ -298,7 +316,7 @@ cdef class Stream(Output):
         """Make the events that are watched for those that are wanted."""
         cdef unsigned int want = 0
         cdef int error
-        if self.reading and self.end == 0:
+        if self.reading and self.end == 0 and self.engine.alone is not self:
             want = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
         if self.sending:
             want |= EPOLLOUT | EPOLLET
@@ -339,9 +357,13 @@ cdef class Stream(Output):
     cdef void cancel_all(self) noexcept:
         self.end_send()
         self.discard_output()
+        if self.engine.alone is self:
+            self.engine.end_alone()
         self.engine.watch_for(self, self.fd, 0)
 
     cdef void let_go(self) noexcept:
         """End the operations that hold the descriptor's file, at once."""
         self.end_send()
+        if self.engine.alone is self:
+            self.engine.end_alone()
         self.engine.watch_for(self, self.fd, 0)

@@ -142,8 +142,7 @@ cdef class Queues(Engine):
         while True:
             self.n_enters += 1
             if self.poller is None:
-                # The kernel's own clearing of it may come too early: Linux 7.2 leaves it set, with nothing to run, behind
-                # a multishot receive that has run out of buffers.
+                # Linux 7.2 leaves it set, with nothing to run, behind a multishot receive that has run out of buffers.
                 taskrun = airn_forget_taskrun(&self.ring)
                 code = io_uring_submit_and_get_events(&self.ring)
                 if code < 0:

@@ -131,10 +131,19 @@ cdef class Ring(Waiting):
         if self.readiness is not None:
             if not self.wake_tuned:
                 self.tune_wake()
-        elif self.loop_epoll_fd < 0:
+            return
+        if self.loop_epoll_fd < 0:
             c_read(self.event_fd, &value, sizeof(value))
             if not self.wake_tuned:
                 self.tune_wake()
+        if self.alone_fd >= 0:
+            self.wake_alone(self.pending())
+
+    cdef bint can_watch_alone(self) noexcept:
+        return (
+            self.readiness is None and self.poller is None and self.ring_up and not self.refused
+            and self.loop_epoll_fd >= 0 and self.selector is None
+        )
 
     cdef void work(self) noexcept:
         cdef int rounds = 0
@@ -259,6 +268,7 @@ cdef class Ring(Waiting):
         cdef RingStream stream
         cdef set unsubmitted = set()
         cdef unsigned int i
+        self.end_alone()
         try:
             ready = Readiness()
         except OSError as exc:
@@ -397,6 +407,7 @@ cdef class Ring(Waiting):
         self.thread_id = current_thread()
         if not self.deferred or self.refused:
             return 0
+        self.end_alone()
         while self.reap():
             pass
         handles = list(self.live)

@@ -57,6 +57,7 @@ cdef class RingStream(Gated):
     cdef void listen_for_reset(self) noexcept
     cdef void on_poll(self, int result, unsigned int flags) noexcept
     cdef void read_bulk(self) noexcept
+    cdef void read_alone(self) noexcept
     cdef void replace_read(self) noexcept
     cdef void on_read_ended(self, int result) noexcept
     cdef void submit_chunks(self, bint poll_first) noexcept

@@ -76,13 +76,17 @@ cdef class RingStream(Gated):
         cdef int want = 0
         cdef Queues engine = <Queues>self.engine
         cdef io_uring_sqe* sqe
+        cdef bint alone
         if engine.readiness is not None:
             Stream.sync_reading(self)
             return
         if self.closed:
             self.cancel_all()
             return
-        if self.reading and self.end == 0:
+        if engine.alone is self and not (self.reading and self.end == 0):
+            engine.end_alone()
+        alone = engine.alone is self
+        if self.reading and self.end == 0 and not alone:
             want = TAG_POLL if self.bulk or self.sink.reads_itself else TAG_RECV
         if self.read_tag:
             if (self.read_tag != want or self.read_state == READ_STALE) and self.read_state != READ_ENDING:
@@ -95,6 +99,8 @@ cdef class RingStream(Gated):
                 self.read_bulk()
             return
         if want == 0:
+            if alone:
+                self.read_alone()
             return
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
@@ -205,6 +211,15 @@ cdef class RingStream(Gated):
                 self.small_reads = 0
                 (<Queues>self.engine).n_switches += 1
                 self.engine.mark_resync(self)
+
+    cdef void read_alone(self) noexcept:
+        cdef Queues engine = <Queues>self.engine
+        if engine.alone_fd < 0:
+            engine.watch_alone(self.fd)
+        elif self.readable and not self.over_budget:
+            self.read_bulk()
+            if engine.alone is self and not (self.reading and self.end == 0):
+                engine.end_alone()
 
     cdef void on_read_ended(self, int result) noexcept:
         """The read operation's final completion."""
@@ -378,6 +393,8 @@ cdef class RingStream(Gated):
         """Cancel what is in flight; called again in the next pass until the kernel has taken it."""
         cdef Queues engine = <Queues>self.engine
         cdef bint asked = False
+        if engine.alone is self:
+            engine.end_alone()
         if engine.closed:
             return
         if engine.readiness is not None:

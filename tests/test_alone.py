@@ -1,0 +1,207 @@
+"""A connection that alone has traffic is read directly, the loop watching its socket, and nobody else comes off worse.
+
+On a loop whose epoll set is to be had: uvloop's, or asyncio's own selector.
+"""
+
+import asyncio
+import gc
+import os
+import socket
+import threading
+
+import helpers
+import pytest
+from helpers import Echo, pattern
+from wire import over, recorder, wire  # noqa: F401
+
+import aiouringnet
+
+pytestmark = pytest.mark.limit(20)
+
+OFTEN = 40
+
+
+@pytest.fixture
+def loop(make_loop, monkeypatch):
+    monkeypatch.setattr(helpers, "SELECTORS", "loops-own")
+    monkeypatch.setattr(helpers, "alone_after", lambda: 16)
+    return make_loop()
+
+
+def reads(loop):
+    return aiouringnet.stats(loop)["alone"]
+
+
+async def ask(w, times=1):
+    for number in range(times):
+        message = pattern(50, seed=number)
+        await w.send(message)
+        assert await w.receive(50) == message
+
+
+async def alone_one(loop, wire):
+    w = await wire(Echo)
+    await ask(w, OFTEN)
+    assert reads(loop) > 0
+    return w
+
+
+async def test_who_is_alone_is_read_directly_and_company_ends_that(loop, wire):
+    w = await alone_one(loop, wire)
+    before = reads(loop)
+    await ask(w, OFTEN)
+    assert reads(loop) >= before + OFTEN
+    others = [await wire(Echo) for _ in range(3)]
+    for _ in range(10):
+        for other in others:
+            await ask(other)
+    before = reads(loop)
+    for _ in range(10):
+        for each in (w, *others):
+            await ask(each)
+    assert reads(loop) == before
+    # It takes twice as often now.
+    await ask(w, 2 * OFTEN)
+    assert reads(loop) > before
+
+
+async def test_company_now_and_then_is_served_meanwhile(loop, wire):
+    w = await alone_one(loop, wire)
+    other = await wire(Echo)
+    for _ in range(20):
+        before = reads(loop)
+        await ask(w, 10)
+        await ask(other)
+        assert reads(loop) >= before + 10
+
+
+async def test_large_messages_and_small_ones_arrive_in_order(loop, wire):
+    w = await alone_one(loop, wire)
+    for number in range(30):
+        for size in (1, 70, 5000, 300_000):
+            message = pattern(size, seed=number)
+            receiving = loop.create_task(w.receive(size))
+            await w.send(message)
+            assert await receiving == message
+
+
+async def test_it_can_be_paused(loop, wire):
+    w = await alone_one(loop, wire)
+    for number in range(5):
+        w.transport.pause_reading()
+        await w.send(b"later")
+        passes = aiouringnet.stats(loop)["passes"]
+        await asyncio.sleep(0.05)
+        assert w.receive_at_once() == b""
+        assert aiouringnet.stats(loop)["passes"] < passes + 10, "the loop spins"
+        w.transport.resume_reading()
+        assert await w.receive(5) == b"later"
+        await ask(w, 5 * number)
+
+
+@over("tcp")
+async def test_data_around_urgent_data_arrives(loop, wire):
+    w = await alone_one(loop, wire)
+    for _ in range(3):
+        w.peer.send(b"before ")
+        w.peer.send(b"!", socket.MSG_OOB)
+        w.peer.send(b"behind")
+        assert await w.receive(13) == b"before behind"
+
+
+@pytest.mark.parametrize("end", ["FIN", "RST", "close", "abort", "half-close"])
+async def test_whichever_end_it_takes_others_are_served(loop, wire, end):
+    """An error of a socket in its epoll set ends libuv's watch: of another descriptor, if it is under that number."""
+    other = await wire(Echo)
+    w = await alone_one(loop, wire)
+    if end == "FIN":
+        w.peer.close()
+    elif end == "RST":
+        w.transport.write(b"unread")
+        await asyncio.sleep(0)
+        helpers.reset(w.peer)
+    elif end == "half-close":
+        w.protocol.eof_received = lambda: w.transport.write(b"goodbye") or w.transport.close()
+        w.peer.shutdown(socket.SHUT_WR)
+        assert await w.receive_to_end() == b"goodbye"
+    else:
+        getattr(w.transport, end)()
+    await w.protocol.lost
+    await ask(other, 2 * OFTEN)
+    await ask(await alone_one(loop, wire))
+
+
+async def test_one_that_nobody_keeps_is_served(loop, endpoint):
+    listener = endpoint.listener()
+    _, protocol = await endpoint.connect(loop, Echo)
+    lost = protocol.lost
+    del _, protocol
+    with listener.accept()[0] as peer:
+        peer.setblocking(False)
+        for number in range(2 * OFTEN):
+            if number == OFTEN:
+                assert reads(loop) > 0
+                gc.collect()
+            await loop.sock_sendall(peer, b"ping")
+            assert await loop.sock_recv(peer, 100) == b"ping"
+    assert await lost is None
+
+
+async def test_a_descriptor_that_its_owner_closes_is_let_go(loop, endpoint):
+    listener = endpoint.listener()
+    family = socket.AF_UNIX if endpoint.kind == "unix" else socket.AF_INET
+    with socket.socket(family) as sock:
+        sock.connect(endpoint.address)
+        peer, _ = listener.accept()
+        peer.setblocking(False)
+        sock.setblocking(False)
+        transport, _ = await loop.create_connection(Echo, sock=sock)
+        for _ in range(OFTEN):
+            await loop.sock_sendall(peer, b"ping")
+            assert await loop.sock_recv(peer, 100) == b"ping"
+        assert reads(loop) > 0
+        kept = os.dup(sock.fileno())  # by which its file lives on
+        try:
+            sock.close()
+            peer.send(b"to nobody")
+            passes = aiouringnet.stats(loop)["passes"]
+            await asyncio.sleep(0.05)
+            assert aiouringnet.stats(loop)["passes"] < passes + 10, "the loop spins"
+        finally:
+            os.close(kept)
+            peer.close()
+            transport.abort()
+            await asyncio.sleep(0.01)
+
+
+async def test_a_child_of_its_process_leaves_it_alone(loop, wire):
+    w = await alone_one(loop, wire)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    await ask(w, 2 * OFTEN)
+
+
+def test_the_loop_is_closed_meanwhile(loop, wire):
+    async def begin():
+        return await alone_one(loop, wire)
+
+    w = loop.run_until_complete(begin())
+    w.peer.send(b"unread")
+    loop.close()
+    with pytest.raises(BlockingIOError):
+        w.peer.recv(10)
+
+
+def test_it_goes_on_in_another_thread(loop, wire):
+    async def begin():
+        return await alone_one(loop, wire)
+
+    w = loop.run_until_complete(begin())
+    thread = threading.Thread(target=lambda: loop.run_until_complete(ask(w, 2 * OFTEN)))
+    thread.start()
+    thread.join()
+    before = reads(loop)
+    loop.run_until_complete(ask(w, 2 * OFTEN))
+    assert reads(loop) > before
