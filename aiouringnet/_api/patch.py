@@ -18,6 +18,7 @@ import weakref
 from aiouringnet._api.call import PATCHED, expect_loop, loops_own
 from aiouringnet._api.connect import connect_accepted_socket, create_connection, create_unix_connection
 from aiouringnet._api.ours import ensure_no_transport
+from aiouringnet._api.resolving import end_lookups, getaddrinfo, getnameinfo
 from aiouringnet._api.sendfile import sendfile
 from aiouringnet._api.serve import create_server, create_unix_server
 from aiouringnet._api.start_tls import start_tls
@@ -30,6 +31,8 @@ FUNCTIONS = (
     create_server,
     create_unix_connection,
     create_unix_server,
+    getaddrinfo,
+    getnameinfo,
     sendfile,
     start_tls,
 )
@@ -181,6 +184,8 @@ def _close(base):
     @functools.wraps(base.close)
     def close(self):
         engine = active_engine(self)
+        if not self.is_running():
+            end_lookups(self)
         loops_own(self, "close")()
         # It ends with the loop's entry for it, unless something keeps that: an exception whose traceback is kept, say.
         if engine is not None:
