@@ -20,7 +20,6 @@ from aiouringnet._api.start_tls import start_tls
 from aiouringnet._api.streams import open_connection, open_unix_connection, start_server, start_unix_server
 from aiouringnet._diagnostics import stats, status
 from aiouringnet._options import Options
-from aiouringnet._resolver import Resolver
 from aiouringnet._version import __version__
 
 __all__ = [
@@ -60,3 +59,17 @@ if sys.version_info >= (3, 11):
     __all__ += ["sock_recvfrom", "sock_recvfrom_into", "sock_sendto"]
 
 del sys
+
+
+def __getattr__(name):
+    """What not everybody needs is imported by who asks for it."""
+    if name != "Resolver":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from aiouringnet._resolver import Resolver
+
+    globals()[name] = Resolver
+    return Resolver
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

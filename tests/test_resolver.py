@@ -304,6 +304,8 @@ async def test_the_order_of_addresses_is_the_systems(loop, files, make_resolver,
         ("www.test", 0, "hosts: files [NOTFOUND=return] dns", r"has \[NOTFOUND=return\]"),
         ("_gateway", 0, "hosts: files myhostname dns", "myhostname"),
         ("with space.test", 0, "", "an unusual name"),
+        (r"back\slash.test", 0, "", "an unusual name"),
+        ("-dash.test", 0, "", "an unusual name"),
     ],
 )
 async def test_what_only_the_system_can_do_it_does(

@@ -16,6 +16,7 @@ INSTALL = "pip install 'aiouringnet[dns]'"
 # ares.h; pycares has no name for these.
 OPT_NOROTATE = 1 << 16
 OPT_UDP_MAX_QUERIES = 1 << 19
+OPT_MAXTIMEOUTMS = 1 << 20
 OPT_QUERY_CACHE = 1 << 21
 
 FUNCTIONS = (

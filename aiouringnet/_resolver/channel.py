@@ -17,9 +17,13 @@ may have held c-ares' lock at the fork.  It closes its copies of the sockets.
 import contextlib
 import functools
 import os
+import threading
 import weakref
 
 from aiouringnet._resolver import cares
+
+# A second one, made in another thread at the same moment, would be freed while c-ares knows its address.
+_making = threading.Lock()
 
 _tickets = {}  # the handle that c-ares has -> itself: alive until the answer comes
 
@@ -62,8 +66,7 @@ class _Watcher:
 
 
 @functools.cache
-def _answered():
-    """The C function that c-ares calls with an answer, one for the process."""
+def _make_answered():
     c = cares.load()
 
     @c.ffi.callback("void(void *, ares_status_t, size_t, const ares_dns_record_t *)")
@@ -75,6 +78,12 @@ def _answered():
             channel._guarded(channel._take, ticket.number, status, record)
 
     return answered
+
+
+def _answered():
+    """The C function that c-ares calls with an answer, one for the process."""
+    with _making:
+        return _make_answered()
 
 
 def _destroy(pointer, kept, made_in):
@@ -123,6 +132,9 @@ class Channel:
         options.flags = lib.ARES_FLAG_EDNS | (lib.ARES_FLAG_USEVC if settings.use_tcp else 0)
         mask |= lib.ARES_OPT_TIMEOUTMS | lib.ARES_OPT_TRIES
         options.timeout = max(1, int(settings.timeout * 1000))
+        # As the C library: c-ares would double it from round to round.
+        mask |= cares.OPT_MAXTIMEOUTMS
+        options.maxtimeout = options.timeout
         options.tries = settings.attempts
         mask |= lib.ARES_OPT_ROTATE if settings.rotate else cares.OPT_NOROTATE
         # A new socket, and with it another source port, after so many questions (RFC 5452).
@@ -143,11 +155,6 @@ class Channel:
     @property
     def in_flight(self):
         return len(self._asked)
-
-    @property
-    def usable(self):
-        """Whether it may be asked; not after a close(), nor in a child process."""
-        return not self._closing and self._made_in == _generation
 
     def query(self, name, kind, answered):
         self._number += 1

@@ -8,7 +8,6 @@ left to the C library, in the executor.
 import asyncio
 import logging
 import math
-import re
 import socket
 import time
 import weakref
@@ -33,8 +32,6 @@ KNOWN_FLAGS = (
 )
 KNOWN_NAMEINFO_FLAGS = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV | socket.NI_NAMEREQD | socket.NI_DGRAM
 
-# What stands for itself in c-ares' text of a name.
-_PLAIN_NAME = re.compile(r"[!-\[\]-~]+")
 # What nss-myhostname answers beside the host's name.
 _OWN_NAMES = ("_gateway", "_outbound")
 
@@ -157,7 +154,7 @@ class Lookups:
             return "multicast DNS (RFC 6762)"
         if self._sources.own_names and (name in _OWN_NAMES or name == socket.gethostname().lower()):
             return "nsswitch.conf's hosts: has myhostname"
-        if not _PLAIN_NAME.fullmatch(name):
+        if not answers.is_host_name(name) or name.startswith("-"):
             return "an unusual name"
         return None
 

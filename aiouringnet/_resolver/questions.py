@@ -3,9 +3,16 @@
 A question is a name and a type.  Whoever asks has a future of his own: one
 that is cancelled leaves the others theirs.  What nobody waits for any more is
 not asked; what has been asked is kept.
+
+c-ares learns how quick a server is, and soon gives it but a quarter of a
+second.  That is good for lost datagrams, and bad for a server that answers
+from its cache at once and needs three seconds for what it has to ask itself.
+So a question that it gives up before the time that was chosen is asked again
+through a channel that has learnt nothing yet.
 """
 
 import collections
+import logging
 import time
 import weakref
 
@@ -13,6 +20,8 @@ from aiouringnet._resolver import answers
 from aiouringnet._resolver.cache import Cache
 from aiouringnet._resolver.cares import load
 from aiouringnet._resolver.channel import Channel
+
+logger = logging.getLogger("aiouringnet")
 
 NEVER = 0.0
 
@@ -33,6 +42,7 @@ class Questions:
         self._cache = Cache(cache_size)
         self._settings = None
         self._channel = None
+        self._patient = None  # the channel that has learnt nothing, while it is needed
         self._retired = weakref.WeakSet()  # channels to servers of before, until they have their answers
         self._queue = collections.deque()
         self._waiting = {}  # question -> futures
@@ -45,10 +55,11 @@ class Questions:
         if settings != self._settings:
             self._settings = settings
             self._cache.clear()
-            if self._channel is not None:
-                channel, self._channel = self._channel, None
-                self._retired.add(channel)
-                channel.retire()
+            for channel in (self._channel, self._patient):
+                if channel is not None:
+                    self._retired.add(channel)
+                    channel.retire()
+            self._channel = self._patient = None
 
     def clear(self):
         self._cache.clear()
@@ -79,10 +90,10 @@ class Questions:
             self._waiting.clear()
         for question in list(self._waiting):
             self._deliver(question, (answers.failed(answers.CLOSED), NEVER), cancel)
-        for channel in [self._channel, *self._retired]:
+        for channel in [self._channel, self._patient, *self._retired]:
             if channel is not None:
                 channel.close()
-        self._channel = None
+        self._channel = self._patient = None
         self._cache.clear()
 
     def _pump(self):
@@ -99,25 +110,61 @@ class Questions:
         if all(future.done() for future in self._waiting[question]):
             del self._waiting[question]
             return
-        if self._channel is None:
-            self._channel = Channel(self._loop(), self._settings)
-        channel = self._channel
+        if self._channel is None and not self._open():
+            self._deliver(question, (answers.failed(answers.FAILED), NEVER))
+            return
+        settings = self._settings
+        began = time.monotonic()
+        name, kind = question
         self._in_flight += 1
+
+        def answered(status, result):
+            if status == load().ARES_ETIMEOUT and self._is_early(began) and settings is self._settings:
+                self._send_patiently(question, over)
+            else:
+                over(status, result)
+
+        def over(status, result):
+            self._in_flight -= 1
+            answer = _read(name, kind, status, result)
+            self._deliver(question, self._keep(question, answer, settings))
+            self._pump()
+
+        self._channel.query(name.encode(), kind, answered)
+
+    def _open(self):
+        """Make the channel; whether that was possible."""
+        try:
+            self._channel = Channel(self._loop(), self._settings)
+        except OSError as exc:
+            logger.debug("DNS servers cannot be asked: %s", exc)
+        return self._channel is not None
+
+    def _is_early(self, began):
+        return time.monotonic() - began < 0.9 * self._settings.timeout * self._settings.attempts and not self._closed
+
+    def _send_patiently(self, question, over):
+        if self._patient is None:
+            self._patient = Channel(self._loop(), self._settings)
+        channel = self._patient
         name, kind = question
 
         def answered(status, result):
-            self._in_flight -= 1
-            self._deliver(question, self._keep(question, _read(name, kind, status, result), channel))
-            self._pump()
+            if channel is self._patient and not channel.in_flight:
+                # The next one has nothing to unlearn.
+                self._patient = None
+                self._retired.add(channel)
+                channel.retire()
+            over(status, result)
 
         channel.query(name.encode(), kind, answered)
 
-    def _keep(self, question, answer, channel):
+    def _keep(self, question, answer, settings):
         """The answer, and until when."""
         most = self._max_ttl if answer.kind == answers.FOUND else self._max_negative_ttl
         ttl = min(answer.ttl, most)
         # What a server of before says is news for those who waited for it, but is not kept.
-        if ttl <= 0 or channel is not self._channel:
+        if ttl <= 0 or settings is not self._settings:
             return answer, NEVER
         until = time.monotonic() + ttl
         self._cache.put(question, (answer, until), until)

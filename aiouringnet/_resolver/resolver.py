@@ -47,16 +47,17 @@ class Resolver:
     and what /etc/hosts has, are answered at once.  Results, their order
     (RFC 6724) and errors (socket.gaierror with an EAI_ number) are those of
     socket.getaddrinfo().  `.local` (RFC 6762), sources of nsswitch.conf's
-    "hosts:" other than files and dns, unknown flags and names that are not
-    printable ASCII go to the system's resolver in the loop's default
-    executor; the logger "aiouringnet" says so at level DEBUG.
+    "hosts:" other than files and dns, unknown flags and names that no host
+    has (RFC 1123) go to the system's resolver in the loop's default executor;
+    the logger "aiouringnet" says so at level DEBUG.  Names below `localhost`
+    are never asked for (RFC 6761).
 
     Which DNS servers are asked, and how; None: as resolv.conf(5) says
     servers: addresses, "192.0.2.1", "192.0.2.1:53", "[2001:db8::1]:53" or
         tuples of an address and a port; the first that answers is used.
-    timeout: seconds that the first attempt waits for each server, further
-        ones twice as long each; at least 0.25, and less where servers have
-        been answering quicker.  By default 5.
+    timeout: seconds that an attempt waits for each server, 5 by default.  One
+        that has been answering quickly is asked again sooner (after 0.25 s
+        at least), but not given up sooner.
     attempts: how often each server is asked, 2 by default.
     rotate: whether servers take turns.
     search: domains in which names are looked for.
