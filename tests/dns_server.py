@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import shutil
 import socket
 
@@ -13,6 +14,7 @@ import helpers
 import pytest
 
 import aiouringnet
+from aiouringnet._resolver import channel
 
 SOA = "ns.example. root.example. 1 7200 3600 86400 {minimum}"
 
@@ -226,6 +228,10 @@ def make_resolver(files, loop, request):
     yield make
     for resolver in made:
         resolver.close()
+    made.clear()
+    gc.collect()
+    # c-ares has no pointer to anything of ours any more.
+    assert channel._tickets == {}
 
 
 async def addresses(resolver, name, **options):

@@ -99,7 +99,6 @@ async def test_nothing_is_kept_longer_than_max_ttl(loop, make_resolver, server, 
     assert len(server.asked) == (2 if kept_s else 3)
 
 
-@both_bases
 @pytest.mark.parametrize("exists", [False, True], ids=["no-name", "no-data"])
 @pytest.mark.parametrize(
     "soa, kept_s", [(None, 0), ((60, 30), 30), ((30, 60), 30), ((60, 0), 0), ((0, 60), 0), ((9999, 9999), 900)], ids=str

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import gc
 import os
+import random
 import socket
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 from dns_server import DnsServer, addresses, files, make_resolver, server  # noqa: F401
 
 import aiouringnet
+from aiouringnet._resolver import channel
 
 pytestmark = pytest.mark.matrix(engine="epoll")
 both_bases = pytest.mark.matrix(engine="epoll", debug=False)
@@ -71,6 +73,7 @@ async def test_a_patched_loop_asks_its_resolver(loop, make_resolver, server):
     }
 
 
+@one_base
 async def test_a_name_without_an_address_is_the_connections_error(loop, make_resolver, server):
     aiouringnet.patch_loop(loop, resolver=make_resolver())
     with pytest.raises(socket.gaierror) as caught:
@@ -245,6 +248,7 @@ async def test_close_fails_the_look_ups_in_flight_and_refuses_further_ones(loop,
     assert "queued.test" not in server.names()
 
 
+@one_base
 async def test_it_is_a_context_manager(loop, files, server):
     async with aiouringnet.Resolver(**files, servers=[server.address]) as resolver:
         tasks = await silent(server, resolver)
@@ -346,6 +350,29 @@ async def test_a_resolver_that_is_dropped_in_flight_leaves_nothing(loop, files, 
     await helpers.eventually(lambda: helpers.leaked_fds(before, patience_s=0) == {})
 
 
+@one_base
+@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+def test_a_loop_that_is_dropped_in_flight_is_collected_though_the_resolver_is_kept(make_resolver, loop, server):
+    """uvloop's loops never are, unless they are closed."""
+    resolver = make_resolver(timeout=30)
+
+    def begin():
+        second = aiouringnet.patch_loop(asyncio.SelectorEventLoop(), resolver=resolver)
+        server.ways["silent.test"] = "silent"
+        task = second.create_task(addresses(resolver, "silent.test"))
+        second.run_until_complete(asyncio.sleep(0.02))
+        task._log_destroy_pending = False
+        return weakref.ref(second)
+
+    dropped = begin()
+    assert channel._tickets
+    gc.collect()
+    assert dropped() is None and list(resolver._by_loop) == []
+    gc.collect()  # what that has let go of
+    assert channel._tickets == {}
+
+
+@both_bases
 async def test_no_cycle_is_left_by_look_ups_that_fail(loop, make_resolver, server):
     server.ways["www.test"] = "servfail"
     resolver = make_resolver(attempts=1)
@@ -361,6 +388,83 @@ async def test_an_idle_resolver_keeps_no_socket_and_no_timer(loop, make_resolver
     assert await addresses(resolver, "www.test", **FOUR) == ["192.0.2.1"]
     assert helpers.leaked_fds(before, patience_s=0) == {}
     assert resolver._by_loop[loop]._questions._channel._timer is None
+
+
+WAYS = ("silent", "servfail", "truncates", "another id", "garbage", 0.001, 0.02, None, None)
+
+
+def random_ends(make_loop, seed):
+    """Look-ups in every state, and a loop or a resolver that ends in the middle of it."""
+    chance = random.Random(seed)
+    for turn in range(15):
+        print(turn)
+        random_end(make_loop, chance)
+        for _ in range(3):  # what is let go of lets go of more
+            gc.collect()
+    print("tickets", channel._tickets)
+
+
+def random_end(make_loop, chance):
+    loop = make_loop()
+    server = DnsServer()
+    resolver = aiouringnet.Resolver(
+        servers=[loop.run_until_complete(started(server))],
+        timeout=chance.choice([0.02, 5]),
+        attempts=chance.choice([1, 2]),
+        max_queries=chance.choice([2, 100]),
+        cache_size=chance.choice([0, 2, 100]),
+        hosts=None,
+        nsswitch_conf=None,
+        search=chance.choice([[], ["test"]]),
+    )
+    for number in range(12):
+        server.records[f"n{number}.test", "A"] = ["192.0.2.1"]
+        server.ways[f"n{number}.test"] = chance.choice(WAYS)
+    aiouringnet.patch_loop(loop, resolver=chance.choice([resolver, None]))
+    tasks = loop.run_until_complete(play(loop, resolver, chance))
+    # uvloop's loops are not collected unless they are closed.
+    how = chance.choice(["resolver", "tasks", "loop", "loop and resolver", "nothing"])
+    if how == "nothing" and "uvloop" in type(loop).__module__:
+        how = "loop"
+    if how == "resolver":
+        resolver.close()
+    if how in ("resolver", "tasks"):
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    loop.run_until_complete(server.stop())
+    for task in tasks:
+        task._log_destroy_pending = task._log_traceback = False
+    if how != "nothing":
+        loop.close()
+    if how == "loop and resolver":
+        resolver.close()
+
+
+async def play(loop, resolver, chance):
+    tasks = []
+    for _ in range(chance.randrange(1, 40)):
+        what = chance.random()
+        if what < 0.7:
+            name = f"n{chance.randrange(14)}" + chance.choice([".test", ""])
+            tasks.append(loop.create_task(addresses(resolver, name)))
+        elif what < 0.8 and tasks:
+            chance.choice(tasks).cancel()
+        elif what < 0.97:
+            await asyncio.sleep(chance.choice([0, 0.001, 0.01]))
+        else:
+            resolver.close()
+    return tasks
+
+
+async def started(server):
+    await server.start()
+    return server.address
+
+
+@both_bases
+def test_random_ends_leave_nothing_and_touch_no_freed_memory(case):
+    assert helpers.in_child(case, random_ends, 1).endswith("\n14\ntickets {}\n")
 
 
 # --------------------------------------------------------------------------

@@ -12,9 +12,9 @@ import helpers
 import pytest
 from dns_server import DnsServer, addresses, dnsmasq, files, make_resolver, server  # noqa: F401
 
-pytestmark = pytest.mark.matrix(engine="epoll")
+pytestmark = pytest.mark.matrix(engine="epoll", debug=False)
+with_debug = pytest.mark.matrix(engine="epoll", debug=(False, True))
 one_base = pytest.mark.matrix(base="asyncio", engine="epoll", debug=False)
-both_bases = pytest.mark.matrix(engine="epoll", debug=False)
 
 FOUR = {"family": socket.AF_INET}
 
@@ -35,6 +35,7 @@ async def error_of(coroutine):
 # Servers that misbehave
 
 
+@with_debug
 async def test_a_slow_server_is_waited_for_while_the_loop_goes_on(loop, make_resolver, server):
     server.records["slow.test", "A"] = ["192.0.2.1"]
     server.ways["slow.test"] = 0.3
@@ -77,7 +78,6 @@ async def test_nobody_listening_is_found_out_without_waiting(loop, make_resolver
     assert await error_of(addresses(resolver, "www.test")) == socket.EAI_AGAIN
 
 
-@both_bases
 @pytest.mark.parametrize("way", ["servfail", "refused"])
 async def test_a_failing_server_is_a_temporary_failure_and_not_remembered(loop, make_resolver, server, way):
     server.records["www.test", "A"] = ["192.0.2.1"]
@@ -88,7 +88,6 @@ async def test_a_failing_server_is_a_temporary_failure_and_not_remembered(loop, 
     assert await addresses(resolver, "www.test", **FOUR) == ["192.0.2.1"]
 
 
-@both_bases
 @pytest.mark.parametrize("way", ["silent", "servfail", "refused"])
 async def test_the_next_server_is_asked_when_one_fails(loop, make_resolver, server, way):
     other = DnsServer()
@@ -117,6 +116,7 @@ async def test_servers_take_turns_on_request(loop, make_resolver, server):
     await other.stop()
 
 
+@with_debug
 @pytest.mark.parametrize("number", [1, 200])
 async def test_a_truncated_answer_comes_over_tcp(loop, make_resolver, server, number):
     listed = [f"10.0.{index // 250}.{index % 250 + 1}" for index in range(number)]
@@ -156,7 +156,6 @@ async def test_a_lie_before_the_answer_is_passed_over(loop, make_resolver, serve
         assert found == ["192.0.2.1"]
 
 
-@both_bases
 async def test_an_answer_from_another_source_is_none(loop, make_resolver, server):
     server.records["www.test", "A"] = ["192.0.2.1"]
     server.ways["www.test"] = "another source"
@@ -164,7 +163,6 @@ async def test_an_answer_from_another_source_is_none(loop, make_resolver, server
     assert await error_of(addresses(resolver, "www.test", **FOUR)) == socket.EAI_AGAIN
 
 
-@both_bases
 async def test_addresses_of_another_name_are_not_taken(loop, make_resolver, server):
     server.records["www.test", "A"] = ["192.0.2.1"]
     server.ways["www.test"] = "another name"
@@ -181,7 +179,6 @@ async def test_aliases_in_a_circle_end(loop, make_resolver, server):
 # Names that do not exist, and search domains
 
 
-@both_bases
 async def test_no_name_and_no_address_are_told_apart(loop, make_resolver, server):
     server.exists.add("empty.test")
     resolver = make_resolver()
@@ -189,7 +186,6 @@ async def test_no_name_and_no_address_are_told_apart(loop, make_resolver, server
     assert await error_of(addresses(resolver, "empty.test")) == socket.EAI_NODATA
 
 
-@both_bases
 async def test_one_family_is_enough(loop, make_resolver, server):
     server.records["four.test", "A"] = ["192.0.2.1"]
     server.records["six.test", "AAAA"] = ["2001:db8::1"]
@@ -232,7 +228,6 @@ async def test_the_search_ends_with_the_first_that_has_an_address(loop, make_res
 # At once
 
 
-@both_bases
 async def test_one_question_for_a_name_is_in_flight(loop, make_resolver, server):
     server.records["www.test", "A"] = ["192.0.2.1"]
     server.ways["www.test"] = 0.05
@@ -243,7 +238,6 @@ async def test_one_question_for_a_name_is_in_flight(loop, make_resolver, server)
     assert server.names() == ["www.test"]
 
 
-@both_bases
 async def test_who_gives_up_leaves_the_others_their_answer(loop, make_resolver, server):
     server.records["www.test", "A"] = ["192.0.2.1"]
     server.ways["www.test"] = 0.1
@@ -270,7 +264,6 @@ async def test_what_nobody_waits_for_is_kept_all_the_same(loop, make_resolver, s
     assert len(server.asked) == 1
 
 
-@both_bases
 async def test_so_many_questions_are_in_flight_and_the_rest_wait(loop, make_resolver, server):
     for number in range(30):
         server.records[f"n{number}.test", "A"] = ["192.0.2.1"]
@@ -305,6 +298,7 @@ def threads():
     return set(os.listdir("/proc/self/task"))
 
 
+@with_debug
 async def test_a_real_server_is_understood(loop, make_resolver, real_server):
     resolver = make_resolver(servers=[real_server])
     for name in ("host.test", "alias.test"):
@@ -315,7 +309,6 @@ async def test_a_real_server_is_understood(loop, make_resolver, real_server):
     assert await error_of(addresses(resolver, "missing.test")) == socket.EAI_NONAME
 
 
-@both_bases
 async def test_a_thousand_names_take_no_thread(loop, make_resolver, real_server):
     before, before_python = threads(), threading.enumerate()
     resolver = make_resolver(servers=[real_server], cache_size=0)
@@ -328,7 +321,6 @@ async def test_a_thousand_names_take_no_thread(loop, make_resolver, real_server)
     logging.getLogger("aiouringnet").debug("1,000 names in %.2f s", time.monotonic() - began)
 
 
-@both_bases
 async def test_cached_names_come_twenty_times_as_fast_as_from_the_executor(loop, make_resolver, real_server):
     """The executor has nothing to ask: an address of the hosts file is as quick as it gets there."""
     resolver = make_resolver(servers=[real_server])

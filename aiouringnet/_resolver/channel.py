@@ -7,7 +7,7 @@ how often and for how long, TCP for what UDP truncates, and that an answer has
 the id, the name and the sender of the question.
 
 Who owns what.  The loop owns the channel while it watches a socket of it; the
-channel has a weak reference to the loop.  What c-ares holds pointers to is
+channel has weak references to the loop, and to what of it knows the loop.  What c-ares holds pointers to is
 owned by module level (`_tickets`) or by the finalizer, and refers weakly to
 the channel: so one that is dropped with questions unanswered is destroyed,
 and tells nobody.  A child process never destroys its parent's: another thread
@@ -104,7 +104,7 @@ class Channel:
         self._loop = weakref.ref(loop)
         self._made_in = _generation
         self._watched = {}  # fd -> (readable, writable)
-        self._timer = None
+        self._timer = None  # a weak reference, since it knows the loop
         self._due = 0.0
         self._number = 0
         self._asked = {}  # number -> answered
@@ -287,13 +287,14 @@ class Channel:
         if loop is None or loop.is_closed():
             return
         due = None if delay_s is None else loop.time() + delay_s
-        if self._timer is not None:
+        timer = None if self._timer is None else self._timer()
+        if timer is not None:
             # One that comes too early looks again: cheaper than to set it anew for each question.
             if due is not None and self._due <= due + 0.001:
                 return
-            self._timer.cancel()
-            self._timer = None
+            timer.cancel()
+        self._timer = None
         if due is not None:
             # c-ares counts in milliseconds: not a moment too soon.
             self._due = due
-            self._timer = loop.call_later(delay_s + 0.001, self._on_timer)
+            self._timer = weakref.ref(loop.call_later(delay_s + 0.001, self._on_timer))

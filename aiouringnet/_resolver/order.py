@@ -63,7 +63,7 @@ def scope(number):
 def source_of(address):
     """The address that the kernel would send from, None where there is no way."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
         # Any port but 0, which some kernels refuse.
         sock.connect((address, 53))
         return sock.getsockname()[0]

@@ -45,7 +45,9 @@ class Questions:
         self._patient = None  # the channel that has learnt nothing, while it is needed
         self._retired = weakref.WeakSet()  # channels to servers of before, until they have their answers
         self._queue = collections.deque()
-        self._waiting = {}  # question -> futures
+        # question -> weak references to futures: whoever waits has his own.  They know the loop, which must not live as
+        # long as a resolver that somebody keeps.
+        self._waiting = {}
         self._in_flight = 0
         self._pumping = False
         self._closed = False
@@ -73,9 +75,9 @@ class Questions:
         future = self._loop().create_future()
         waiting = self._waiting.get(question)
         if waiting is not None:
-            waiting.append(future)
+            waiting.append(weakref.ref(future))
         else:
-            self._waiting[question] = [future]
+            self._waiting[question] = [weakref.ref(future)]
             self._queue.append(question)
             self._pump()
         return future
@@ -107,7 +109,7 @@ class Questions:
             self._pumping = False
 
     def _send(self, question):
-        if all(future.done() for future in self._waiting[question]):
+        if all(future() is None or future().done() for future in self._waiting[question]):
             del self._waiting[question]
             return
         if self._channel is None and not self._open():
@@ -171,10 +173,13 @@ class Questions:
         return answer, until
 
     def _deliver(self, question, found, cancel=False):
-        for future in self._waiting.pop(question, ()):
+        for waiting in self._waiting.pop(question, ()):
+            future = waiting()
+            if future is None or future.done():
+                continue
             if cancel:
                 future.cancel()
-            elif not future.done():
+            else:
                 future.set_result(found)
 
 

@@ -78,8 +78,9 @@ class Resolver:
 
     One question for a name is in flight at a time, whoever asks.  Loops share
     nothing but these choices: each has its sockets, its cache and its limits,
-    in its own thread.  A forked child starts anew.  Closing a patched loop
-    cancels its look-ups and closes its sockets; on other loops close() does.
+    in its own thread.  A forked child starts anew.  Closing a loop that was
+    patched with a resolver cancels the look-ups and closes the sockets that
+    this has there; for other loops close() does.
 
     Raises ImportError without pycares, ValueError and TypeError for bad
     arguments.
