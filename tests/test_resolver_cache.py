@@ -172,7 +172,7 @@ async def test_memory_stays_bounded(loop, make_resolver, server):
         server.records[f"n{number}.test", "A"] = ["192.0.2.1"]
     resolver = make_resolver(cache_size=50)
     await asyncio.gather(*(addresses(resolver, f"n{number}.test", **FOUR) for number in range(300)))
-    lookups = resolver._by_loop[loop]
+    lookups = resolver._by_loop[id(loop)]
     assert (len(lookups._results), len(lookups._questions._cache)) == (50, 50)
     assert not lookups._questions._waiting and not lookups._questions._queue
 
@@ -270,7 +270,7 @@ async def test_other_servers_of_a_changed_resolv_conf_are_asked(loop, files, mak
     assert await slow == ["192.0.2.9"]
     # Not kept: the server of now knows nothing of it.
     await missing(resolver, "slow.test")
-    assert not resolver._by_loop[loop]._questions._retired
+    assert not resolver._by_loop[id(loop)]._questions._retired
     await other.stop()
 
 

@@ -387,7 +387,7 @@ async def test_an_idle_resolver_keeps_no_socket_and_no_timer(loop, make_resolver
     resolver = make_resolver(timeout=30)
     assert await addresses(resolver, "www.test", **FOUR) == ["192.0.2.1"]
     assert helpers.leaked_fds(before, patience_s=0) == {}
-    assert resolver._by_loop[loop]._questions._channel._timer is None
+    assert resolver._by_loop[id(loop)]._questions._channel._timer is None
 
 
 WAYS = ("silent", "servfail", "truncates", "another id", "garbage", 0.001, 0.02, None, None)
@@ -492,7 +492,7 @@ def test_each_loop_has_its_own_part_of_a_resolver(loop, make_loop, make_resolver
 
     helpers.run_on(loop, main())
     assert results == [["192.0.2.2"], ["192.0.2.2"]]
-    assert list(resolver._by_loop) == [loop]
+    assert list(resolver._by_loop) == [id(loop)]
 
 
 @both_bases
@@ -558,7 +558,7 @@ def test_a_forked_child_starts_anew(loop, make_resolver, server):
 
             text = ",".join(child_loop.run_until_complete(main()))
             # The parent's, which has a question in flight: dropped without a word to anybody.
-            lookups = resolver._by_loop.get(loop)
+            lookups = resolver._by_loop.get(id(loop))
             channel = lookups._questions._channel
             watched = list(channel._watched)
             lookups.close()

@@ -12,6 +12,8 @@ import helpers
 import pytest
 from dns_server import DnsServer, addresses, dnsmasq, files, make_resolver, server  # noqa: F401
 
+import aiouringnet
+
 pytestmark = pytest.mark.matrix(engine="epoll", debug=False)
 with_debug = pytest.mark.matrix(engine="epoll", debug=(False, True))
 one_base = pytest.mark.matrix(base="asyncio", engine="epoll", debug=False)
@@ -60,7 +62,7 @@ async def test_a_server_that_was_quick_may_be_slow_for_once(loop, make_resolver,
         server.ways[name] = 0.9
     slow = asyncio.gather(*(addresses(resolver, name, **FOUR) for name in ("slow.test", "slower.test")))
     assert await slow == [["192.0.2.2"], ["192.0.2.2"]]
-    assert resolver._by_loop[loop]._questions._patient is None
+    assert resolver._by_loop[id(loop)]._questions._patient is None
 
 
 async def test_a_silent_server_is_asked_as_often_and_as_long_as_was_said(loop, make_resolver, server):
@@ -310,20 +312,20 @@ async def test_a_real_server_is_understood(loop, make_resolver, real_server):
 
 
 async def test_a_thousand_names_take_no_thread(loop, make_resolver, real_server):
-    before, before_python = threads(), threading.enumerate()
+    before, before_python = threads(), set(threading.enumerate())
     resolver = make_resolver(servers=[real_server], cache_size=0)
     names = [f"n{number}.wild.test" for number in range(1000)]
     began = time.monotonic()
     for start in range(0, 1000, 250):
         found = await asyncio.gather(*(addresses(resolver, name) for name in names[start : start + 250]))
         assert all(sorted(each) == ["192.0.2.1", "2001:db8::1"] for each in found)
-        assert threads() == before and threading.enumerate() == before_python
+        assert threads() <= before and set(threading.enumerate()) <= before_python
     logging.getLogger("aiouringnet").debug("1,000 names in %.2f s", time.monotonic() - began)
 
 
 async def test_cached_names_come_twenty_times_as_fast_as_from_the_executor(loop, make_resolver, real_server):
     """The executor has nothing to ask: an address of the hosts file is as quick as it gets there."""
-    resolver = make_resolver(servers=[real_server])
+    aiouringnet.patch_loop(loop, resolver=make_resolver(servers=[real_server]))
     unpatched = type(loop).__mro__[1].getaddrinfo
 
     async def rate(look_up):
@@ -339,7 +341,7 @@ async def test_cached_names_come_twenty_times_as_fast_as_from_the_executor(loop,
         return unpatched(loop, "localhost", 80, type=socket.SOCK_STREAM)
 
     def cached():
-        return resolver.getaddrinfo("host.test", 80, type=socket.SOCK_STREAM)
+        return loop.getaddrinfo("host.test", 80, type=socket.SOCK_STREAM)
 
     assert len(await cached()) == 2
     # A machine that is busy with something else is asked again.

@@ -37,12 +37,12 @@ _OWN_NAMES = ("_gateway", "_outbound")
 
 
 class Lookups:
-    """options: a resolver.Choices."""
+    """options: a resolver.Choices; loop_has_gone: called as a weak reference's callback is, with self.loop."""
 
-    def __init__(self, loop, options):
-        self._loop = weakref.ref(loop)
+    def __init__(self, loop, options, loop_has_gone):
+        self.loop = weakref.ref(loop, loop_has_gone)
         self._options = options
-        self.made_in = generation()
+        self._made_in = generation()
         self._resolv_conf = Watched(options.resolv_conf, resolv_conf)
         self._nsswitch = Watched(options.nsswitch_conf, nsswitch_conf)
         self._hosts = Watched(options.hosts, hosts.Hosts)
@@ -56,6 +56,10 @@ class Lookups:
         # Whole results, so that asking again costs no sorting.
         self._results = Cache(options.cache_size)
 
+    def serves(self, loop):
+        """Whether it was made for this loop and in this process, and not for one that has been at the same address."""
+        return self.loop() is loop and self._made_in == generation()
+
     def clear(self):
         self._results.clear()
         self._questions.clear()
@@ -66,17 +70,24 @@ class Lookups:
 
     # --- getaddrinfo ----------------------------------------------------------
 
+    def known(self, arguments):
+        """A whole result of getaddrinfo(), None where there is none, or files are to be looked at first."""
+        now = time.monotonic()
+        if now >= self._look_again or self._reading is not None:
+            return None
+        try:
+            found = self._results.get(arguments, now)
+        except TypeError:  # what cannot be hashed is no name, either
+            return None
+        return None if found is None else found.copy()
+
     async def getaddrinfo(self, host, port, family, type, proto, flags):
         now = time.monotonic()
         if now >= self._look_again or self._reading is not None:
             await self._look(now)
-        key = (host, port, family, type, proto, flags)
-        try:
-            found = self._results.get(key, now)
-        except TypeError:  # what cannot be hashed is no name, either
-            key, found = None, None
-        if found is not None:
-            return found.copy()
+            found = self.known((host, port, family, type, proto, flags))
+            if found is not None:
+                return found
         name, reason = None, None
         if flags & ~KNOWN_FLAGS:
             reason = f"flags {flags & ~KNOWN_FLAGS:#x}"
@@ -95,11 +106,11 @@ class Lookups:
             found, until, reason = await self._resolve(name, family, flags)
         if reason is not None:
             logger.debug("%r is left to the system's resolver: %s", host, reason)
-            return await self._loop().run_in_executor(None, socket.getaddrinfo, host, port, family, type, proto, flags)
+            return await self.loop().run_in_executor(None, socket.getaddrinfo, host, port, family, type, proto, flags)
         addresses, canonical = found
         result = _tuples(addresses, kinds, canonical if flags & socket.AI_CANONNAME else "")
-        if until > now and key is not None:
-            self._results.put(key, result, until)
+        if until > now:
+            self._results.put((host, port, family, type, proto, flags), result, until)
             result = result.copy()
         return result
 
@@ -203,7 +214,7 @@ class Lookups:
             reason = "nsswitch.conf's hosts: has other sources"
         if reason is not None:
             logger.debug("%r is left to the system's resolver: %s", sockaddr, reason)
-            return await self._loop().run_in_executor(None, socket.getnameinfo, sockaddr, flags)
+            return await self.loop().run_in_executor(None, socket.getnameinfo, sockaddr, flags)
         address, service = socket.getnameinfo(sockaddr, flags & ~socket.NI_NAMEREQD | socket.NI_NUMERICHOST)
         name = await self._name_of(address)
         if name is None and flags & socket.NI_NAMEREQD:
@@ -253,7 +264,7 @@ class Lookups:
             if looked is None:
                 continue
             if watched is self._hosts and watched.is_large(looked):
-                self._reading = self._loop().run_in_executor(None, watched.read, looked)
+                self._reading = self.loop().run_in_executor(None, watched.read, looked)
                 self._reading.add_done_callback(lambda reading, watched=watched: self._was_read(watched, reading))
                 continue
             watched.take(watched.read(looked))

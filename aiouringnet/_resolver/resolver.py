@@ -5,10 +5,8 @@ import contextlib
 import dataclasses
 import os
 import threading
-import weakref
 
 from aiouringnet._resolver import cares
-from aiouringnet._resolver.channel import generation
 from aiouringnet._resolver.config import server_text
 from aiouringnet._resolver.lookups import Lookups
 
@@ -123,7 +121,8 @@ class Resolver:
         )
         cares.load()
         self._closed = False
-        self._by_loop = weakref.WeakKeyDictionary()
+        # id(loop) -> Lookups, until the loop is collected: a WeakKeyDictionary takes longer than the rest of a look-up.
+        self._by_loop = {}
         self._lock = threading.Lock()  # of _by_loop, against other threads' loops
 
     def __repr__(self):
@@ -136,23 +135,19 @@ class Resolver:
         Raises socket.gaierror as socket.getaddrinfo() does, RuntimeError when
         the resolver is closed.
         """
-        lookups = self._by_loop.get(asyncio.get_running_loop())
-        if lookups is None or lookups.made_in != generation():
-            lookups = self._begin()
-        return await lookups.getaddrinfo(host, port, family, type, proto, flags)
+        loop = asyncio.get_running_loop()
+        found = self._known(loop, (host, port, family, type, proto, flags))
+        if found is None:
+            found = await self._of(loop).getaddrinfo(host, port, family, type, proto, flags)
+        return found
 
     async def getnameinfo(self, sockaddr, flags=0):
         """The same as loop.getnameinfo(), on the running loop; raises as getaddrinfo() does."""
-        lookups = self._by_loop.get(asyncio.get_running_loop())
-        if lookups is None or lookups.made_in != generation():
-            lookups = self._begin()
-        return await lookups.getnameinfo(sockaddr, flags)
+        return await self._of(asyncio.get_running_loop()).getnameinfo(sockaddr, flags)
 
     def clear_cache(self):
         """Forget what the running loop has been told; questions in flight go on."""
-        lookups = self._by_loop.get(asyncio.get_running_loop())
-        if lookups is not None:
-            lookups.clear()
+        self._of(asyncio.get_running_loop()).clear()
 
     def close(self):
         """Close the sockets of all loops.  Look-ups in flight get a socket.gaierror, further ones a RuntimeError.
@@ -162,11 +157,12 @@ class Resolver:
         """
         self._closed = True
         with self._lock:
-            served = list(self._by_loop.items())
+            served = list(self._by_loop.values())
             self._by_loop.clear()
         running = asyncio._get_running_loop()
-        for loop, lookups in served:
-            if loop.is_running() and loop is not running:
+        for lookups in served:
+            loop = lookups.loop()
+            if loop is not None and loop.is_running() and loop is not running:
                 with contextlib.suppress(RuntimeError):  # closed meanwhile
                     loop.call_soon_threadsafe(lookups.close)
             else:
@@ -183,13 +179,28 @@ class Resolver:
     async def __aexit__(self, *exc_info):
         await self.aclose()
 
-    def _begin(self):
-        loop = asyncio.get_running_loop()
+    def _known(self, loop, arguments):
+        """What getaddrinfo() returns without waiting, None where it has to look."""
+        lookups = self._by_loop.get(id(loop))
+        return lookups.known(arguments) if lookups is not None and lookups.serves(loop) else None
+
+    def _of(self, loop):
+        lookups = self._by_loop.get(id(loop))
+        return lookups if lookups is not None and lookups.serves(loop) else self._begin(loop)
+
+    def _begin(self, loop):
+        number, by_loop = id(loop), self._by_loop
+
+        def loop_has_gone(reference):
+            found = by_loop.get(number)
+            if found is not None and found.loop is reference:
+                del by_loop[number]
+
         with self._lock:
             if self._closed:
                 raise RuntimeError("the resolver is closed")
-            before = self._by_loop.pop(loop, None)
-            self._by_loop[loop] = lookups = Lookups(loop, self._choices)
+            before = by_loop.pop(number, None)
+            by_loop[number] = lookups = Lookups(loop, self._choices, loop_has_gone)
         if before is not None:
             # The parent's: in a child process.
             before.close()
@@ -198,7 +209,7 @@ class Resolver:
     def _loop_closes(self, loop):
         """A patched loop is about to be closed: its look-ups are cancelled while callbacks can still be scheduled."""
         with self._lock:
-            lookups = self._by_loop.pop(loop, None)
+            lookups = self._by_loop.pop(id(loop), None)
         if lookups is not None:
             lookups.close(cancel=True)
 
