@@ -189,7 +189,7 @@ class Lookups:
                 return None, NEVER, socket.EAI_AGAIN
             no_answer |= answers.FAILED in said
             no_data |= answers.NO_DATA in said
-        return None, NEVER, socket.EAI_AGAIN if no_answer else socket.EAI_NODATA if no_data else socket.EAI_NONAME
+        return None, NEVER, socket.EAI_AGAIN if no_answer else system.EAI_NODATA if no_data else socket.EAI_NONAME
 
     def _candidates(self, name):
         """resolv.conf(5): which names a name may stand for, in the order in which they are tried."""

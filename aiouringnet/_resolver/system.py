@@ -11,10 +11,13 @@ import socket
 _PERHAPS_IPV4 = re.compile(r"[0-9][0-9a-fxA-FX.]*")
 _NUMBER = re.compile(r"\s*[+-]?[0-9]+")
 
+# Not every C library has it.
+EAI_NODATA = getattr(socket, "EAI_NODATA", socket.EAI_NONAME)
+
 _ERRORS = {
+    EAI_NODATA: "No address associated with hostname",
     socket.EAI_NONAME: "Name or service not known",
     socket.EAI_AGAIN: "Temporary failure in name resolution",
-    socket.EAI_NODATA: "No address associated with hostname",
     socket.EAI_FAIL: "Non-recoverable failure in name resolution",
 }
 
