@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import gc
+import logging
 import os
 import random
 import socket
@@ -246,6 +247,36 @@ async def test_close_fails_the_look_ups_in_flight_and_refuses_further_ones(loop,
             await addresses(resolver, name)
     resolver.close()
     assert "queued.test" not in server.names()
+
+
+@one_base
+async def test_a_look_up_that_was_under_way_sees_the_close(loop, make_resolver, server):
+    resolver = make_resolver()
+    with pytest.raises(socket.gaierror):
+        await addresses(resolver, "missing.test")
+    lookups = resolver._by_loop[id(loop)]
+    resolver.close()
+    with pytest.raises(socket.gaierror, match="the resolver was closed"):
+        await asyncio.wait_for(lookups.getaddrinfo("www.test", 80, 0, 0, 0, 0), 5)
+    assert "www.test" not in server.names()
+
+
+@one_base
+async def test_servers_that_cannot_be_asked_are_a_temporary_failure(loop, make_resolver, monkeypatch, caplog):
+    """c-ares finds no memory, say, or no such interface."""
+    from aiouringnet._resolver import questions
+
+    def refuse(*args):
+        raise OSError("c-ares: no")
+
+    resolver = make_resolver(servers=["127.0.0.1:1"])
+    monkeypatch.setattr(questions, "Channel", refuse)
+    caplog.set_level(logging.DEBUG, "aiouringnet")
+    for _ in range(2):
+        with pytest.raises(socket.gaierror) as caught:
+            await asyncio.wait_for(addresses(resolver, "www.test"), 5)
+        assert caught.value.errno == socket.EAI_AGAIN
+    assert "DNS servers cannot be asked: c-ares: no" in caplog.text
 
 
 @one_base

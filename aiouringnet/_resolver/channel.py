@@ -7,11 +7,12 @@ how often and for how long, TCP for what UDP truncates, and that an answer has
 the id, the name and the sender of the question.
 
 Who owns what.  The loop owns the channel while it watches a socket of it; the
-channel has weak references to the loop, and to what of it knows the loop.  What c-ares holds pointers to is
-owned by module level (`_tickets`) or by the finalizer, and refers weakly to
-the channel: so one that is dropped with questions unanswered is destroyed,
-and tells nobody.  A child process never destroys its parent's: another thread
-may have held c-ares' lock at the fork.  It closes its copies of the sockets.
+channel has weak references to the loop, and to what of it knows the loop.
+What c-ares holds pointers to is owned by module level (`_tickets`) or by the
+finalizer, and refers weakly to the channel: so one that is dropped with
+questions unanswered is destroyed, and tells nobody.  A child process never
+calls c-ares for its parent's: another thread may have held c-ares' lock at
+the fork.  It closes its copies of the sockets.
 """
 
 import contextlib
@@ -96,7 +97,7 @@ class Channel:
     """settings: a config.Settings.
 
     query(name, kind, answered) calls answered(status, DNSResult or None) in
-    the loop's thread, perhaps before it returns.
+    the loop's thread, perhaps before it returns.  OSError: there can be none.
     """
 
     def __init__(self, loop, settings):
@@ -157,6 +158,9 @@ class Channel:
         return len(self._asked)
 
     def query(self, name, kind, answered):
+        if self._closing or self._made_in != _generation:
+            answered(self._c.ARES_EDESTRUCTION, None)
+            return
         self._number += 1
         self._asked[self._number] = answered
         handle = self._c.ffi.new_handle(_Ticket(self, self._number))

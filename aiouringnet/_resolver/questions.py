@@ -67,6 +67,9 @@ class Questions:
         self._cache.clear()
 
     def ask(self, name, kind):
+        if self._closed:
+            # Who asks was already under way: reading a file, or in the middle of a search.
+            return answers.failed(answers.CLOSED), NEVER
         question = (name, kind)
         now = time.monotonic()
         known = self._cache.get(question, now)
@@ -112,7 +115,8 @@ class Questions:
         if all(future() is None or future().done() for future in self._waiting[question]):
             del self._waiting[question]
             return
-        if self._channel is None and not self._open():
+        self._channel = self._channel or self._new_channel()
+        if self._channel is None:
             self._deliver(question, (answers.failed(answers.FAILED), NEVER))
             return
         settings = self._settings
@@ -134,21 +138,21 @@ class Questions:
 
         self._channel.query(name.encode(), kind, answered)
 
-    def _open(self):
-        """Make the channel; whether that was possible."""
+    def _new_channel(self):
         try:
-            self._channel = Channel(self._loop(), self._settings)
+            return Channel(self._loop(), self._settings)
         except OSError as exc:
             logger.debug("DNS servers cannot be asked: %s", exc)
-        return self._channel is not None
+            return None
 
     def _is_early(self, began):
         return time.monotonic() - began < 0.9 * self._settings.timeout * self._settings.attempts and not self._closed
 
     def _send_patiently(self, question, over):
-        if self._patient is None:
-            self._patient = Channel(self._loop(), self._settings)
-        channel = self._patient
+        self._patient = channel = self._patient or self._new_channel()
+        if channel is None:
+            over(load().ARES_ETIMEOUT, None)
+            return
         name, kind = question
 
         def answered(status, result):

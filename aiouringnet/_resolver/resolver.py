@@ -48,7 +48,9 @@ class Resolver:
     "hosts:" other than files and dns, unknown flags and names that no host
     has (RFC 1123) go to the system's resolver in the loop's default executor;
     the logger "aiouringnet" says so at level DEBUG.  Names below `localhost`
-    are never asked for (RFC 6761).
+    are never asked for (RFC 6761).  What uvloop resolves in C is not asked
+    of a loop's getaddrinfo(): its own datagram endpoints, sock_connect(), and
+    transports with engine="loop".
 
     Which DNS servers are asked, and how; None: as resolv.conf(5) says
     servers: addresses, "192.0.2.1", "192.0.2.1:53", "[2001:db8::1]:53" or
