@@ -6,6 +6,8 @@ A line for each call: [the call, what the C library says, what the Resolver says
 import asyncio
 import fcntl
 import json
+import os
+import signal
 import socket
 import struct
 import subprocess
@@ -97,23 +99,38 @@ async def outcome(awaitable):
         return repr(exc)
 
 
-async def main():
-    loop = asyncio.get_running_loop()
-    server = Server()
-    await server.start()
+async def serve(ready):
+    await Server().start()
+    os.close(ready)
+    await asyncio.Event().wait()
 
-    async def compare(call, ask, arguments, options):
-        said = [await outcome(getattr(resolver, ask)(*arguments, **options)) for resolver in (loop, ours)]
-        print(json.dumps([call, *said]))
 
-    async with aiouringnet.Resolver() as ours:
-        for name, options in NAMES:
-            port = options.pop("port", 80)
-            await compare(f"{name} {options}", "getaddrinfo", (name, port), {"type": socket.SOCK_STREAM, **options})
-        for address, flags in ADDRESSES:
-            await compare(f"{address} {flags}", "getnameinfo", ((address, 80), flags), {})
-    await server.stop()
+async def compare():
+    ours = aiouringnet.Resolver()
+
+    async def both(call, ask, arguments, options):
+        resolvers = asyncio.get_running_loop(), ours
+        print(json.dumps([call, *[await outcome(getattr(each, ask)(*arguments, **options)) for each in resolvers]]))
+
+    for name, options in NAMES:
+        port = options.pop("port", 80)
+        await both(f"{name} {options}", "getaddrinfo", (name, port), {"type": socket.SOCK_STREAM, **options})
+    for address, flags in ADDRESSES:
+        await both(f"{address} {flags}", "getnameinfo", ((address, 80), flags), {})
+    ours.close()
 
 
 prepare(sys.argv[1])
-asyncio.run(main())
+# A process of its own: getnameinfo() keeps the GIL in older Pythons.
+wait, ready = os.pipe()
+server = os.fork()
+if not server:
+    os.close(wait)
+    asyncio.run(serve(ready))
+os.close(ready)
+os.read(wait, 1)
+try:
+    asyncio.run(compare())
+finally:
+    os.kill(server, signal.SIGKILL)
+    os.waitpid(server, 0)
