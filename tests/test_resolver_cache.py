@@ -224,6 +224,19 @@ def helpers_write(path, text):
     return path
 
 
+async def test_a_file_that_changes_while_a_server_is_asked_has_the_last_word(loop, files, make_resolver, server, clock):
+    server.records["www.test", "A"] = ["192.0.2.1"]
+    server.ways["www.test"] = 0.1
+    resolver = make_resolver()
+    asked = loop.create_task(addresses(resolver, "www.test", **FOUR))
+    await helpers.eventually(lambda: server.asked)
+    files["hosts"].write_text("192.0.2.22 www.test\n")
+    clock.ahead_s = 1.1
+    assert await addresses(resolver, "www.test", **FOUR) == ["192.0.2.22"]
+    assert await asked == ["192.0.2.1"]
+    assert await addresses(resolver, "www.test", **FOUR) == ["192.0.2.22"]
+
+
 async def test_files_are_looked_at_once_a_second(loop, files, make_resolver, clock, monkeypatch):
     files["hosts"].write_text("192.0.2.1 www.test\n")
     resolver = make_resolver()

@@ -49,6 +49,7 @@ class Lookups:
         self._look_again = -math.inf  # when the files are to be looked at
         self._reading = None  # the future of a large file's contents
         self._settings = None
+        self._configured = 0  # how often
         self._sources, self._services_are_files = self._nsswitch.value
         self._questions = Questions(
             loop, options.max_queries, options.cache_size, options.max_ttl, options.max_negative_ttl
@@ -102,6 +103,7 @@ class Lookups:
             if found is not None:
                 return found
             kinds = system.kinds(port, family, type, proto, flags)
+            configured = self._configured
             name = _name(host)
             found, until, reason = await self._resolve(name, family, flags)
         if reason is not None:
@@ -109,7 +111,8 @@ class Lookups:
             return await self.loop().run_in_executor(None, socket.getaddrinfo, host, port, family, type, proto, flags)
         addresses, canonical = found
         result = _tuples(addresses, kinds, canonical if flags & socket.AI_CANONNAME else "")
-        if until > now:
+        # Unless a file has changed since, which may say something else.
+        if until > now and configured == self._configured:
             self._results.put((host, port, family, type, proto, flags), result, until)
             result = result.copy()
         return result
@@ -281,6 +284,7 @@ class Lookups:
             self._configure()
 
     def _configure(self):
+        self._configured += 1
         self._results.clear()
         self._settings = self._options.over(self._resolv_conf.value)
         self._sources, self._services_are_files = self._nsswitch.value
