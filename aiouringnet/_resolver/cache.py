@@ -24,9 +24,6 @@ class Cache:
         self._entries.move_to_end(key)
         return entry[0]
 
-    def until(self, key):
-        return self._entries[key][1]
-
     def put(self, key, value, until):
         if self._size:
             self._entries[key] = (value, until)
