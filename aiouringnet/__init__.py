@@ -24,6 +24,7 @@ from aiouringnet._version import __version__
 
 __all__ = [
     "Options",
+    "Resolver",
     "__version__",
     "connect_accepted_socket",
     "connect_read_pipe",
@@ -58,3 +59,17 @@ if sys.version_info >= (3, 11):
     __all__ += ["sock_recvfrom", "sock_recvfrom_into", "sock_sendto"]
 
 del sys
+
+
+def __getattr__(name):
+    """What not everybody needs is imported by who asks for it."""
+    if name != "Resolver":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from aiouringnet._resolver import Resolver
+
+    globals()[name] = Resolver
+    return Resolver
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

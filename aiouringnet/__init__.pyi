@@ -2,15 +2,16 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from ssl import SSLContext
 from typing import IO, Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar, overload
 
-from typing_extensions import Buffer, Unpack
+from typing_extensions import Buffer, Self, Unpack
 
 __all__ = [
     "Options",
+    "Resolver",
     "__version__",
     "connect_accepted_socket",
     "connect_read_pipe",
@@ -55,11 +56,20 @@ _ClientConnected: TypeAlias = Callable[[asyncio.StreamReader, asyncio.StreamWrit
 _Engine: TypeAlias = Literal["auto", "uring", "epoll", "loop"]
 _Gather: TypeAlias = Literal["auto", "always", "never"]
 _TLSEngine: TypeAlias = Literal["auto", "openssl", "ssl"]
+_AddressInfo: TypeAlias = tuple[
+    socket.AddressFamily, socket.SocketKind, int, str, tuple[str, int] | tuple[str, int, int, int]
+]
 
 class _EventLoopPolicy(Protocol):
     def get_event_loop(self) -> asyncio.AbstractEventLoop: ...
     def set_event_loop(self, loop: asyncio.AbstractEventLoop | None) -> None: ...
     def new_event_loop(self) -> asyncio.AbstractEventLoop: ...
+
+class _NameResolver(Protocol):
+    async def getaddrinfo(
+        self, host: _Host, port: _Port, *, family: int = ..., type: int = ..., proto: int = ..., flags: int = ...
+    ) -> list[_AddressInfo]: ...
+    async def getnameinfo(self, sockaddr: _SocketAddress, flags: int = ...) -> tuple[str, str]: ...
 
 class _Options(TypedDict, total=False):
     engine: _Engine
@@ -73,6 +83,7 @@ class _Options(TypedDict, total=False):
     sqpoll_cpu: int | None
     ktls_worker_bytes: int | None
     tls: _TLSEngine
+    resolver: _NameResolver | None
 
 class _Ring(TypedDict):
     usable: bool
@@ -119,6 +130,35 @@ class Options:
     sqpoll_cpu: int | None = ...
     ktls_worker_bytes: int | None = ...
     tls: _TLSEngine = ...
+    resolver: _NameResolver | None = ...
+
+class Resolver:
+    def __init__(
+        self,
+        *,
+        servers: Iterable[str | tuple[str, int]] | None = ...,
+        timeout: float | None = ...,
+        attempts: int | None = ...,
+        rotate: bool | None = ...,
+        search: Iterable[str] | None = ...,
+        ndots: int | None = ...,
+        max_queries: int = ...,
+        cache_size: int = ...,
+        max_ttl: float = ...,
+        max_negative_ttl: float = ...,
+        resolv_conf: str | os.PathLike[str] | None = ...,
+        nsswitch_conf: str | os.PathLike[str] | None = ...,
+        hosts: str | os.PathLike[str] | None = ...,
+    ) -> None: ...
+    async def getaddrinfo(
+        self, host: _Host, port: _Port, *, family: int = ..., type: int = ..., proto: int = ..., flags: int = ...
+    ) -> list[_AddressInfo]: ...
+    async def getnameinfo(self, sockaddr: _SocketAddress, flags: int = ...) -> tuple[str, str]: ...
+    def clear_cache(self) -> None: ...
+    def close(self) -> None: ...
+    async def aclose(self) -> None: ...
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(self, *exc_info: object) -> None: ...
 
 # Connections
 

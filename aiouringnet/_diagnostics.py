@@ -59,7 +59,7 @@ def status(loop=None):
         "patched": loop is not None and is_patched(loop),
         "why_not_uring": None if works else engines.why_not(loop),
         "remedy": None if works else _remedy(loop, options, found),
-        "options": dataclasses.asdict(options),
+        "options": {field.name: getattr(options, field.name) for field in dataclasses.fields(options)},
         "details": {} if running is None else running.details(),
         **_tls(options),
         "io_uring": found,

@@ -50,6 +50,9 @@ class Options:
     tls: what makes TLS records: "auto" (OpenSSL's functions in the library
         that the ssl module has loaded, else ssl.SSLObject), "openssl" (or an
         error), or "ssl".  Default: AIOURINGNET_TLS.
+    resolver: what resolves names: an aiouringnet.Resolver, or anything with its
+        coroutine methods getaddrinfo() and getnameinfo(); None: the loop.  May
+        be changed at any time.
     """
 
     engine: str = field(default_factory=_engine_from_environment)
@@ -63,6 +66,8 @@ class Options:
     sqpoll_cpu: int | None = None
     ktls_worker_bytes: int | None = None
     tls: str = field(default_factory=_tls_from_environment)
+    # No engine depends on it.
+    resolver: object = field(default=None, compare=False)
 
     def __post_init__(self):
         _check_choice("engine", self.engine, ENGINES)
@@ -85,11 +90,21 @@ class Options:
             _check_range("sqpoll_cpu", self.sqpoll_cpu, 0, _last_cpu())
             if not self.sqpoll:
                 raise ValueError("sqpoll_cpu is only meaningful with sqpoll=True")
+        _check_resolver(self.resolver)
 
 
 def _check_choice(name, value, allowed):
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+def _check_resolver(resolver):
+    methods = [getattr(resolver, name, None) for name in ("getaddrinfo", "getnameinfo")]
+    if resolver is not None and (isinstance(resolver, type) or not all(map(callable, methods))):
+        raise TypeError(
+            "resolver must be an aiouringnet.Resolver, or have coroutine methods getaddrinfo and getnameinfo, "
+            f"not {resolver!r}"
+        )
 
 
 def _check_range(name, value, low, high):

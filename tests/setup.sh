@@ -81,6 +81,7 @@ missing_packages() { # build|test
     fi
     [ "$1" = test ] || return 0
     command -v curl >/dev/null || echo curl
+    command -v dnsmasq >/dev/null || [ -x /usr/sbin/dnsmasq ] || echo dnsmasq-base
     command -v wrk >/dev/null || echo wrk
     command -v redis-server >/dev/null || echo redis-server
     command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || echo nginx

@@ -10,7 +10,7 @@ PACKAGE = helpers.ROOT / "aiouringnet"
 MAX_LINES = 600
 
 # Who may need whom: what stands later may need what stands before.
-LAYERS = ["_options", "_engine", "_transports", "_tls", "_api", "_diagnostics"]
+LAYERS = ["_options", "_resolver", "_engine", "_transports", "_tls", "_api", "_diagnostics"]
 
 # Cython's way of importing, of which ast knows nothing.
 NAMES = r"(?P<names>[\w*,. ]+|\([^)]*\))"

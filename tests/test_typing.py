@@ -73,6 +73,16 @@ def loops(loop: MyLoop) -> None:
     assert_type(aiouringnet.status()["remedy"], str | None)
     assert_type(aiouringnet.Options(buffer_size=256).buffer_size, int)
     assert_type(aiouringnet.__version__, str)
+
+
+async def names(loop: asyncio.AbstractEventLoop) -> None:
+    async with aiouringnet.Resolver(servers=["192.0.2.1:53", ("2001:db8::1", 53)], timeout=1.5) as resolver:
+        assert_type(resolver, aiouringnet.Resolver)
+        aiouringnet.patch_loop(loop, resolver=resolver)
+        found = await resolver.getaddrinfo("host", 80, type=socket.SOCK_STREAM)
+        assert_type(found[0][0], socket.AddressFamily)
+        assert_type(await resolver.getnameinfo(("192.0.2.1", 80)), tuple[str, str])
+        resolver.clear_cache()
 """
 
 WRONG = {
@@ -85,6 +95,8 @@ WRONG = {
     "aiouringnet.loop_factory(depth=1)": "call-overload",
     "aiouringnet.status()['colour']": "typeddict-item",
     "aiouringnet.Options(1024)": "call-arg",
+    "aiouringnet.Resolver(servers='192.0.2.1', colour=1)": "call-arg",
+    "aiouringnet.patch_loop(loop, resolver='192.0.2.1')": "call-overload",
     "aiouringnet.nothing()": "attr-defined",
 }
 

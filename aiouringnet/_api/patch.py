@@ -18,6 +18,7 @@ import weakref
 from aiouringnet._api.call import PATCHED, expect_loop, loops_own
 from aiouringnet._api.connect import connect_accepted_socket, create_connection, create_unix_connection
 from aiouringnet._api.ours import ensure_no_transport
+from aiouringnet._api.resolving import end_lookups, resolving_methods
 from aiouringnet._api.sendfile import sendfile
 from aiouringnet._api.serve import create_server, create_unix_server
 from aiouringnet._api.start_tls import start_tls
@@ -136,6 +137,8 @@ def _methods(base):
     if not hasattr(base, "_ensure_fd_no_transport"):
         # A loop that does not look at asyncio's table of transports: it would not know of ours.
         methods |= {name: _refusing(base, name) for name in WATCHING if hasattr(base, name)}
+    if hasattr(base, "getaddrinfo") and hasattr(base, "getnameinfo"):
+        methods |= resolving_methods(base)
     return {"run_forever": _run_forever(base), "close": _close(base), **methods}
 
 
@@ -181,6 +184,8 @@ def _close(base):
     @functools.wraps(base.close)
     def close(self):
         engine = active_engine(self)
+        if not self.is_running():
+            end_lookups(self)
         loops_own(self, "close")()
         # It ends with the loop's entry for it, unless something keeps that: an exception whose traceback is kept, say.
         if engine is not None:
