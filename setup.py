@@ -16,6 +16,8 @@ from setuptools import Extension, setup
 # Each extension module and the C headers it needs rebuilt for.
 MODULES = [
     "aiouringnet._engine.connection",
+    "aiouringnet._engine.datagram_area",
+    "aiouringnet._engine.datagrams",
     "aiouringnet._engine.descriptors",
     "aiouringnet._engine.engine",
     "aiouringnet._engine.epoll",
@@ -26,6 +28,7 @@ MODULES = [
     "aiouringnet._engine.output",
     "aiouringnet._engine.readiness",
     "aiouringnet._engine.ring.connection",
+    "aiouringnet._engine.ring.datagrams",
     "aiouringnet._engine.ring.gate",
     "aiouringnet._engine.ring.listener",
     "aiouringnet._engine.ring.probing",
@@ -51,6 +54,7 @@ MODULES = [
     "aiouringnet._tls.symbols",
     "aiouringnet._tls.transport",
     "aiouringnet._transports.common",
+    "aiouringnet._transports.datagram",
     "aiouringnet._transports.input",
     "aiouringnet._transports.output",
     "aiouringnet._transports.stream",

@@ -3,10 +3,10 @@
 import sys
 
 from aiouringnet._api.connect import connect_accepted_socket, create_connection, create_unix_connection
+from aiouringnet._api.datagrams import create_datagram_endpoint
 from aiouringnet._api.passed_on import (
     connect_read_pipe,
     connect_write_pipe,
-    create_datagram_endpoint,
     sock_accept,
     sock_connect,
     sock_recv,

@@ -254,14 +254,8 @@ async def start_unix_server(
     **kwds: Any,
 ) -> asyncio.Server: ...
 
-# What is the loop's own on every engine
+# Datagrams
 
-async def connect_read_pipe(
-    loop: asyncio.AbstractEventLoop, protocol_factory: Callable[[], _ProtocolT], pipe: Any
-) -> tuple[asyncio.ReadTransport, _ProtocolT]: ...
-async def connect_write_pipe(
-    loop: asyncio.AbstractEventLoop, protocol_factory: Callable[[], _ProtocolT], pipe: Any
-) -> tuple[asyncio.WriteTransport, _ProtocolT]: ...
 async def create_datagram_endpoint(
     loop: asyncio.AbstractEventLoop,
     protocol_factory: Callable[[], _DatagramProtocolT],
@@ -275,6 +269,15 @@ async def create_datagram_endpoint(
     allow_broadcast: bool | None = ...,
     sock: socket.socket | None = ...,
 ) -> tuple[asyncio.DatagramTransport, _DatagramProtocolT]: ...
+
+# What is the loop's own on every engine
+
+async def connect_read_pipe(
+    loop: asyncio.AbstractEventLoop, protocol_factory: Callable[[], _ProtocolT], pipe: Any
+) -> tuple[asyncio.ReadTransport, _ProtocolT]: ...
+async def connect_write_pipe(
+    loop: asyncio.AbstractEventLoop, protocol_factory: Callable[[], _ProtocolT], pipe: Any
+) -> tuple[asyncio.WriteTransport, _ProtocolT]: ...
 async def sendfile(
     loop: asyncio.AbstractEventLoop,
     transport: asyncio.WriteTransport,

@@ -19,7 +19,7 @@ import sys
 import types
 
 from aiouringnet._api.handed_in import tell_when_closed
-from aiouringnet._api.ours import SSLStreamTransport, StreamTransport, ensure_no_transport
+from aiouringnet._api.ours import DatagramTransport, SSLStreamTransport, StreamTransport, ensure_no_transport
 from aiouringnet._api.signatures import parameters_of
 from aiouringnet._engine.socket_file import inode_of, unlink
 from aiouringnet._tls import record_layer
@@ -130,6 +130,12 @@ class Connector:
                 self._remember_file(sock)
         return server
 
+    async def create_datagram_endpoint(self, protocol_factory, *args, **kwargs):
+        self._handed_in = kwargs.get("sock")
+        made = functools.partial(_Made, protocol_factory)
+        transport, made = await _Base.create_datagram_endpoint(self, made, *args, **kwargs)
+        return transport, made.protocol
+
     def _keep_tls_options(self, kwargs):
         for name in _TLS_ONLY:
             value = kwargs.pop(name, None)
@@ -201,6 +207,18 @@ class Connector:
         self._owned_by(rawsock, StreamTransport(self.engine, rawsock, tls, None, extra, server))
         return tls
 
+    def _make_datagram_transport(self, sock, protocol, address=None, waiter=None, extra=None):
+        try:
+            ensure_no_transport(self.engine, sock)
+            transport = DatagramTransport(self.engine, sock, protocol.get(), address, waiter, extra)
+        except BaseException:
+            # asyncio's leaves the socket open.
+            if sock is not self._handed_in:
+                sock.close()
+            raise
+        self._owned_by(sock, transport)
+        return transport
+
     def _owned_by(self, sock, transport):
         self._unowned = None
         if sock is self._handed_in:
@@ -269,6 +287,28 @@ class Connector:
         if path and path[0] not in (0, "\0"):
             with contextlib.suppress(FileNotFoundError):
                 self._unix_server_sockets[sock] = inode_of(path)
+
+
+class _Made:
+    """What a protocol factory has made, or its error, at which asyncio's function would leave the socket open."""
+
+    def __init__(self, factory):
+        self.protocol = self._error = None
+        try:
+            self.protocol = factory()
+        except BaseException as exc:
+            self._error = exc
+
+    def __repr__(self):
+        return repr(self.protocol)
+
+    def get(self):
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                self._error = None  # it has this frame in its traceback
+        return self.protocol
 
 
 def _unlink_if_ours(path, inode):

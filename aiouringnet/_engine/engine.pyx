@@ -552,6 +552,9 @@ cdef class Engine(Selecting):
     cdef Flow open_stream(self, int fd, Sink sink):
         raise RuntimeError("not an engine")
 
+    cdef Flow open_datagrams(self, object sock, object sink):
+        raise RuntimeError("not an engine")
+
     cdef void work(self) noexcept:
         pass
 
