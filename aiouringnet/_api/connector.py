@@ -147,6 +147,10 @@ class Connector:
     # --- what asyncio's functions ask for -------------------------------------
 
     async def sock_connect(self, sock, address):
+        if sock.type == socket.SOCK_DGRAM:
+            # Nothing to wait for.
+            await self.loop.sock_connect(sock, address)
+            return
         await self.engine.connect(sock, address)
         self._unowned = sock
 

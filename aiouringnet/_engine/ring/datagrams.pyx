@@ -99,10 +99,15 @@ cdef class RingDatagrams(Datagrams):
             return
         if not engine.enter() or airn_unsubmitted(&engine.ring):
             ended = False
-        if ended and self.closed and engine.poller is None:
+        if not ended:
+            engine.mark_resync(self)
+        elif engine.poller is not None:
+            engine.need_pass()
+        elif self.closed:
             # A poll has no memory of ours, and the kernel has no use for the descriptor's number any more.
+            # (The final completions wake the loop like any: a pass now would bring others their data earlier than
+            # asyncio's next look at its sockets would.)
             self.let_gone = True
-        engine.mark_resync(self)
 
     cdef void let_go(self) noexcept:
         self.waiting = NOT_WAITING
