@@ -17,6 +17,7 @@ from setuptools import Extension, setup
 MODULES = [
     "aiouringnet._engine.connection",
     "aiouringnet._engine.datagram_area",
+    "aiouringnet._engine.datagram_output",
     "aiouringnet._engine.datagrams",
     "aiouringnet._engine.descriptors",
     "aiouringnet._engine.engine",

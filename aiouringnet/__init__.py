@@ -19,11 +19,13 @@ from aiouringnet._api.serve import create_server, create_unix_server
 from aiouringnet._api.start_tls import start_tls
 from aiouringnet._api.streams import open_connection, open_unix_connection, start_server, start_unix_server
 from aiouringnet._diagnostics import stats, status
+from aiouringnet._engine.recv_meta import RecvMeta
 from aiouringnet._options import Options
 from aiouringnet._version import __version__
 
 __all__ = [
     "Options",
+    "RecvMeta",
     "__version__",
     "connect_accepted_socket",
     "connect_read_pipe",

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from ssl import SSLContext
-from typing import IO, Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar, overload
+from typing import IO, Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, TypeVar, overload
 
 from typing_extensions import Buffer, Unpack
 
 __all__ = [
     "Options",
+    "RecvMeta",
     "__version__",
     "connect_accepted_socket",
     "connect_read_pipe",
@@ -256,6 +257,16 @@ async def start_unix_server(
 
 # Datagrams
 
+class RecvMeta(NamedTuple):
+    ecn: int | None
+    dst_ip: str | None
+    interface_index: int | None
+    ttl: int | None
+
+# Where the loop's own transport serves, `segment_size` is not there.
+class _DatagramTransport(asyncio.DatagramTransport):
+    def sendto(self, data: Buffer, addr: Any = ..., *, segment_size: int | None = ...) -> None: ...
+
 async def create_datagram_endpoint(
     loop: asyncio.AbstractEventLoop,
     protocol_factory: Callable[[], _DatagramProtocolT],
@@ -268,7 +279,11 @@ async def create_datagram_endpoint(
     reuse_port: bool | None = ...,
     allow_broadcast: bool | None = ...,
     sock: socket.socket | None = ...,
-) -> tuple[asyncio.DatagramTransport, _DatagramProtocolT]: ...
+    gro: bool = ...,
+    ecn: bool = ...,
+    packet_info: bool = ...,
+    ttl: bool = ...,
+) -> tuple[_DatagramTransport, _DatagramProtocolT]: ...
 
 # What is the loop's own on every engine
 

@@ -15,8 +15,8 @@ tls-64x100      any of these over TLS: what is negotiated by default, which is T
 tls-handshakex10  a TLS connection for each echo of 64 bytes, 10 at a time: a request is a full handshake
 tls-resumedx10  the same, each connection resumes the session of the one before
 
-Groups: udp; tls, echo, handshakes and HTTP over TLS; ktls, TLS echo of 64 B to 256 KiB on 10 connections of a client that
-sleeps, for which one core will do; shapes, the ways to write a server, few connections and Unix sockets.
+Groups: udp; tls, echo, handshakes and HTTP over TLS; ktls, TLS echo of 64 B to 256 KiB on 10 connections of a client
+that sleeps, for which one core will do; shapes, the ways to write a server, few connections and Unix sockets.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class Cell:
             work = {"protocol": "echo", "pair": "echo, two writes", "broadcast": "to all"}.get(
                 self.shape, f"echo, {self.shape}"
             )
-            load = f"{size} {'TLS ' if self.tls else ''}{'Unix ' if self.unix else ''}{'UDP ' if self.udp else ''}{work}"
+            load = (
+                f"{size} {'TLS ' if self.tls else ''}{'Unix ' if self.unix else ''}{'UDP ' if self.udp else ''}{work}"
+            )
         parts = [load, f"{self.connections} connection{'s' if self.connections > 1 else ''}"]
         if self.sleeping:
             parts.append("sleeping client")

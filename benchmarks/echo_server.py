@@ -1,7 +1,8 @@
 """The Python echo server under test, on the loop of your choice.
 
-It listens on a free port of the loopback (or on --unix PATH, or with --udp for datagrams), prints one line of JSON with the port, and echoes what
-it receives until it is killed or --seconds are over, in one of the shapes that programs have (--shape):
+It listens on a free port of the loopback (or on --unix PATH, or with --udp for datagrams), prints one line of JSON with
+the port, and echoes what it receives until it is killed or --seconds are over, in one of the shapes that programs have
+(--shape):
 
     protocol    an asyncio.Protocol that calls transport.write() in data_received()
     pair        the same, with two writes for each reply, as head and body are

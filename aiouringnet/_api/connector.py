@@ -20,7 +20,7 @@ import types
 
 from aiouringnet._api.handed_in import tell_when_closed
 from aiouringnet._api.ours import DatagramTransport, SSLStreamTransport, StreamTransport, ensure_no_transport
-from aiouringnet._api.signatures import parameters_of
+from aiouringnet._api.signatures import ADDED, parameters_of
 from aiouringnet._engine.socket_file import inode_of, unlink
 from aiouringnet._tls import record_layer
 from aiouringnet._transports.slow import timed
@@ -52,6 +52,7 @@ class Connector:
         self._attempts = None  # for each address tried, the list of its errors; None: nobody asks for them
         self._unowned = None  # a socket made here that no transport owns yet
         self._handed_in = None  # a socket of the application's
+        self._wanted = ()  # what the kernel is to say beside a datagram
         self._tls_options = {}  # what asyncio's functions would not pass on
 
     def __getattr__(self, name):
@@ -132,6 +133,7 @@ class Connector:
 
     async def create_datagram_endpoint(self, protocol_factory, *args, **kwargs):
         self._handed_in = kwargs.get("sock")
+        self._wanted = tuple(name for name in ADDED["create_datagram_endpoint"] if kwargs.pop(name, False))
         made = functools.partial(_Made, protocol_factory)
         transport, made = await _Base.create_datagram_endpoint(self, made, *args, **kwargs)
         return transport, made.protocol
@@ -214,7 +216,7 @@ class Connector:
     def _make_datagram_transport(self, sock, protocol, address=None, waiter=None, extra=None):
         try:
             ensure_no_transport(self.engine, sock)
-            transport = DatagramTransport(self.engine, sock, protocol.get(), address, waiter, extra)
+            transport = DatagramTransport(self.engine, sock, protocol.get(), address, waiter, extra, self._wanted)
         except BaseException:
             # asyncio's leaves the socket open.
             if sock is not self._handed_in:

@@ -10,5 +10,14 @@ async def create_datagram_endpoint(loop, *args, **kwargs):
 
     Returns (transport, protocol).  Raises OSError when an address cannot be
     bound or connected, ValueError and TypeError as asyncio does.
+
+    gro: let the kernel receive equal datagrams of a peer as one (UDP_GRO,
+    Linux 5.0); the protocol gets each.
+    ecn, packet_info, ttl: give the protocol's datagram_received() a third
+    argument, a RecvMeta with what the kernel says of the datagram.
+    RuntimeError where one of these cannot be had.
+
+    A protocol that has datagrams_received(datagrams) gets lists instead: of
+    (data, addr), or (data, addr, meta), for what one system call has brought.
     """
     return await call(loop, "create_datagram_endpoint", args, kwargs)

@@ -49,9 +49,27 @@ cdef struct Known:
     PyObject* address               # owned
 
 
+# What the kernel says beside a datagram, as far as it was asked; -1: nothing.
+cdef extern from *:
+    """
+    #include <stdint.h>
+    struct airn_said {
+        int stride, ecn, ttl, interface_index, family;
+        unsigned char destination[16];
+    };
+    """
+    struct airn_said:
+        int stride                  # bytes of each of the datagrams that were received as one (UDP_GRO)
+        int ecn, ttl, interface_index
+        int family                  # of `destination`
+        unsigned char* destination
+
+
 # What all datagram sockets of a loop are received into.
 cdef class Area:
     cdef char* memory
+    cdef char* control
+    cdef bint with_control          # of the last call
     cdef int slots                  # messages that one call may bring, as the area is laid out now
     cdef int used                   # headers that the last call may have changed
     cdef mmsghdr headers[MESSAGES]
@@ -61,8 +79,10 @@ cdef class Area:
     cdef int current                # entry of `known` of the datagram that is being delivered
 
     # Receive what a socket has, up to `slots` datagrams: how many, or -errno
-    cdef int receive(self, int fd, bint large) noexcept
+    cdef int receive(self, int fd, bint large, bint with_control) noexcept
     cdef object data_of(self, int i)
+    cdef int stride_of(self, int i) noexcept
+    cdef object meta_of(self, int i)
     # The sender in Python's form, and where it is in `known`, -1: nowhere
     cdef object sender_of(self, int i, int* where)
     # A destination in the kernel's form, where that is known without looking names up; what is to be kept with it

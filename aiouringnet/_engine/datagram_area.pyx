@@ -20,6 +20,7 @@ from libc.string cimport memcmp, memcpy, memset, strlen
 from aiouringnet._engine.listener cimport name_of, sockaddr_storage
 
 from aiouringnet._engine.address import pack_address
+from aiouringnet._engine.recv_meta import RecvMeta
 
 
 cdef extern from "sys/socket.h" nogil:
@@ -43,7 +44,58 @@ cdef extern from "netinet/in.h" nogil:
         in6_addr sin6_addr
         unsigned int sin6_scope_id
 
+cdef extern from *:
+    """
+    #include <string.h>
+    #include <netinet/in.h>
+    #include <sys/socket.h>
+
+    #define AIRN_UDP_GRO 104    /* <linux/udp.h>, Linux 5.0 */
+
+    static int airn_number(const struct cmsghdr *c)
+    {
+        int number = 0;
+        if (c->cmsg_len >= CMSG_LEN(sizeof number))
+            memcpy(&number, CMSG_DATA(c), sizeof number);
+        else
+            number = *CMSG_DATA(c);
+        return number;
+    }
+
+    static void airn_hear(struct msghdr *m, struct airn_said *said)
+    {
+        said->stride = said->ecn = said->ttl = said->interface_index = said->family = -1;
+        for (struct cmsghdr *c = CMSG_FIRSTHDR(m); c; c = CMSG_NXTHDR(m, c)) {
+            if (c->cmsg_level == IPPROTO_UDP && c->cmsg_type == AIRN_UDP_GRO) {
+                said->stride = airn_number(c);
+            } else if ((c->cmsg_level == IPPROTO_IP && c->cmsg_type == IP_TOS) ||
+                       (c->cmsg_level == IPPROTO_IPV6 && c->cmsg_type == IPV6_TCLASS)) {
+                said->ecn = airn_number(c) & 3;
+            } else if ((c->cmsg_level == IPPROTO_IP && c->cmsg_type == IP_TTL) ||
+                       (c->cmsg_level == IPPROTO_IPV6 && c->cmsg_type == IPV6_HOPLIMIT)) {
+                said->ttl = airn_number(c);
+            } else if (c->cmsg_level == IPPROTO_IP && c->cmsg_type == IP_PKTINFO) {
+                struct in_pktinfo info;
+                memcpy(&info, CMSG_DATA(c), sizeof info);
+                if (said->family != AF_INET6) {
+                    said->family = AF_INET;
+                    said->interface_index = info.ipi_ifindex;
+                    memcpy(said->destination, &info.ipi_addr, sizeof info.ipi_addr);
+                }
+            } else if (c->cmsg_level == IPPROTO_IPV6 && c->cmsg_type == IPV6_PKTINFO) {
+                struct in6_pktinfo info;
+                memcpy(&info, CMSG_DATA(c), sizeof info);
+                said->family = AF_INET6;
+                said->interface_index = (int)info.ipi6_ifindex;
+                memcpy(said->destination, &info.ipi6_addr, sizeof info.ipi6_addr);
+            }
+        }
+    }
+    """
+    void airn_hear(msghdr* message, airn_said* said) noexcept
+
 cdef extern from "arpa/inet.h" nogil:
+    const char* inet_ntop(int family, const void* address, char* text, unsigned int size)
     int inet_pton(int family, const char* text, void* address)
     unsigned short htons(unsigned short)
     unsigned int htonl(unsigned int)
@@ -67,6 +119,8 @@ cdef enum:
     LARGE_BYTES = 262144
     LARGE_SLOTS = 4
     AREA_BYTES = MESSAGES * SLOT_STEP
+    CONTROL_BYTES = 256         # all that can be asked for takes less
+    TEXT_BYTES = 46             # INET6_ADDRSTRLEN
     KNOWN_BITS = 9
     KNOWN = 1 << KNOWN_BITS     # addresses
 
@@ -84,8 +138,9 @@ cdef class Area:
     def __cinit__(self):
         self.current = -1
         self.memory = <char*>malloc(AREA_BYTES)
+        self.control = <char*>malloc(MESSAGES * CONTROL_BYTES)
         self.known = <Known*>calloc(KNOWN, sizeof(Known))
-        if self.memory == NULL or self.known == NULL:
+        if self.memory == NULL or self.control == NULL or self.known == NULL:
             raise MemoryError()
 
     def __dealloc__(self):
@@ -94,6 +149,7 @@ cdef class Area:
             for i in range(KNOWN):
                 Py_XDECREF(self.known[i].address)
         free(self.known)
+        free(self.control)
         free(self.memory)
 
     cdef int lay_out(self, bint large) except -1:
@@ -109,10 +165,15 @@ cdef class Area:
             self.headers[i].msg_hdr.msg_name = &self.names[i]
         return 0
 
-    cdef int receive(self, int fd, bint large) noexcept:
+    cdef int receive(self, int fd, bint large, bint with_control) noexcept:
         cdef int i, n
         if self.slots != (LARGE_SLOTS if large else MESSAGES):
             self.lay_out(large)
+        if with_control or self.with_control:
+            self.with_control = with_control
+            for i in range(self.slots):
+                self.headers[i].msg_hdr.msg_control = self.control + i * CONTROL_BYTES if with_control else NULL
+                self.headers[i].msg_hdr.msg_controllen = CONTROL_BYTES if with_control else 0
         for i in range(self.used):
             self.headers[i].msg_hdr.msg_namelen = sizeof(sockaddr_storage)
         n = recvmmsg(fd, self.headers, self.slots, MSG_DONTWAIT, NULL)
@@ -122,6 +183,26 @@ cdef class Area:
 
     cdef object data_of(self, int i):
         return PyBytes_FromStringAndSize(<char*>self.vectors[i].iov_base, self.headers[i].msg_len)
+
+    cdef int stride_of(self, int i) noexcept:
+        """Bytes of each of the datagrams that lie here as one, 0 for a single one."""
+        cdef airn_said said
+        airn_hear(&self.headers[i].msg_hdr, &said)
+        return max(said.stride, 0)
+
+    cdef object meta_of(self, int i):
+        cdef airn_said said
+        cdef char text[TEXT_BYTES]
+        airn_hear(&self.headers[i].msg_hdr, &said)
+        destination = None
+        if said.family >= 0 and inet_ntop(said.family, said.destination, text, sizeof(text)) != NULL:
+            destination = text.decode()
+        return RecvMeta(
+            said.ecn if said.ecn >= 0 else None,
+            destination,
+            said.interface_index if said.family >= 0 else None,
+            said.ttl if said.ttl >= 0 else None,
+        )
 
     cdef object sender_of(self, int i, int* where):
         cdef unsigned int size = self.headers[i].msg_hdr.msg_namelen

@@ -3,7 +3,8 @@
 from cpython.object cimport PyObject
 
 from aiouringnet._engine.datagram_area cimport Name
-from aiouringnet._engine.datagrams cimport DatagramSink, Datagrams
+from aiouringnet._engine.datagram_output cimport DatagramSink
+from aiouringnet._engine.datagrams cimport Datagrams
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport flag
 
@@ -26,6 +27,7 @@ cdef class DatagramTransport(DatagramSink):
     cdef flag connected             # the socket is
     cdef flag in_context            # a callback of ours is running
     cdef flag detached              # nothing is in flight
+    cdef flag divides               # datagrams of one size may be sent as one
     cdef flag timed                 # asyncio's debug mode: slow callbacks are named
     cdef int dropped                # how often something was sent, once lost, and the loss itself
 
@@ -38,6 +40,8 @@ cdef class DatagramTransport(DatagramSink):
     cdef void callback_failed(self, str name, object exc) noexcept
     cdef void control_flow(self, str name) noexcept
     cdef void on_high_water(self) noexcept
+    cdef int use_protocol(self, object protocol) except -1
+    cdef int send_segments(self, object owner, const char* start, Py_ssize_t size, Name* name, object segment) except -1
     cdef object destination(self, object address, Name* name)
     cdef object get_sockname(self)
     cdef int check_usable(self) except -1

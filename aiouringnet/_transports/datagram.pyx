@@ -29,11 +29,13 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SI
 from cpython.object cimport PyObject
 
 from aiouringnet._engine.datagram_area cimport NAME_NONE, NAME_PYTHON, Name
-from aiouringnet._engine.datagrams cimport DatagramSink, Datagrams
+from aiouringnet._engine.datagram_output cimport DatagramSink
+from aiouringnet._engine.datagrams cimport Datagrams
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._transports.common cimport called_soon_threadsafe, drop_empty_dict, immutable, limits
 from aiouringnet._transports.input cimport CLOSING, DONE, LOST, OPEN
 
+from aiouringnet._engine.recv_meta import ask_for, why_no_segments
 from aiouringnet._transports.slow import timed
 
 
@@ -49,6 +51,8 @@ cdef object warn = warnings.warn
 cdef enum:
     DEFAULT_HIGH_WATER = 65536
     LOG_THRESHOLD_FOR_CONNLOST_WRITES = 5
+    MAX_DATAGRAM = 65507        # bytes, over IPv4
+    MAX_SEGMENTS = 64           # of one send, UDP_MAX_SEGMENTS
 
 
 class Transport(transports._FlowControlMixin, transports.DatagramTransport):
@@ -74,9 +78,10 @@ cdef size_t HEADER_BYTES = header_bytes()
 
 
 cdef class DatagramTransport(DatagramSink):
-    def __cinit__(self, Engine engine not None, sock, protocol, address=None, waiter=None, extra=None):
+    def __cinit__(self, Engine engine not None, sock, protocol, address=None, waiter=None, extra=None, tuple wanted=()):
         drop_empty_dict(self)
         engine.check()
+        ask_for(sock, wanted)
         self.engine = engine
         self.loop = engine.loop
         self.sock = sock
@@ -87,7 +92,7 @@ cdef class DatagramTransport(DatagramSink):
         self.low = DEFAULT_HIGH_WATER // 4
         self.context = PyContext_CopyCurrent()
         self.timed = self.loop.get_debug()
-        self.protocol = protocol
+        self.use_protocol(protocol)
         try:
             self.peername = sock.getpeername()
             self.connected = True
@@ -97,6 +102,8 @@ cdef class DatagramTransport(DatagramSink):
             self.peername = extra["peername"]
         self.socket = <Datagrams>engine.open_datagrams(sock, self)
         self.socket.header_bytes = HEADER_BYTES
+        self.socket.grouped = "gro" in wanted
+        self.socket.with_meta = len(wanted) > self.socket.grouped
         # Loops refuse add_reader() for a transport's descriptor.
         engine.transports[self.fileno] = self
         self.loop.call_soon(self._begin, waiter, context=self.context)
@@ -183,13 +190,15 @@ cdef class DatagramTransport(DatagramSink):
         PyContext_Exit(self.context)
         return 0
 
-    cdef void on_datagram(self, object data, object address) noexcept:
+    cdef void on_datagram(self, object data, object address, object meta) noexcept:
         cdef PyObject* before = NULL
         cdef bint entered
         try:
             entered = self.enter_context(&before)
             try:
-                if self.timed:
+                if meta is not None:
+                    self.protocol.datagram_received(data, address, meta)
+                elif self.timed:
                     timed(self.loop, self.protocol.datagram_received, data, address)
                 else:
                     self.protocol.datagram_received(data, address)
@@ -198,6 +207,22 @@ cdef class DatagramTransport(DatagramSink):
                     self.leave_context(before)
         except BaseException as exc:
             self.callback_failed("datagram_received", exc)
+
+    cdef void on_datagrams(self, list datagrams) noexcept:
+        cdef PyObject* before = NULL
+        cdef bint entered
+        try:
+            entered = self.enter_context(&before)
+            try:
+                if self.timed:
+                    timed(self.loop, self.protocol.datagrams_received, datagrams)
+                else:
+                    self.protocol.datagrams_received(datagrams)
+            finally:
+                if entered:
+                    self.leave_context(before)
+        except BaseException as exc:
+            self.callback_failed("datagrams_received", exc)
 
     cdef void on_socket_error(self, object exc) noexcept:
         cdef PyObject* before = NULL
@@ -286,12 +311,16 @@ cdef class DatagramTransport(DatagramSink):
 
     # --- asyncio.DatagramTransport -------------------------------------------
 
-    def sendto(self, data, addr=None):
+    def sendto(self, data, addr=None, *, segment_size=None):
         """Send bytes-like `data` as one datagram to `addr`, or to the remote address that the endpoint was given.
 
         It leaves by the end of the loop's iteration at the latest.  bytes, and
         memoryviews of bytes, are kept by reference; anything else is copied
         before this returns.
+
+        segment_size: send `data` as datagrams of so many bytes, the last one
+        perhaps shorter; the kernel divides it (UDP_SEGMENT, Linux 4.18).
+        RuntimeError where it cannot, ValueError for a size that is none.
         """
         cdef const char* start
         cdef Py_ssize_t size
@@ -311,9 +340,36 @@ cdef class DatagramTransport(DatagramSink):
             self.dropped += 1
             return
         self.engine.check()
-        self.socket.send(owner, start, size, &name)
+        if segment_size is None:
+            self.socket.send(owner, start, size, &name, 0)
+        else:
+            self.send_segments(owner, start, size, &name, segment_size)
         if self.socket.queued > self.high:
             self.on_high_water()
+
+    cdef int send_segments(
+        self, object owner, const char* start, Py_ssize_t size, Name* name, object segment
+    ) except -1:
+        cdef Py_ssize_t part, length
+        if not isinstance(segment, int) or isinstance(segment, bool):
+            raise TypeError(f"segment_size must be an int, not {segment!r}")
+        if not 0 < segment <= MAX_DATAGRAM:
+            raise ValueError(f"segment_size must be in 1..{MAX_DATAGRAM}, not {segment}")
+        length = segment
+        if not self.divides:
+            reason = why_no_segments(self.sock)
+            if reason is not None:
+                raise RuntimeError(reason)
+            self.divides = True
+        part = length * min(MAX_SEGMENTS, MAX_DATAGRAM // length)
+        while size > part:
+            self.socket.send(owner, start, part, name, <int>length if part > length else 0)
+            if self.state >= LOST:
+                return 0  # error_received() has ended it
+            start += part
+            size -= part
+        self.socket.send(owner, start, size, name, <int>length if size > length else 0)
+        return 0
 
     cdef object destination(self, object address, Name* name):
         """Where a datagram for `address` goes; what must be kept as long as `name` is."""
@@ -383,7 +439,12 @@ cdef class DatagramTransport(DatagramSink):
         """Hand what arrives from now on to `protocol`, an asyncio.DatagramProtocol."""
         self.check_usable()
         self.engine.keep(self.protocol)
+        self.use_protocol(protocol)
+
+    cdef int use_protocol(self, object protocol) except -1:
+        self.batches = callable(getattr(protocol, "datagrams_received", None))
         self.protocol = protocol
+        return 0
 
     def get_protocol(self):
         return self.protocol

@@ -6,7 +6,8 @@ each of which would have to hold the largest datagram.
 
 from libc.errno cimport EBADF
 
-from aiouringnet._engine.datagrams cimport Datagrams, FOR_ROOM, NOT_WAITING
+from aiouringnet._engine.datagram_output cimport FOR_ROOM, NOT_WAITING
+from aiouringnet._engine.datagrams cimport Datagrams
 from aiouringnet._engine.poll cimport POLLIN, POLLOUT
 from aiouringnet._engine.ring.completions cimport TAG_POLL, TAG_WRITABLE, user_data
 from aiouringnet._engine.ring.liburing cimport *
