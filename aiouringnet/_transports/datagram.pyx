@@ -442,7 +442,8 @@ cdef class DatagramTransport(DatagramSink):
         self.use_protocol(protocol)
 
     cdef int use_protocol(self, object protocol) except -1:
-        self.batches = callable(getattr(protocol, "datagrams_received", None))
+        # (Of the class: a mock has whatever one asks it for.)
+        self.batches = callable(getattr(type(protocol), "datagrams_received", None))
         self.protocol = protocol
         return 0
 
