@@ -3,10 +3,10 @@
 import sys
 
 from aiouringnet._api.connect import connect_accepted_socket, create_connection, create_unix_connection
+from aiouringnet._api.datagrams import create_datagram_endpoint
 from aiouringnet._api.passed_on import (
     connect_read_pipe,
     connect_write_pipe,
-    create_datagram_endpoint,
     sock_accept,
     sock_connect,
     sock_recv,
@@ -19,11 +19,13 @@ from aiouringnet._api.serve import create_server, create_unix_server
 from aiouringnet._api.start_tls import start_tls
 from aiouringnet._api.streams import open_connection, open_unix_connection, start_server, start_unix_server
 from aiouringnet._diagnostics import stats, status
+from aiouringnet._engine.recv_meta import RecvMeta
 from aiouringnet._options import Options
 from aiouringnet._version import __version__
 
 __all__ = [
     "Options",
+    "RecvMeta",
     "Resolver",
     "__version__",
     "connect_accepted_socket",

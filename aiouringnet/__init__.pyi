@@ -5,12 +5,13 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from ssl import SSLContext
-from typing import IO, Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar, overload
+from typing import IO, Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, TypeVar, overload
 
 from typing_extensions import Buffer, Self, Unpack
 
 __all__ = [
     "Options",
+    "RecvMeta",
     "Resolver",
     "__version__",
     "connect_accepted_socket",
@@ -294,14 +295,18 @@ async def start_unix_server(
     **kwds: Any,
 ) -> asyncio.Server: ...
 
-# What is the loop's own on every engine
+# Datagrams
 
-async def connect_read_pipe(
-    loop: asyncio.AbstractEventLoop, protocol_factory: Callable[[], _ProtocolT], pipe: Any
-) -> tuple[asyncio.ReadTransport, _ProtocolT]: ...
-async def connect_write_pipe(
-    loop: asyncio.AbstractEventLoop, protocol_factory: Callable[[], _ProtocolT], pipe: Any
-) -> tuple[asyncio.WriteTransport, _ProtocolT]: ...
+class RecvMeta(NamedTuple):
+    ecn: int | None
+    dst_ip: str | None
+    interface_index: int | None
+    ttl: int | None
+
+# Where the loop's own transport serves, `segment_size` is not there.
+class _DatagramTransport(asyncio.DatagramTransport):
+    def sendto(self, data: Buffer, addr: Any = ..., *, segment_size: int | None = ...) -> None: ...
+
 async def create_datagram_endpoint(
     loop: asyncio.AbstractEventLoop,
     protocol_factory: Callable[[], _DatagramProtocolT],
@@ -314,7 +319,20 @@ async def create_datagram_endpoint(
     reuse_port: bool | None = ...,
     allow_broadcast: bool | None = ...,
     sock: socket.socket | None = ...,
-) -> tuple[asyncio.DatagramTransport, _DatagramProtocolT]: ...
+    gro: bool = ...,
+    ecn: bool = ...,
+    packet_info: bool = ...,
+    ttl: bool = ...,
+) -> tuple[_DatagramTransport, _DatagramProtocolT]: ...
+
+# What is the loop's own on every engine
+
+async def connect_read_pipe(
+    loop: asyncio.AbstractEventLoop, protocol_factory: Callable[[], _ProtocolT], pipe: Any
+) -> tuple[asyncio.ReadTransport, _ProtocolT]: ...
+async def connect_write_pipe(
+    loop: asyncio.AbstractEventLoop, protocol_factory: Callable[[], _ProtocolT], pipe: Any
+) -> tuple[asyncio.WriteTransport, _ProtocolT]: ...
 async def sendfile(
     loop: asyncio.AbstractEventLoop,
     transport: asyncio.WriteTransport,

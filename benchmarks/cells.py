@@ -7,6 +7,7 @@
 streams-64x1    echo by asyncio streams; also pair-, unbuffered- and task-, as echo_server.py explains them
 broadcast-64x100  one message that goes to 100 connections is a request
 connectx10      a connection for each echo of 64 bytes, 10 at a time
+udp-64x10       an echo of datagrams by one UDP endpoint, from 10 peers
 unix-64x10      any of the above through a Unix socket
 http-smallx10   uvicorn + httptools under wrk, small body, 10 keep-alive connections
 http-largex10   the same with a body of 100 KiB
@@ -14,8 +15,8 @@ tls-64x100      any of these over TLS: what is negotiated by default, which is T
 tls-handshakex10  a TLS connection for each echo of 64 bytes, 10 at a time: a request is a full handshake
 tls-resumedx10  the same, each connection resumes the session of the one before
 
-Groups: tls, echo, handshakes and HTTP over TLS; ktls, TLS echo of 64 B to 256 KiB on 10 connections of a client that
-sleeps, for which one core will do; shapes, the ways to write a server, few connections and Unix sockets.
+Groups: udp; tls, echo, handshakes and HTTP over TLS; ktls, TLS echo of 64 B to 256 KiB on 10 connections of a client
+that sleeps, for which one core will do; shapes, the ways to write a server, few connections and Unix sockets.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Cell:
     reconnecting: str | None = None  # one of RECONNECTING
     shape: str = "protocol"
     unix: bool = False
+    udp: bool = False
 
     @property
     def is_http(self) -> bool:
@@ -62,7 +64,9 @@ class Cell:
             work = {"protocol": "echo", "pair": "echo, two writes", "broadcast": "to all"}.get(
                 self.shape, f"echo, {self.shape}"
             )
-            load = f"{size} {'TLS ' if self.tls else ''}{'Unix ' if self.unix else ''}{work}"
+            load = (
+                f"{size} {'TLS ' if self.tls else ''}{'Unix ' if self.unix else ''}{'UDP ' if self.udp else ''}{work}"
+            )
         parts = [load, f"{self.connections} connection{'s' if self.connections > 1 else ''}"]
         if self.sleeping:
             parts.append("sleeping client")
@@ -78,7 +82,7 @@ class Cell:
 
 CELL = re.compile(
     rf"(?P<tls>tls-)?(?:http-(?P<body>{'|'.join(HTTP_BODIES)})|(?P<unix>unix-)?"
-    rf"(?:(?P<reconnecting>{'|'.join(RECONNECTING)})|(?:(?P<shape>{'|'.join(SHAPES)})-)?(?P<size>\d+)(?P<unit>[KM]?)))"
+    rf"(?P<udp>udp-)?(?:(?P<reconnecting>{'|'.join(RECONNECTING)})|(?:(?P<shape>{'|'.join(SHAPES)})-)?(?P<size>\d+)(?P<unit>[KM]?)))"
     r"x(?P<connections>\d+)"
 )
 
@@ -89,8 +93,10 @@ def parse_cell(text: str) -> Cell:
     if match is None:
         raise ValueError(
             f"cell {text!r} is not like 64x100, 16Kx10[:sleep][:depth=N], http-smallx10 or connectx10, nor like one of "
-            f"these after unix- or tls-, an echo also after {'-, '.join(SHAPES)}-"
+            f"these after unix- or tls-, an echo also after udp-, {'-, '.join(SHAPES)}-"
         )
+    if match["udp"] and (match["tls"] or match["unix"] or match["reconnecting"] or match["shape"]):
+        raise ValueError(f"cell {text!r}: over UDP there is a plain echo only")
     reconnecting, tls = match["reconnecting"], bool(match["tls"])
     if reconnecting and tls != (reconnecting != "connect"):
         raise ValueError(f"cell {text!r}: connections are connectx10, over TLS tls-handshakex10 and tls-resumedx10")
@@ -116,6 +122,7 @@ def parse_cell(text: str) -> Cell:
         reconnecting,
         match["shape"] or "protocol",
         bool(match["unix"]),
+        bool(match["udp"]),
     )
 
 
@@ -156,6 +163,7 @@ TLS_CELLS = (
     "tls-http-smallx10",
     "tls-http-smallx100",
 )
+UDP_CELLS = ("udp-64x1", "udp-64x10", "udp-64x100", "udp-1200x10")
 KTLS_CELLS = ("tls-64x10:sleep", "tls-1Kx10:sleep", "tls-16Kx10:sleep", "tls-256Kx10:sleep")
 SHAPE_CELLS = (
     "64x2",
@@ -173,8 +181,8 @@ SHAPE_CELLS = (
     "tls-broadcast-64x100",
     "tls-unix-64x1",
 )
-ALL_CELLS = FULL_CELLS + SHAPE_CELLS + TLS_CELLS
-GROUPS = {"tls": TLS_CELLS, "ktls": KTLS_CELLS, "shapes": SHAPE_CELLS}
+ALL_CELLS = FULL_CELLS + SHAPE_CELLS + TLS_CELLS + UDP_CELLS
+GROUPS = {"udp": UDP_CELLS, "tls": TLS_CELLS, "ktls": KTLS_CELLS, "shapes": SHAPE_CELLS}
 QUICK_CELLS = ("64x1", "64x100", "16Kx10", "64x100:sleep", "http-smallx100")
 
 

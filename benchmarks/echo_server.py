@@ -1,7 +1,8 @@
 """The Python echo server under test, on the loop of your choice.
 
-It listens on a free port of the loopback (or on --unix PATH), prints one line of JSON with the port, and echoes what
-it receives until it is killed or --seconds are over, in one of the shapes that programs have (--shape):
+It listens on a free port of the loopback (or on --unix PATH, or with --udp for datagrams), prints one line of JSON with
+the port, and echoes what it receives until it is killed or --seconds are over, in one of the shapes that programs have
+(--shape):
 
     protocol    an asyncio.Protocol that calls transport.write() in data_received()
     pair        the same, with two writes for each reply, as head and body are
@@ -111,6 +112,16 @@ class BroadcastProtocol(EchoProtocol):
             member.write(data)
 
 
+class DatagramEcho(asyncio.DatagramProtocol):
+    transport: asyncio.DatagramTransport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        self.transport.sendto(data, addr)
+
+
 STREAM_READ_BYTES = 64 << 10  # as much as a StreamReader lets wait by default
 
 
@@ -163,7 +174,10 @@ async def serve(args: argparse.Namespace) -> None:
     context = loops.tls_context(args)
     protocol = KernelTLSEchoProtocol if context and args.ktls else SHAPES[args.shape]
     BroadcastProtocol.wanted = args.members
-    if args.unix:
+    if args.udp:
+        endpoint, _ = await loop.create_datagram_endpoint(DatagramEcho, ("127.0.0.1", 0))
+        port = endpoint.get_extra_info("sockname")[1]
+    elif args.unix:
         server = await loop.create_unix_server(protocol, args.unix, ssl=context, backlog=BACKLOG)
         port = 0
     else:
@@ -181,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     loops.add_arguments(parser)
     parser.add_argument("--unix", metavar="PATH", help="listen on a Unix socket instead of TCP")
+    parser.add_argument("--udp", action="store_true", help="one UDP endpoint instead of TCP")
     parser.add_argument("--shape", choices=SHAPES, default="protocol", help="how the echo is made (%(default)s)")
     parser.add_argument("--members", type=int, default=1, metavar="N", help="connections of a broadcast (%(default)s)")
     args = parser.parse_args()

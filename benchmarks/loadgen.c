@@ -23,6 +23,10 @@
  * that the server's pages are not dragged through another core's cache, which
  * no network card does either. --verify copies and compares them.
  *
+ * With --udp each connection is a connected UDP socket and a message a datagram.
+ * One that is lost is missed at the end, as an error; until then its connection
+ * is silent.
+ *
  * All socket input and output goes through the channel_* functions, where
  * compiling with -DWITH_TLS puts TLS (--tls). Handshakes are done before the
  * warm-up begins. The client verifies no certificate.
@@ -69,6 +73,7 @@
 #define MAX_CONNECTIONS 65536
 #define MAX_IN_FLIGHT_BYTES (64u << 20)
 #define RECV_BUFFER_BYTES (256u << 10)
+#define MAX_DATAGRAM_BYTES 65507u
 #define MAX_ALIGN_NS (20 * NS_PER_SECOND / 1000)
 #define DRAIN_NS (2 * NS_PER_SECOND)
 #define HANDSHAKES_NS (10 * NS_PER_SECOND)
@@ -94,6 +99,7 @@ struct options {
     bool reconnect;
     bool resume;
     bool broadcast;
+    bool udp;
 };
 
 static void die(const char *what)
@@ -116,6 +122,7 @@ static void usage(FILE *out)
             "  --sleep             sleep in epoll_wait instead of spinning\n"
             "  --reconnect         a new connection for each message\n"
             "  --broadcast         the server sends what the first connection says to all\n"
+            "  --udp               UDP; a message is a datagram\n"
             "  --verify            copy and compare every echo instead of counting its bytes\n"
 #ifdef WITH_TLS
             "  --tls               TLS; certificates are not verified\n"
@@ -155,7 +162,7 @@ static struct options parse_options(int argc, char **argv)
         {"connections", 1, 0, 'n'}, {"size", 1, 0, 's'}, {"depth", 1, 0, 'd'},
         {"warmup", 1, 0, 'w'},  {"seconds", 1, 0, 't'}, {"pid", 1, 0, 'P'},
         {"sleep", 0, 0, 'z'},   {"verify", 0, 0, 'v'}, {"help", 0, 0, 'H'},
-        {"reconnect", 0, 0, 'N'}, {"broadcast", 0, 0, 'B'},
+        {"reconnect", 0, 0, 'N'}, {"broadcast", 0, 0, 'B'}, {"udp", 0, 0, 'U'},
 #ifdef WITH_TLS
         {"tls", 0, 0, 'T'},     {"tls-version", 1, 0, 'V'},
         {"resume", 0, 0, 'R'},
@@ -184,6 +191,7 @@ static struct options parse_options(int argc, char **argv)
 #endif
         case 'N': o.reconnect = true; break;
         case 'B': o.broadcast = true; break;
+        case 'U': o.udp = true; break;
         case 'R': o.resume = true; break;
         case 'H': usage(stdout); exit(0);
         default: usage(stderr); exit(2);
@@ -196,6 +204,10 @@ static struct options parse_options(int argc, char **argv)
     }
     if ((o.reconnect || o.broadcast) && (o.depth > 1 || (o.reconnect && o.broadcast))) {
         fprintf(stderr, "loadgen: --reconnect and --broadcast have one message at a time\n");
+        exit(2);
+    }
+    if (o.udp && (o.tls || o.unix_path || o.reconnect || o.broadcast || o.size > MAX_DATAGRAM_BYTES)) {
+        fprintf(stderr, "loadgen: --udp is for echoes of up to %u bytes\n", MAX_DATAGRAM_BYTES);
         exit(2);
     }
     if (o.size * o.depth > MAX_IN_FLIGHT_BYTES) {
@@ -360,6 +372,7 @@ struct connection {
     unsigned in_flight;   /* messages queued and not yet echoed */
     unsigned oldest;      /* index in sent_at of the oldest of them */
     int recv_flags;
+    bool whole;           /* a receive brings one datagram */
     bool drained;         /* the last receive has emptied the socket: the next byte is a new edge */
     bool shaken;          /* the handshake is done; without TLS from the beginning */
     bool closing;         /* close_notify is sent, the server's end is awaited */
@@ -373,17 +386,17 @@ struct connection {
 #endif
 };
 
-static int connect_tcp(const struct options *o)
+static int connect_inet(const struct options *o)
 {
     struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons((uint16_t)o->port)};
     if (inet_pton(AF_INET, o->host, &a.sin_addr) != 1) {
         fprintf(stderr, "loadgen: --host must be an IPv4 address\n");
         exit(2);
     }
-    int one = 1, fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int one = 1, fd = socket(AF_INET, (o->udp ? SOCK_DGRAM : SOCK_STREAM) | SOCK_CLOEXEC, 0);
     if (fd < 0 || connect(fd, (struct sockaddr *)&a, sizeof a) < 0)
         die("loadgen: connect");
-    if (setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one) < 0)
+    if (!o->udp && setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one) < 0)
         die("loadgen: TCP_NODELAY");
     return fd;
 }
@@ -546,11 +559,12 @@ static void tls_close(struct connection *c)
 
 static void channel_open(struct connection *c, const struct options *o)
 {
-    c->fd = o->unix_path ? connect_unix(o->unix_path) : connect_tcp(o);
+    c->fd = o->unix_path ? connect_unix(o->unix_path) : connect_inet(o);
     if (fcntl(c->fd, F_SETFL, O_NONBLOCK) < 0)
         die("loadgen: O_NONBLOCK");
     /* Only TCP takes MSG_TRUNC to mean "count it and throw it away". */
-    c->recv_flags = o->verify || o->unix_path ? 0 : MSG_TRUNC;
+    c->recv_flags = o->verify || o->unix_path || o->udp ? 0 : MSG_TRUNC;
+    c->whole = o->udp;
     c->shaken = !o->tls;
     c->closing = false;
 #ifdef WITH_TLS
@@ -586,7 +600,7 @@ static ssize_t channel_recv(struct connection *c, char *data, size_t len)
         return tls_recv(c, data, len);
 #endif
     ssize_t n = recv(c->fd, data, len, c->recv_flags);
-    c->drained = n < (ssize_t)len;
+    c->drained = c->whole ? n < 0 : n < (ssize_t)len;
     return n;
 }
 
@@ -671,7 +685,7 @@ static bool flush_messages(struct run *r, struct connection *c)
 {
     ssize_t n = channel_flush(c) ? 0 : -1;
     while (n >= 0 && c->unsent) {
-        n = channel_send(c, r->messages + c->send_offset, c->unsent);
+        n = channel_send(c, r->messages + c->send_offset, c->whole ? r->options.size : c->unsent);
         if (n > 0) {
             c->unsent -= (size_t)n;
             c->send_offset = (c->send_offset + (size_t)n) % r->options.size;

@@ -68,6 +68,8 @@ def _run_loadgen(
         command.append("--sleep")
     if cell.tls:
         command.append("--tls")
+    if cell.udp:
+        command.append("--udp")
     if cell.shape == "broadcast":
         command.append("--broadcast")
     if cell.reconnecting:
@@ -213,6 +215,8 @@ def measure(
     if cell.shape != "protocol" and server.loop != "c":  # in C an echo is an echo
         arguments += ["--shape", cell.shape, "--members", str(cell.connections)]
     with contextlib.ExitStack() as stack:
+        if cell.udp:
+            arguments.append("--udp")
         if cell.unix:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
             arguments += ["--unix", str(pathlib.Path(folder, "socket"))]

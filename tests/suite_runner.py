@@ -1,6 +1,6 @@
 """Runs another project's test suite, on patched loops or as they are.
 
-    python suite_runner.py RESULTS plain|patched unittest MODULE [LEFT_OUT ...]
+    python suite_runner.py RESULTS plain|patched unittest MODULE [LEFT_OUT ...] [only:PART_OF_ID]
     python suite_runner.py RESULTS plain|patched pytest ARGUMENT ...
 
 LEFT_OUT are ids of tests that do not run, or of classes. Each test adds a line of JSON to RESULTS when it starts and
@@ -184,7 +184,9 @@ def run_unittest(results, module, *left_out):
     # No network beyond this machine; what merely takes long may run.
     support.use_resources = ["walltime", "cpu"]
     tests = unittest.defaultTestLoader.loadTestsFromModule(importlib.import_module(module))
-    tests = unittest.TestSuite(without(tests, set(left_out)))
+    wanted = [text.removeprefix("only:") for text in left_out if text.startswith("only:")]
+    chosen = without(tests, set(left_out))
+    tests = unittest.TestSuite(test for test in chosen if all(text in test.id() for text in wanted))
     OfUnittest.results = results
     unittest.TextTestRunner(resultclass=OfUnittest, verbosity=0).run(tests)
 

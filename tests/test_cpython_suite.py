@@ -18,6 +18,7 @@ MODULES = [
     "test_sock_lowlevel",
     "test_buffered_proto",
     "test_sendfile",
+    "test_base_events",
     "test_unix_events",
     "test_ssl",
     "test_sslproto",
@@ -28,6 +29,8 @@ MODULES = [name for name in MODULES if importlib.util.find_spec(f"test.test_asyn
 CONNECTS = {"test_streams", "test_events", "test_server", "test_sendfile", "test_ssl", "test_sslproto"}
 # Those with TLS connections, so that a record engine of ours must have run, and nothing else.
 CONNECTS_BY_TLS = CONNECTS - {"test_server"}
+# Of those that look into BaseEventLoop, only what we borrow from it whole.
+ONLY = {"test_base_events": "datagram_endpoint"}
 TLS_ENGINE = {"uring": "openssl", "epoll": "ssl"}
 
 # What cannot hold on a patched loop, and why. It does not run, in either mode.
@@ -64,6 +67,7 @@ pytestmark = [
 
 def run_module(module, mode, **env):
     left_out = [f"test.test_asyncio.{name}" for name in EXCLUDED]
+    left_out += [f"only:{ONLY[module]}"] if module in ONLY else []
     arguments = ["unittest", f"test.test_asyncio.{module}", *left_out]
     with tempfile.TemporaryDirectory() as folder:
         return suites.run(sys.executable, mode, *arguments, cwd=folder, limit_s=LIMIT_S, env=helpers.child_env(**env))

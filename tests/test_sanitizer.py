@@ -52,6 +52,10 @@ SELECTED = {
             " and not debug and not floods"
         ),
     ),
+    "datagrams": (
+        ["datagrams", "datagrams_options", "datagrams_endings", "datagrams_random"],
+        "(asyncio-uring or uvloop-epoll or uvloop-sqpoll) and not debug",
+    ),
     "letting_go": (["letting_go", "alone"], "asyncio-uring or uvloop-epoll or uvloop-sqpoll"),
     "random_protocols": (
         ["random_protocols"],

@@ -19,8 +19,8 @@ import sys
 import types
 
 from aiouringnet._api.handed_in import tell_when_closed
-from aiouringnet._api.ours import SSLStreamTransport, StreamTransport, ensure_no_transport
-from aiouringnet._api.signatures import parameters_of
+from aiouringnet._api.ours import DatagramTransport, SSLStreamTransport, StreamTransport, ensure_no_transport
+from aiouringnet._api.signatures import ADDED, parameters_of
 from aiouringnet._engine.socket_file import inode_of, unlink
 from aiouringnet._tls import record_layer
 from aiouringnet._transports.slow import timed
@@ -52,6 +52,7 @@ class Connector:
         self._attempts = None  # for each address tried, the list of its errors; None: nobody asks for them
         self._unowned = None  # a socket made here that no transport owns yet
         self._handed_in = None  # a socket of the application's
+        self._wanted = ()  # what the kernel is to say beside a datagram
         self._tls_options = {}  # what asyncio's functions would not pass on
 
     def __getattr__(self, name):
@@ -130,6 +131,13 @@ class Connector:
                 self._remember_file(sock)
         return server
 
+    async def create_datagram_endpoint(self, protocol_factory, *args, **kwargs):
+        self._handed_in = kwargs.get("sock")
+        self._wanted = tuple(name for name in ADDED["create_datagram_endpoint"] if kwargs.pop(name, False))
+        made = functools.partial(_Made, protocol_factory)
+        transport, made = await _Base.create_datagram_endpoint(self, made, *args, **kwargs)
+        return transport, made.protocol
+
     def _keep_tls_options(self, kwargs):
         for name in _TLS_ONLY:
             value = kwargs.pop(name, None)
@@ -141,6 +149,10 @@ class Connector:
     # --- what asyncio's functions ask for -------------------------------------
 
     async def sock_connect(self, sock, address):
+        if sock.type == socket.SOCK_DGRAM:
+            # Nothing to wait for.
+            await self.loop.sock_connect(sock, address)
+            return
         await self.engine.connect(sock, address)
         self._unowned = sock
 
@@ -200,6 +212,18 @@ class Connector:
         )
         self._owned_by(rawsock, StreamTransport(self.engine, rawsock, tls, None, extra, server))
         return tls
+
+    def _make_datagram_transport(self, sock, protocol, address=None, waiter=None, extra=None):
+        try:
+            ensure_no_transport(self.engine, sock)
+            transport = DatagramTransport(self.engine, sock, protocol.get(), address, waiter, extra, self._wanted)
+        except BaseException:
+            # asyncio's leaves the socket open.
+            if sock is not self._handed_in:
+                sock.close()
+            raise
+        self._owned_by(sock, transport)
+        return transport
 
     def _owned_by(self, sock, transport):
         self._unowned = None
@@ -269,6 +293,28 @@ class Connector:
         if path and path[0] not in (0, "\0"):
             with contextlib.suppress(FileNotFoundError):
                 self._unix_server_sockets[sock] = inode_of(path)
+
+
+class _Made:
+    """What a protocol factory has made, or its error, at which asyncio's function would leave the socket open."""
+
+    def __init__(self, factory):
+        self.protocol = self._error = None
+        try:
+            self.protocol = factory()
+        except BaseException as exc:
+            self._error = exc
+
+    def __repr__(self):
+        return repr(self.protocol)
+
+    def get(self):
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                self._error = None  # it has this frame in its traceback
+        return self.protocol
 
 
 def _unlink_if_ours(path, inode):

@@ -3,9 +3,10 @@
 from aiouringnet._engine import cannot_serve
 
 try:
+    from aiouringnet._transports.datagram import DatagramTransport
     from aiouringnet._transports.stream import StreamTransport
 except ImportError as exc:  # not built
-    StreamTransport = SSLStreamTransport = None
+    DatagramTransport = StreamTransport = SSLStreamTransport = None
     cannot_serve(exc)
 else:
     try:

@@ -17,6 +17,7 @@ import weakref
 
 from aiouringnet._api.call import PATCHED, expect_loop, loops_own
 from aiouringnet._api.connect import connect_accepted_socket, create_connection, create_unix_connection
+from aiouringnet._api.datagrams import create_datagram_endpoint
 from aiouringnet._api.ours import ensure_no_transport
 from aiouringnet._api.resolving import end_lookups, resolving_methods
 from aiouringnet._api.sendfile import sendfile
@@ -28,6 +29,7 @@ from aiouringnet._options import Options
 FUNCTIONS = (
     connect_accepted_socket,
     create_connection,
+    create_datagram_endpoint,
     create_server,
     create_unix_connection,
     create_unix_server,
@@ -48,7 +50,7 @@ _patched_instances = weakref.WeakSet()
 
 
 def patch_loop(loop=None, **options):
-    """Let a loop's TCP and Unix stream connections run on this package; returns the loop.
+    """Let a loop's connections and datagram endpoints run on this package; returns the loop.
 
     loop: the loop to patch; None for the running loop, or the current thread's.
     options: fields of aiouringnet.Options; those not named keep their value.

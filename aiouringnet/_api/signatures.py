@@ -34,6 +34,7 @@ ADDED = {
         "ssl_incoming_bio_size": None,
         "ssl_outgoing_bio_size": None,
     },
+    "create_datagram_endpoint": {"gro": False, "ecn": False, "packet_info": False, "ttl": False},
     "start_tls": {
         "ssl_shutdown_timeout": None,
         "ssl_incoming_bio_size": None,

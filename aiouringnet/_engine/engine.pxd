@@ -44,6 +44,7 @@ cdef class Engine(Alone):
     cdef PyObject* spare            # ROOM_BYTES
     cdef PyObject* lent             # ROOM_LENT
     cdef char* wide                 # ROOM_WIDE
+    cdef object area                # datagrams: an Area, made when somebody has a socket of them
     cdef Readiness readiness        # None for a ring that works
     cdef Py_ssize_t n_urgent
     cdef unsigned long long n_passes, n_flushes, n_direct_sends, n_direct_reads, n_bytes_in, n_bytes_out, n_streams
@@ -72,6 +73,7 @@ cdef class Engine(Alone):
 
     # what the engines implement
     cdef Flow open_stream(self, int fd, Sink sink)
+    cdef Flow open_datagrams(self, object sock, object sink)
     cdef void work(self) noexcept
     cdef void shut(self) noexcept
     cdef bint sends_direct(self) noexcept

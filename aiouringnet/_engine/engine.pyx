@@ -524,6 +524,9 @@ cdef class Engine(Alone):
     cdef Flow open_stream(self, int fd, Sink sink):
         raise RuntimeError("not an engine")
 
+    cdef Flow open_datagrams(self, object sock, object sink):
+        raise RuntimeError("not an engine")
+
     cdef void work(self) noexcept:
         pass
 

@@ -11,6 +11,7 @@ mind by the stream.  Changing a registration reports readiness anew.
 """
 
 from aiouringnet._engine.connection cimport Connection
+from aiouringnet._engine.datagrams cimport Datagrams
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Flow, Sink
 from aiouringnet._engine.listener cimport Listener
@@ -52,6 +53,11 @@ cdef class Epoll(Engine):
         cdef Stream stream = Stream.__new__(Stream)
         stream.attach(self, fd, sink)
         return stream
+
+    cdef Flow open_datagrams(self, object sock, object sink):
+        cdef Datagrams datagrams = Datagrams.__new__(Datagrams)
+        datagrams.attach(self, sock, sink)
+        return datagrams
 
     def listen(self, sock, on_accept):
         self.check()

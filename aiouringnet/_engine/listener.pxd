@@ -6,6 +6,9 @@ cdef extern from "sys/socket.h" nogil:
     struct sockaddr_storage:
         unsigned short ss_family
 
+# A socket address in Python's form, None for one that is not known
+cdef object name_of(sockaddr_storage* address, unsigned int size)
+
 cdef enum:
     MORE_WAITS = -1     # Listener.accept_ready(): it has stopped before the queue was empty
 

@@ -20,6 +20,7 @@ from libc.errno cimport ENOMEM
 from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 
+from aiouringnet._engine.datagrams cimport Datagrams
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Flow, Handle, Sink
 from aiouringnet._engine.loop cimport current_thread
@@ -28,6 +29,7 @@ from aiouringnet._engine.output cimport SEND_SUBMITTED
 from aiouringnet._engine.readiness cimport Readiness
 from aiouringnet._engine.ring.completions cimport TAG_RECV, TAG_SEND, user_data
 from aiouringnet._engine.ring.connection cimport RingConnection
+from aiouringnet._engine.ring.datagrams cimport RingDatagrams
 from aiouringnet._engine.ring.gate cimport Gate
 from aiouringnet._engine.ring.liburing cimport *
 from aiouringnet._engine.ring.listener cimport RingListener
@@ -105,6 +107,11 @@ cdef class Ring(Waiting):
         # data, and a multishot recv that has emptied it then waits for ever.
         stream.bulk = not stream.tcp
         return stream
+
+    cdef Flow open_datagrams(self, object sock, object sink):
+        cdef RingDatagrams datagrams = RingDatagrams.__new__(RingDatagrams)
+        datagrams.attach(self, sock, sink)
+        return datagrams
 
     def listen(self, sock, on_accept):
         self.check()
@@ -220,6 +227,10 @@ cdef class Ring(Waiting):
             return
         batch = self.take_dirty()
         for item in batch:
+            if isinstance(item, Datagrams):
+                (<Flow>item).dirty = False
+                (<Flow>item).flush()
+                continue
             stream = <Stream>item   # see gather_layers()
             stream.dirty = False
             if stream.sending or stream.closed or self.forked():
@@ -365,8 +376,8 @@ cdef class Ring(Waiting):
         self.live.clear()
         for handle in handles:
             (<Handle>handle).in_flight = 0
-            if isinstance(handle, Stream):
-                (<Stream>handle).maybe_detached()
+            if isinstance(handle, Flow):
+                (<Flow>handle).maybe_detached()
 
     cdef void abandon(self, list handles) noexcept:
         """Leave all that the kernel may still touch to the process, for good.
