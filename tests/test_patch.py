@@ -570,7 +570,9 @@ def test_patched_loops_are_freed(make_loop):
     assert [reference() for reference in references] == [None] * 3
 
 
-TAKING_A_LOOP = [name for name in aiouringnet.__all__ if name not in ("Options", "RecvMeta", "__version__", "new_event_loop")]
+TAKING_A_LOOP = [
+    name for name in aiouringnet.__all__ if name not in ("Options", "RecvMeta", "__version__", "new_event_loop")
+]
 
 
 @pytest.mark.parametrize("name", [name for name in TAKING_A_LOOP if name not in ("loop_factory", "install_policy")])
