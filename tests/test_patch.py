@@ -606,7 +606,7 @@ def test_what_makes_no_loop_is_told_what_would(make_loop):
 
 
 def test_the_package_has_no_other_public_names():
-    names = {name for name in vars(aiouringnet) if not name.startswith("_")}
+    names = {name for name in dir(aiouringnet) if not name.startswith("_")}
     modules = {name for name in names if isinstance(getattr(aiouringnet, name), types.ModuleType)}
     assert names - modules == set(aiouringnet.__all__) - {"__version__"}
     folder = pathlib.Path(aiouringnet.__file__).parent
