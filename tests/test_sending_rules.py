@@ -40,6 +40,8 @@ async def test_a_write_is_on_its_way_while_the_program_goes_on(loop, wire):
         w.transport.write(message)
         # No await: this might be a second of blocking work.
         assert blocked_until_received(w.peer) == message
+        # (What follows a send that a poller has not yet reported waits for that; this looks until it has.)
+        assert w.transport.get_write_buffer_size() == 0
         w.transport.writelines([b"and ", b"more"])
         assert blocked_until_received(w.peer) == b"and more"
         await asyncio.sleep(0.002)  # many writes within a millisecond would be gathered
