@@ -230,7 +230,7 @@ def loop_is_sqpoll(loop):
 
 async def test_other_families_go_by_the_socket_module(loop):
     try:
-        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 0)  # older asyncio takes no other type
         sock.bind((0, 0))
     except OSError as exc:
         pytest.skip(f"no netlink socket here: {exc}")
@@ -256,7 +256,7 @@ async def test_arguments_are_checked_as_asyncio_does(loop):
     with pytest.raises(TypeError, match="string"):
         await create(Datagrams, ("127.0.0.1", 0), family=socket.AF_UNIX)
     with socket.socket() as stream:
-        with pytest.raises(ValueError, match="datagram socket was expected"):
+        with pytest.raises(ValueError, match="(?i)(datagram|udp) socket was expected"):
             await create(Datagrams, sock=stream)
     with socket.socket(type=socket.SOCK_DGRAM) as sock:
         with pytest.raises(ValueError, match="can not be used"):

@@ -262,22 +262,17 @@ def test_an_interrupt_in_the_middle_of_a_batch_ends_the_run_and_nothing_else(mak
             if data == b"3":
                 raise exception
 
-    made = []
-
-    async def begin():
-        made.extend(await endpoint(loop, Interrupts))
-        with socket.socket(type=socket.SOCK_DGRAM) as peer:
-            for number in range(20):
-                peer.sendto(b"%d" % number, made[2])
-
+    transport, protocol, address = helpers.run_on(loop, endpoint(loop, Interrupts))
+    with socket.socket(type=socket.SOCK_DGRAM) as peer:
+        for number in range(20):
+            peer.sendto(b"%d" % number, address)
     raised = 0
-    for step in (begin, lambda: made[1].got(20), lambda: made[1].got(20)):
+    for _ in range(2):
         try:
-            helpers.run_on(loop, step())
+            helpers.run_on(loop, protocol.got(20))
         except exception:
             raised += 1
     assert raised == 1
-    transport, protocol, _ = made
     assert protocol.data == [b"%d" % number for number in range(20)]
     helpers.run_on(loop, close(transport))
 
