@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import errno
+import fcntl
 import logging
 import os
 import pty
@@ -177,6 +178,41 @@ async def test_memory_is_bounded_when_nobody_reads(loop):
         transport.resume_reading()
         await protocol.got(written)
         transport.close()
+
+
+@pytest.mark.parametrize("end", ["read", "written"])
+async def test_a_pipe_that_is_full_again_and_again_holds_more(loop, end):
+    read, write = ends("pipe")
+    fd = os.dup(read.fileno())
+    before = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 4 * before)
+    except PermissionError:
+        pytest.skip("this user's pipes have all the pages that they may have")
+    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, before)
+    transport, protocol = await (
+        loop.connect_read_pipe(Reads, read) if end == "read" else loop.connect_write_pipe(Writes, write)
+    )
+    with other_end(write if end == "read" else read) as peer:
+        for _ in range(10):
+            if end == "read":
+                await write_all(peer, b"a little")
+            else:
+                transport.write(b"a little")
+            await asyncio.sleep(0)
+        assert fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) == before
+        for _ in range(40):
+            if end == "read":
+                size = len(protocol.received)
+                await write_all(peer, bytes(before))
+                await protocol.got(size + before)
+            else:
+                transport.write(bytes(2 * before))
+                await read_all(peer, 2 * before)
+        assert fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) == 262144
+        transport.close()
+        await protocol.lost
+    os.close(fd)
 
 
 async def test_a_protocol_may_be_replaced_in_the_middle(loop):

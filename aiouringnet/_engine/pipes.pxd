@@ -10,6 +10,7 @@ from aiouringnet._engine.stream cimport Stream
 cdef class End:
     cdef flag writes                # else it is read
     cdef flag fifo                  # a pipe or FIFO, else a character device or a socket
+    cdef flag full                  # how often it was, up to FULL_TIMES
     # which file it is
     cdef unsigned long long device, inode
 
@@ -18,6 +19,7 @@ cdef class End:
     # Whether the number is still that file's
     cdef bint is_of(self, int fd) noexcept
     cdef void check(self, Stream pipe) noexcept
+    cdef void was_full(self, int fd) noexcept
     cdef Py_ssize_t read(self, Stream pipe) noexcept
     cdef int send(self, Output pipe) noexcept
 

@@ -12,11 +12,16 @@ here is only what is done otherwise:
   not a terminal, which gives a line at a time, nor a socket.  What may not be
   empty is asked before it is read again: who shares a terminal may have made
   it a blocking one.
+* A pipe that is full again and again is made larger, once (Linux 2.6.35): who
+  reads and who writes then wait less often for each other.  Not every pipe is:
+  a user has so many pages for all of them (pipe(7)), beyond which new ones are
+  small.
 * An end that is written is watched, too: it becomes readable, or is in error,
   when nobody has the other one any more.  It is never read.
 """
 
 from libc.errno cimport EAGAIN, EBADF, EINTR, errno
+from posix.fcntl cimport fcntl
 from posix.stat cimport S_ISFIFO, fstat, struct_stat
 
 from aiouringnet._engine.engine cimport Engine
@@ -27,6 +32,9 @@ from aiouringnet._engine.stream cimport Stream
 
 import os
 
+
+cdef extern from "fcntl.h" nogil:
+    int F_GETPIPE_SZ, F_SETPIPE_SZ
 
 cdef extern from "sys/uio.h" nogil:
     struct iovec:
@@ -42,8 +50,10 @@ cdef extern from "unistd.h" nogil:
 cdef enum:
     MAX_IOVECS = 64     # pieces of one write; more take another call
     PACKET_BYTES = 4096     # PIPE_BUF, the largest packet of a pipe
-    # After a read of so much, the next piece has probably come meanwhile.
-    STREAMING_BYTES = 32768
+    # So many reads in a row found what a pipe usually holds, or so many writes a full one: then it may hold more.
+    FULL_TIMES = 16
+    USUAL_BYTES = 65536
+    LARGE_BYTES = 262144
 
 
 cdef bint has_news(int fd) noexcept:
@@ -76,6 +86,11 @@ cdef class End:
         """Before its number is watched: let go of it where it is another's."""
         if pipe.fd >= 0 and not pipe.closed and not self.is_of(pipe.fd):
             pipe.descriptor_closes()
+
+    cdef void was_full(self, int fd) noexcept:
+        self.full += 1
+        if self.full == FULL_TIMES and self.fifo and 0 < fcntl(fd, F_GETPIPE_SZ) < LARGE_BYTES:
+            fcntl(fd, F_SETPIPE_SZ, <int>LARGE_BYTES)  # refused: it stays as it is
 
     cdef Py_ssize_t read(self, Stream pipe) noexcept:
         """Read until the file is empty or the budget is spent, as Stream.read_direct() does."""
@@ -112,10 +127,16 @@ cdef class End:
                 total += n
                 engine.n_bytes_in += n
                 engine.account(pipe, n)
+                if self.full < FULL_TIMES:
+                    if n >= USUAL_BYTES:
+                        self.was_full(pipe.fd)
+                    else:
+                        self.full = 0
                 # Stays set when the sink stops reading now.
                 pipe.readable = n == size or not told_again and (pipe.until_eagain or n <= PACKET_BYTES)
                 asks = not self.fifo or n <= PACKET_BYTES
-                more = pipe.readable or n >= STREAMING_BYTES
+                # (No look for a next piece after a large one: reader and writer would wait for the same lock.)
+                more = pipe.readable
                 sink.release_room(&room, n)
                 if more:
                     continue
@@ -154,6 +175,8 @@ cdef class End:
             if sent >= 0:
                 pipe.consume(sent)
                 if <size_t>sent < asked:
+                    if self.full < FULL_TIMES:
+                        self.was_full(pipe.fd)
                     return EAGAIN
             elif errno != EINTR:
                 return errno
