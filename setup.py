@@ -29,11 +29,13 @@ MODULES = [
     "aiouringnet._engine.loop",
     "aiouringnet._engine.output",
     "aiouringnet._engine.ownership",
+    "aiouringnet._engine.pipes",
     "aiouringnet._engine.readiness",
     "aiouringnet._engine.ring.connection",
     "aiouringnet._engine.ring.datagrams",
     "aiouringnet._engine.ring.gate",
     "aiouringnet._engine.ring.listener",
+    "aiouringnet._engine.ring.pipes",
     "aiouringnet._engine.ring.probing",
     "aiouringnet._engine.ring.queues",
     "aiouringnet._engine.ring.ring",
@@ -60,7 +62,10 @@ MODULES = [
     "aiouringnet._transports.datagram",
     "aiouringnet._transports.input",
     "aiouringnet._transports.output",
+    "aiouringnet._transports.pipe",
+    "aiouringnet._transports.read_pipe",
     "aiouringnet._transports.stream",
+    "aiouringnet._transports.write_pipe",
 ]
 NEEDS_LIBURING = "aiouringnet._engine.ring."
 MIN_LIBURING = "2.3"

@@ -5,8 +5,6 @@ import sys
 from aiouringnet._api.connect import connect_accepted_socket, create_connection, create_unix_connection
 from aiouringnet._api.datagrams import create_datagram_endpoint
 from aiouringnet._api.passed_on import (
-    connect_read_pipe,
-    connect_write_pipe,
     sock_accept,
     sock_connect,
     sock_recv,
@@ -14,6 +12,7 @@ from aiouringnet._api.passed_on import (
     sock_sendall,
 )
 from aiouringnet._api.patch import install_policy, loop_factory, new_event_loop, patch_loop
+from aiouringnet._api.pipes import connect_read_pipe, connect_write_pipe
 from aiouringnet._api.sendfile import sendfile
 from aiouringnet._api.serve import create_server, create_unix_server
 from aiouringnet._api.start_tls import start_tls

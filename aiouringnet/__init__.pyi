@@ -325,7 +325,7 @@ async def create_datagram_endpoint(
     ttl: bool = ...,
 ) -> tuple[_DatagramTransport, _DatagramProtocolT]: ...
 
-# What is the loop's own on every engine
+# Pipes
 
 async def connect_read_pipe(
     loop: asyncio.AbstractEventLoop, protocol_factory: Callable[[], _ProtocolT], pipe: Any
@@ -333,6 +333,9 @@ async def connect_read_pipe(
 async def connect_write_pipe(
     loop: asyncio.AbstractEventLoop, protocol_factory: Callable[[], _ProtocolT], pipe: Any
 ) -> tuple[asyncio.WriteTransport, _ProtocolT]: ...
+
+# What is the loop's own on every engine
+
 async def sendfile(
     loop: asyncio.AbstractEventLoop,
     transport: asyncio.WriteTransport,

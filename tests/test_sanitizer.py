@@ -56,6 +56,10 @@ SELECTED = {
         ["datagrams", "datagrams_options", "datagrams_endings", "datagrams_random"],
         "(asyncio-uring or uvloop-epoll or uvloop-sqpoll) and not debug",
     ),
+    "pipes": (
+        ["pipes", "pipes_endings", "pipes_random"],
+        "(asyncio-uring or uvloop-epoll or uvloop-sqpoll) and not debug",
+    ),
     "letting_go": (["letting_go", "alone"], "asyncio-uring or uvloop-epoll or uvloop-sqpoll"),
     "random_protocols": (
         ["random_protocols"],

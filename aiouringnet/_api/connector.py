@@ -19,7 +19,14 @@ import sys
 import types
 
 from aiouringnet._api.handed_in import tell_when_closed
-from aiouringnet._api.ours import DatagramTransport, SSLStreamTransport, StreamTransport, ensure_no_transport
+from aiouringnet._api.ours import (
+    DatagramTransport,
+    ReadPipeTransport,
+    SSLStreamTransport,
+    StreamTransport,
+    WritePipeTransport,
+    ensure_no_transport,
+)
 from aiouringnet._api.signatures import ADDED, parameters_of
 from aiouringnet._engine.socket_file import inode_of, unlink
 from aiouringnet._tls import record_layer
@@ -138,6 +145,12 @@ class Connector:
         transport, made = await _Base.create_datagram_endpoint(self, made, *args, **kwargs)
         return transport, made.protocol
 
+    async def connect_read_pipe(self, *args, **kwargs):
+        return await _Base.connect_read_pipe(self, *args, **kwargs)
+
+    async def connect_write_pipe(self, *args, **kwargs):
+        return await _Base.connect_write_pipe(self, *args, **kwargs)
+
     def _keep_tls_options(self, kwargs):
         for name in _TLS_ONLY:
             value = kwargs.pop(name, None)
@@ -223,6 +236,18 @@ class Connector:
                 sock.close()
             raise
         self._owned_by(sock, transport)
+        return transport
+
+    def _make_read_pipe_transport(self, pipe, protocol, waiter=None, extra=None):
+        return self._pipe_transport(ReadPipeTransport, pipe, protocol, waiter, extra)
+
+    def _make_write_pipe_transport(self, pipe, protocol, waiter=None, extra=None):
+        return self._pipe_transport(WritePipeTransport, pipe, protocol, waiter, extra)
+
+    def _pipe_transport(self, cls, pipe, protocol, waiter, extra):
+        transport = cls(self.engine, pipe, protocol, waiter, extra)
+        if isinstance(pipe, socket.socket):
+            tell_when_closed(pipe, transport)
         return transport
 
     def _owned_by(self, sock, transport):

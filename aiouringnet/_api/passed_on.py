@@ -21,8 +21,6 @@ def _passed_on(name):
     return function
 
 
-connect_read_pipe = _passed_on("connect_read_pipe")
-connect_write_pipe = _passed_on("connect_write_pipe")
 sock_accept = _passed_on("sock_accept")
 sock_connect = _passed_on("sock_connect")
 sock_recv = _passed_on("sock_recv")

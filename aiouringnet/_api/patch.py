@@ -19,6 +19,7 @@ from aiouringnet._api.call import PATCHED, expect_loop, loops_own
 from aiouringnet._api.connect import connect_accepted_socket, create_connection, create_unix_connection
 from aiouringnet._api.datagrams import create_datagram_endpoint
 from aiouringnet._api.ours import ensure_no_transport
+from aiouringnet._api.pipes import connect_read_pipe, connect_write_pipe
 from aiouringnet._api.resolving import end_lookups, resolving_methods
 from aiouringnet._api.sendfile import sendfile
 from aiouringnet._api.serve import create_server, create_unix_server
@@ -28,6 +29,8 @@ from aiouringnet._options import Options
 
 FUNCTIONS = (
     connect_accepted_socket,
+    connect_read_pipe,
+    connect_write_pipe,
     create_connection,
     create_datagram_endpoint,
     create_server,

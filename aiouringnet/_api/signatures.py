@@ -57,7 +57,7 @@ HINTS = frozenset(
 
 def understood(method, name, kwargs):
     """`kwargs` without what `method` does not know and can do without: hints, and defaults of ADDED."""
-    added = ADDED[name]
+    added = ADDED.get(name, {})
     spare = {key for key, value in kwargs.items() if key in HINTS or (key in added and value == added[key])}
     if spare:
         spare -= parameters_of(method).keys()

@@ -74,6 +74,7 @@ cdef class Engine(Alone):
     # what the engines implement
     cdef Flow open_stream(self, int fd, Sink sink)
     cdef Flow open_datagrams(self, object sock, object sink)
+    cdef Flow open_pipe(self, int fd, bint writes, Sink sink)
     cdef void work(self) noexcept
     cdef void shut(self) noexcept
     cdef bint sends_direct(self) noexcept

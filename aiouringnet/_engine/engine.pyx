@@ -527,6 +527,9 @@ cdef class Engine(Alone):
     cdef Flow open_datagrams(self, object sock, object sink):
         raise RuntimeError("not an engine")
 
+    cdef Flow open_pipe(self, int fd, bint writes, Sink sink):
+        raise RuntimeError("not an engine")
+
     cdef void work(self) noexcept:
         pass
 

@@ -15,6 +15,7 @@ from aiouringnet._engine.datagrams cimport Datagrams
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Flow, Sink
 from aiouringnet._engine.listener cimport Listener
+from aiouringnet._engine.pipes cimport End, Pipe
 from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN, Readiness
 from aiouringnet._engine.stream cimport Stream
 
@@ -58,6 +59,13 @@ cdef class Epoll(Engine):
         cdef Datagrams datagrams = Datagrams.__new__(Datagrams)
         datagrams.attach(self, sock, sink)
         return datagrams
+
+    cdef Flow open_pipe(self, int fd, bint writes, Sink sink):
+        cdef Pipe pipe = Pipe.__new__(Pipe)
+        pipe.file_end = End()
+        pipe.file_end.writes = writes
+        pipe.file_end.attach(pipe, self, fd, sink)
+        return pipe
 
     def listen(self, sock, on_accept):
         self.check()

@@ -26,6 +26,7 @@ from aiouringnet._engine.interface cimport Flow, Handle, Sink
 from aiouringnet._engine.loop cimport current_thread
 from aiouringnet._engine.listener cimport sockaddr_storage
 from aiouringnet._engine.output cimport SEND_SUBMITTED
+from aiouringnet._engine.pipes cimport End
 from aiouringnet._engine.readiness cimport Readiness
 from aiouringnet._engine.ring.completions cimport TAG_RECV, TAG_SEND, user_data
 from aiouringnet._engine.ring.connection cimport RingConnection
@@ -33,6 +34,7 @@ from aiouringnet._engine.ring.datagrams cimport RingDatagrams
 from aiouringnet._engine.ring.gate cimport Gate
 from aiouringnet._engine.ring.liburing cimport *
 from aiouringnet._engine.ring.listener cimport RingListener
+from aiouringnet._engine.ring.pipes cimport RingPipe
 from aiouringnet._engine.ring.sqpoll cimport Poller
 from aiouringnet._engine.ring.stream cimport RingStream
 from aiouringnet._engine.ring.waiting cimport Waiting
@@ -112,6 +114,14 @@ cdef class Ring(Waiting):
         cdef RingDatagrams datagrams = RingDatagrams.__new__(RingDatagrams)
         datagrams.attach(self, sock, sink)
         return datagrams
+
+    cdef Flow open_pipe(self, int fd, bint writes, Sink sink):
+        cdef RingPipe pipe = RingPipe.__new__(RingPipe)
+        pipe.file_end = End()
+        pipe.file_end.writes = writes
+        pipe.file_end.attach(pipe, self, fd, sink)
+        pipe.bulk = True  # polls, not receives
+        return pipe
 
     def listen(self, sock, on_accept):
         self.check()
