@@ -53,7 +53,7 @@ _patched_instances = weakref.WeakSet()
 
 
 def patch_loop(loop=None, **options):
-    """Let a loop's connections and datagram endpoints run on this package; returns the loop.
+    """Let a loop's connections, datagram endpoints and pipes run on this package; returns the loop.
 
     loop: the loop to patch; None for the running loop, or the current thread's.
     options: fields of aiouringnet.Options; those not named keep their value.

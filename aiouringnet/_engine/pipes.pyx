@@ -15,7 +15,7 @@ here is only what is done otherwise:
 * A pipe that is full again and again is made larger, once (Linux 2.6.35): who
   reads and who writes then wait less often for each other.  Not every pipe is:
   a user has so many pages for all of them (pipe(7)), beyond which new ones are
-  small.
+  small.  Nor is one whose size somebody has chosen.
 * An end that is written is watched, too: it becomes readable, or is in error,
   when nobody has the other one any more.  It is never read.
 """
@@ -89,7 +89,7 @@ cdef class End:
 
     cdef void was_full(self, int fd) noexcept:
         self.full += 1
-        if self.full == FULL_TIMES and self.fifo and 0 < fcntl(fd, F_GETPIPE_SZ) < LARGE_BYTES:
+        if self.full == FULL_TIMES and self.fifo and fcntl(fd, F_GETPIPE_SZ) == USUAL_BYTES:
             fcntl(fd, F_SETPIPE_SZ, <int>LARGE_BYTES)  # refused: it stays as it is
 
     cdef Py_ssize_t read(self, Stream pipe) noexcept:
