@@ -4,8 +4,6 @@ aiofastnet has functions of these names, and code that was written for it
 finds them here.
 """
 
-import sys
-
 from aiouringnet._api.call import expect_loop, loops_own
 from aiouringnet._api.signatures import like
 
@@ -23,13 +21,3 @@ def _passed_on(name):
 
 connect_read_pipe = _passed_on("connect_read_pipe")
 connect_write_pipe = _passed_on("connect_write_pipe")
-sock_accept = _passed_on("sock_accept")
-sock_connect = _passed_on("sock_connect")
-sock_recv = _passed_on("sock_recv")
-sock_recv_into = _passed_on("sock_recv_into")
-sock_sendall = _passed_on("sock_sendall")
-
-if sys.version_info >= (3, 11):
-    sock_recvfrom = _passed_on("sock_recvfrom")
-    sock_recvfrom_into = _passed_on("sock_recvfrom_into")
-    sock_sendto = _passed_on("sock_sendto")

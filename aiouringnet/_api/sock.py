@@ -1,0 +1,263 @@
+"""Calls on sockets of the application's own: loop.sock_recv() and its like.
+
+Each tries the system call, and waits only where that would block: how, is
+_engine/socket_calls.pyx's.  A coroutine that need not wait ends at once.  What
+is not served there (a loop with its own engine, objects that are no sockets of
+the socket module's, TLS) goes to the loop's own method, which also knows what
+to refuse.  Where the loop has none (uvloop), asyncio's rules are ours.
+"""
+
+import asyncio
+import errno
+import io
+import os
+import socket
+import sys
+import types
+
+from aiouringnet._api.call import expect_loop, loops_own
+from aiouringnet._api.signatures import like
+from aiouringnet._engine import engine_for
+
+try:
+    from aiouringnet._engine.socket_calls import ELSEWHERE, Waiter, attempt, recv, recv_into, room, sendall, serve
+except ImportError:  # not built
+
+    class Waiter:
+        future = None
+
+    ELSEWHERE = Waiter()
+
+    def attempt(*_):
+        return ELSEWHERE
+
+    recv = recv_into = room = sendall = attempt
+
+    def serve(engine, sock):
+        return False
+
+
+_Base = asyncio.SelectorEventLoop
+RESOLVED = (socket.AF_INET, socket.AF_INET6)
+
+
+def _served(loop, name, sock):
+    """Whether we serve the call: after this the functions of socket_calls.pyx know the loop."""
+    expect_loop(loop, name)
+    if loop.is_closed():
+        return False
+    engine = engine_for(loop)
+    return engine is not None and serve(engine, sock)
+
+
+async def _go_on(got, again, loop, name, sock, *args):
+    """What becomes of a call whose first try has ended with the Waiter `got`.  again(waiter): another try."""
+    if got is ELSEWHERE:
+        if not _served(loop, name, sock):
+            return await loops_own(loop, name)(sock, *args)
+        got = again(None)
+    while got.__class__ is Waiter:
+        if got is ELSEWHERE:
+            return await loops_own(loop, name)(sock, *args)
+        try:
+            await got.future
+        except BaseException:
+            got.leave()
+            raise
+        got = again(got)
+    return got
+
+
+@like("sock_recv")
+async def sock_recv(loop, sock, n):
+    """Receive up to n bytes; like loop.sock_recv().  Returns bytes, b"" at the end of a stream.
+
+    A call that is cancelled has taken nothing out of the socket.  Several on
+    one socket are served in their order.
+    """
+    got = recv(loop, sock, n)
+    if got.__class__ is Waiter:
+        if got is ELSEWHERE:
+            return await _go_on(got, lambda waiter: recv(loop, sock, n, waiter), loop, "sock_recv", sock, n)
+        while got.__class__ is Waiter:
+            try:
+                await got.future
+            except BaseException:
+                got.leave()
+                raise
+            got = recv(loop, sock, n, got)
+    return got
+
+
+@like("sock_recv_into")
+async def sock_recv_into(loop, sock, buf):
+    """Receive into a writable buffer; like loop.sock_recv_into().  Returns the number of bytes."""
+    got = recv_into(loop, sock, buf)
+    if got.__class__ is Waiter:
+        return await _go_on(got, lambda waiter: recv_into(loop, sock, buf, waiter), loop, "sock_recv_into", sock, buf)
+    return got
+
+
+@like("sock_sendall")
+async def sock_sendall(loop, sock, data):
+    """Send all of data; like loop.sock_sendall().  Several calls on one socket do not mix their bytes."""
+    got = sendall(loop, sock, data)
+    if got is not None:
+        await _go_on(got, lambda waiter: sendall(loop, sock, data, waiter), loop, "sock_sendall", sock, data)
+
+
+def _accept(sock):
+    conn, address = sock.accept()
+    conn.setblocking(False)
+    return conn, address
+
+
+@like("sock_accept")
+async def sock_accept(loop, sock):
+    """Accept a connection; like loop.sock_accept().  Returns (conn, address), conn non-blocking."""
+
+    def again(waiter):
+        return attempt(loop, sock, False, _accept, (sock,), waiter)
+
+    got = again(None)
+    return await _go_on(got, again, loop, "sock_accept", sock) if got.__class__ is Waiter else got
+
+
+@like("sock_connect")
+async def sock_connect(loop, sock, address):
+    """Connect a socket; like loop.sock_connect().  Host names are resolved as loop.getaddrinfo() does."""
+    if not _served(loop, "sock_connect", sock):
+        return await loops_own(loop, "sock_connect")(sock, address)
+    _refuse_blocking(loop, sock)
+    if sock.family in RESOLVED:
+        resolved = await _Base._ensure_resolved(
+            loop, address, family=sock.family, type=sock.type, proto=sock.proto, loop=loop
+        )
+        address = resolved[0][4]
+    try:
+        return sock.connect(address)
+    except (BlockingIOError, InterruptedError):
+        pass
+
+    def again(waiter):
+        return attempt(loop, sock, True, _connected, (sock, address), waiter)
+
+    return await _go_on(room(loop, sock), again, loop, "sock_connect", sock, address)
+
+
+def _connected(sock, address):
+    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, f"Connect call failed {address}")
+
+
+def _refuse_blocking(loop, sock):
+    if loop.get_debug() and sock.gettimeout() != 0:
+        raise ValueError("the socket must be non-blocking")
+
+
+if sys.version_info >= (3, 11):
+
+    @like("sock_recvfrom")
+    async def sock_recvfrom(loop, sock, bufsize):
+        """Receive a datagram; like loop.sock_recvfrom().  Returns (data, address)."""
+
+        def again(waiter):
+            return attempt(loop, sock, False, sock.recvfrom, (bufsize,), waiter)
+
+        got = again(None)
+        return await _go_on(got, again, loop, "sock_recvfrom", sock, bufsize) if got.__class__ is Waiter else got
+
+    @like("sock_recvfrom_into")
+    async def sock_recvfrom_into(loop, sock, buf, nbytes=0):
+        """Receive a datagram into a writable buffer; like loop.sock_recvfrom_into().  Returns (size, address)."""
+
+        def again(waiter):
+            return attempt(loop, sock, False, sock.recvfrom_into, (buf, nbytes or len(buf)), waiter)
+
+        got = again(None)
+        if got.__class__ is Waiter:
+            return await _go_on(got, again, loop, "sock_recvfrom_into", sock, buf, nbytes)
+        return got
+
+    @like("sock_sendto")
+    async def sock_sendto(loop, sock, data, address):
+        """Send a datagram; like loop.sock_sendto().  Returns the number of bytes sent."""
+
+        def again(waiter):
+            return attempt(loop, sock, True, sock.sendto, (data, address), waiter)
+
+        got = again(None)
+        return await _go_on(got, again, loop, "sock_sendto", sock, data, address) if got.__class__ is Waiter else got
+
+
+@like("sock_sendfile")
+async def sock_sendfile(loop, sock, file, offset=0, count=None, *, fallback=True):
+    """Send a file by os.sendfile(2); like loop.sock_sendfile().  Returns the number of bytes sent.
+
+    fallback: read and send it where the system call cannot serve, else SendfileNotAvailableError.
+    """
+    if not _served(loop, "sock_sendfile", sock):
+        return await loops_own(loop, "sock_sendfile")(sock, file, offset, count, fallback=fallback)
+    return await _Base.sock_sendfile(_SendsFiles(loop), sock, file, offset, count, fallback=fallback)
+
+
+class _SendsFiles:
+    """Stands in for `self` in asyncio's sock_sendfile()."""
+
+    def __init__(self, loop):
+        self.loop = loop
+        self._debug = loop.get_debug()
+
+    def __getattr__(self, name):
+        """asyncio's helpers, with this object as their `self`; all else is the loop's."""
+        function = getattr(_Base, name, None) if name.startswith("_") else None
+        if isinstance(function, types.FunctionType):
+            return types.MethodType(function, self)
+        return getattr(self.loop, name)
+
+    async def sock_sendall(self, sock, data):
+        await sock_sendall(self.loop, sock, data)
+
+    async def _sock_sendfile_native(self, sock, file, offset, count):
+        unavailable = asyncio.SendfileNotAvailableError
+        try:
+            fd = file.fileno()
+            size = os.fstat(fd).st_size
+        except (AttributeError, io.UnsupportedOperation, OSError) as exc:
+            raise unavailable("not a regular file") from exc
+        block = count or size
+        sent = 0
+
+        def again(waiter):
+            return attempt(self.loop, sock, True, os.sendfile, (sock.fileno(), fd, offset, block), waiter)
+
+        try:
+            got = again(None) if block else 0
+            while block:
+                if got.__class__ is Waiter:
+                    got = await _go_on(got, again, self.loop, "sock_sendfile", sock, file, offset, count)
+                if got == 0:
+                    break
+                offset += got
+                sent += got
+                if count:
+                    block = count - sent
+                if block:
+                    got = room(self.loop, sock)  # others get their turn, as with asyncio's
+            return sent
+        except OSError as exc:
+            if sent == 0:
+                raise unavailable("os.sendfile call failed") from exc
+            if exc.errno == errno.ENOTCONN and type(exc) is not ConnectionError:
+                raise ConnectionError("socket is not connected", errno.ENOTCONN) from exc
+            raise
+        finally:
+            if sent:
+                os.lseek(fd, offset, os.SEEK_SET)
+
+
+# By name: those that this Python's loops have.
+SOCKET_CALLS = {
+    name: function for name, function in list(globals().items()) if name.startswith("sock_") and callable(function)
+}
