@@ -525,6 +525,7 @@ async def test_a_socket_of_a_class_of_its_own(loop, pair):
 
     ours, peer = pair
     with Counting(fileno=ours.detach()) as sock:
+        sock.setblocking(False)
         [task] = await soon(loop, loop.sock_recv(sock, 10))
         peer.send(b"in")
         assert await results(task) == [b"in"] and Counting.calls >= 2

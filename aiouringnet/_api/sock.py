@@ -44,18 +44,17 @@ RESOLVED = (socket.AF_INET, socket.AF_INET6)
 def _served(loop, name, sock):
     """Whether we serve the call: after this the functions of socket_calls.pyx know the loop."""
     expect_loop(loop, name)
+    asyncio.base_events._check_ssl_socket(sock)  # uvloop does not always
     if loop.is_closed():
         return False
     engine = engine_for(loop)
     return engine is not None and serve(engine, sock)
 
 
-async def _go_on(got, again, loop, name, sock, *args):
-    """What becomes of a call whose first try has ended with the Waiter `got`.  again(waiter): another try."""
-    if got is ELSEWHERE:
-        if not _served(loop, name, sock):
-            return await loops_own(loop, name)(sock, *args)
-        got = again(None)
+async def _go_on(got, function, loop, name, sock, *args):
+    """What becomes of function(loop, sock, *args), a try of loop.name(sock, *args) that has ended with `got`."""
+    if got is ELSEWHERE and _served(loop, name, sock):
+        got = function(loop, sock, *args)
     while got.__class__ is Waiter:
         if got is ELSEWHERE:
             return await loops_own(loop, name)(sock, *args)
@@ -64,7 +63,7 @@ async def _go_on(got, again, loop, name, sock, *args):
         except BaseException:
             got.leave()
             raise
-        got = again(got)
+        got = function(loop, sock, *args, got)
     return got
 
 
@@ -78,7 +77,8 @@ async def sock_recv(loop, sock, n):
     got = recv(loop, sock, n)
     if got.__class__ is Waiter:
         if got is ELSEWHERE:
-            return await _go_on(got, lambda waiter: recv(loop, sock, n, waiter), loop, "sock_recv", sock, n)
+            return await _go_on(got, recv, loop, "sock_recv", sock, n)
+        # As _go_on(), without a coroutine more.
         while got.__class__ is Waiter:
             try:
                 await got.future
@@ -93,9 +93,7 @@ async def sock_recv(loop, sock, n):
 async def sock_recv_into(loop, sock, buf):
     """Receive into a writable buffer; like loop.sock_recv_into().  Returns the number of bytes."""
     got = recv_into(loop, sock, buf)
-    if got.__class__ is Waiter:
-        return await _go_on(got, lambda waiter: recv_into(loop, sock, buf, waiter), loop, "sock_recv_into", sock, buf)
-    return got
+    return await _go_on(got, recv_into, loop, "sock_recv_into", sock, buf) if got.__class__ is Waiter else got
 
 
 @like("sock_sendall")
@@ -103,10 +101,14 @@ async def sock_sendall(loop, sock, data):
     """Send all of data; like loop.sock_sendall().  Several calls on one socket do not mix their bytes."""
     got = sendall(loop, sock, data)
     if got is not None:
-        await _go_on(got, lambda waiter: sendall(loop, sock, data, waiter), loop, "sock_sendall", sock, data)
+        await _go_on(got, sendall, loop, "sock_sendall", sock, data)
 
 
-def _accept(sock):
+def _accept(loop, sock, waiter=None):
+    return attempt(loop, sock, False, _accepted, (sock,), waiter)
+
+
+def _accepted(sock):
     conn, address = sock.accept()
     conn.setblocking(False)
     return conn, address
@@ -115,12 +117,18 @@ def _accept(sock):
 @like("sock_accept")
 async def sock_accept(loop, sock):
     """Accept a connection; like loop.sock_accept().  Returns (conn, address), conn non-blocking."""
+    got = _accept(loop, sock)
+    return await _go_on(got, _accept, loop, "sock_accept", sock) if got.__class__ is Waiter else got
 
-    def again(waiter):
-        return attempt(loop, sock, False, _accept, (sock,), waiter)
 
-    got = again(None)
-    return await _go_on(got, again, loop, "sock_accept", sock) if got.__class__ is Waiter else got
+def _connect(loop, sock, address, waiter):
+    return attempt(loop, sock, True, _connected, (sock, address), waiter)
+
+
+def _connected(sock, address):
+    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, f"Connect call failed {address}")
 
 
 @like("sock_connect")
@@ -128,7 +136,8 @@ async def sock_connect(loop, sock, address):
     """Connect a socket; like loop.sock_connect().  Host names are resolved as loop.getaddrinfo() does."""
     if not _served(loop, "sock_connect", sock):
         return await loops_own(loop, "sock_connect")(sock, address)
-    _refuse_blocking(loop, sock)
+    if loop.get_debug() and sock.gettimeout() != 0:
+        raise ValueError("the socket must be non-blocking")
     if sock.family in RESOLVED:
         resolved = await _Base._ensure_resolved(
             loop, address, family=sock.family, type=sock.type, proto=sock.proto, loop=loop
@@ -138,22 +147,19 @@ async def sock_connect(loop, sock, address):
         return sock.connect(address)
     except (BlockingIOError, InterruptedError):
         pass
-
-    def again(waiter):
-        return attempt(loop, sock, True, _connected, (sock, address), waiter)
-
-    return await _go_on(room(loop, sock), again, loop, "sock_connect", sock, address)
+    return await _go_on(room(loop, sock), _connect, loop, "sock_connect", sock, address)
 
 
-def _connected(sock, address):
-    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if error:
-        raise OSError(error, f"Connect call failed {address}")
+def _recvfrom(loop, sock, bufsize, waiter=None):
+    return attempt(loop, sock, False, sock.recvfrom, (bufsize,), waiter)
 
 
-def _refuse_blocking(loop, sock):
-    if loop.get_debug() and sock.gettimeout() != 0:
-        raise ValueError("the socket must be non-blocking")
+def _recvfrom_into(loop, sock, buf, nbytes, waiter=None):
+    return attempt(loop, sock, False, sock.recvfrom_into, (buf, nbytes or len(buf)), waiter)
+
+
+def _sendto(loop, sock, data, address, waiter=None):
+    return attempt(loop, sock, True, sock.sendto, (data, address), waiter)
 
 
 if sys.version_info >= (3, 11):
@@ -161,34 +167,26 @@ if sys.version_info >= (3, 11):
     @like("sock_recvfrom")
     async def sock_recvfrom(loop, sock, bufsize):
         """Receive a datagram; like loop.sock_recvfrom().  Returns (data, address)."""
-
-        def again(waiter):
-            return attempt(loop, sock, False, sock.recvfrom, (bufsize,), waiter)
-
-        got = again(None)
-        return await _go_on(got, again, loop, "sock_recvfrom", sock, bufsize) if got.__class__ is Waiter else got
+        got = _recvfrom(loop, sock, bufsize)
+        return await _go_on(got, _recvfrom, loop, "sock_recvfrom", sock, bufsize) if got.__class__ is Waiter else got
 
     @like("sock_recvfrom_into")
     async def sock_recvfrom_into(loop, sock, buf, nbytes=0):
         """Receive a datagram into a writable buffer; like loop.sock_recvfrom_into().  Returns (size, address)."""
-
-        def again(waiter):
-            return attempt(loop, sock, False, sock.recvfrom_into, (buf, nbytes or len(buf)), waiter)
-
-        got = again(None)
+        got = _recvfrom_into(loop, sock, buf, nbytes)
         if got.__class__ is Waiter:
-            return await _go_on(got, again, loop, "sock_recvfrom_into", sock, buf, nbytes)
+            return await _go_on(got, _recvfrom_into, loop, "sock_recvfrom_into", sock, buf, nbytes)
         return got
 
     @like("sock_sendto")
     async def sock_sendto(loop, sock, data, address):
         """Send a datagram; like loop.sock_sendto().  Returns the number of bytes sent."""
+        got = _sendto(loop, sock, data, address)
+        return await _go_on(got, _sendto, loop, "sock_sendto", sock, data, address) if got.__class__ is Waiter else got
 
-        def again(waiter):
-            return attempt(loop, sock, True, sock.sendto, (data, address), waiter)
 
-        got = again(None)
-        return await _go_on(got, again, loop, "sock_sendto", sock, data, address) if got.__class__ is Waiter else got
+def _send_part(loop, sock, fd, offset, size, waiter=None):
+    return attempt(loop, sock, True, os.sendfile, (sock.fileno(), fd, offset, size), waiter)
 
 
 @like("sock_sendfile")
@@ -228,15 +226,11 @@ class _SendsFiles:
             raise unavailable("not a regular file") from exc
         block = count or size
         sent = 0
-
-        def again(waiter):
-            return attempt(self.loop, sock, True, os.sendfile, (sock.fileno(), fd, offset, block), waiter)
-
         try:
-            got = again(None) if block else 0
+            got = _send_part(self.loop, sock, fd, offset, block) if block else 0
             while block:
                 if got.__class__ is Waiter:
-                    got = await _go_on(got, again, self.loop, "sock_sendfile", sock, file, offset, count)
+                    got = await _go_on(got, _send_part, self.loop, "sock_sendfile", sock, fd, offset, block)
                 if got == 0:
                     break
                 offset += got
