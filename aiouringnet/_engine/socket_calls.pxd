@@ -19,12 +19,6 @@ cdef class Watched:
     cdef int fd
     cdef unsigned int events        # that the set reports, 0: it is not there
     cdef Line reading, writing
-    cdef bint is_tcp                # and neither its end nor an urgent byte has come
-    cdef bint drained               # the last read has emptied it, and no event has come since
-    cdef int vain                   # reads that had to wait
-
-    cdef void attach(self, object sock) except *
-    cdef bint is_empty(self) noexcept
 
 
 # A call that waits.
@@ -49,8 +43,7 @@ cdef class SocketCalls:
     cdef dict watched               # descriptor -> Watched
 
     cdef int check(self, object sock) except -1
-    cdef Watched find(self, object sock, object fd)
-    cdef Line line_of(self, object sock, object fd, bint writing)
+    cdef bint is_waited_for(self, object sock, object fd, bint writing) except -1
     cdef Waiter wait(self, object sock, object fd, bint writing, Waiter waiter)
     cdef int refuse_transports(self, object fd) except -1
     cdef void on_ready(self, Watched watched, unsigned int events, list interrupts) noexcept

@@ -10,12 +10,13 @@ Sockets are watched by an epoll set of their own, which the loop watches.  In th
 ring, a poll would hold the file: a socket that its owner closes would stay open.
 The set forgets it, and a closed socket's number is another's.  An entry stays
 from call to call, edge-triggered, and so a call that waits costs no system call
-beside those that fail and succeed.  What is reported and nobody waits for is
+beside those that fail and succeed.  (To spare the one that fails, where the last
+read has emptied the socket, does not pay: in its time the answer comes.)  What is reported and nobody waits for is
 watched no longer, until somebody does.  The entry is that of a socket object:
 another one with the same number gets its own.
 """
 
-from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_SetFromErrno
 from cpython.object cimport PyObject
@@ -23,9 +24,7 @@ from cpython.ref cimport Py_DECREF, Py_XDECREF
 from libc.errno cimport EAGAIN, EINTR, errno
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.readiness cimport (
-    EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, READY_BATCH, Readiness,
-)
+from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, READY_BATCH, Readiness
 
 import os
 import socket
@@ -51,8 +50,6 @@ cdef extern from "Python.h":
 cdef enum:
     SCRATCH_BYTES = 65536
     MAX_ROUNDS = 16     # fetches, before other callbacks of the loop get their turn
-    VAIN_MIN = 2        # direct reads that found nothing, after which the next ones are spared,
-    VAIN_MAX = 64       # until one of so many shows whether that still holds
     # A socket's type
     FOREIGN = 0         # the loop's own method knows what to do
     DERIVED = 1         # one of the socket module's, with some methods of its own
@@ -138,27 +135,6 @@ cdef class Watched:
         self.reading = Line()
         self.writing = Line()
 
-    cdef void attach(self, object sock) except *:
-        self.sock = ref(sock)
-        self.fd = sock.fileno()
-        self.is_tcp = (
-            sock.family in (socket.AF_INET, socket.AF_INET6)
-            and sock.type == socket.SOCK_STREAM and sock.proto in (0, socket.IPPROTO_TCP)
-        )
-
-    cdef bint is_empty(self) noexcept:
-        """Whether to read is in vain, for sure, and has been so of late: then the wait may begin at once.
-
-        What TCP gives less than it is asked for has emptied the socket, and an event tells of more.
-        """
-        if not self.drained or not self.events & EPOLLIN or self.vain < VAIN_MIN:
-            return False
-        self.vain += 1
-        if self.vain < VAIN_MAX:
-            return True
-        self.vain = VAIN_MIN - 1
-        return False
-
 
 cdef class Waiter:
     def leave(self):
@@ -239,12 +215,8 @@ cdef class SocketCalls:
     cdef void on_ready(self, Watched watched, unsigned int events, list interrupts) noexcept:
         cdef unsigned int unused = 0
         cdef Line line
-        watched.drained = False
-        if events & (EPOLLPRI | EPOLLRDHUP | EPOLLERR | EPOLLHUP):
-            # There is its end to be read, or an urgent byte, where TCP stops short of what follows.
-            watched.is_tcp = False
         if events & EPOLLIN and watched.reading.first is None:
-            unused = EPOLLIN | EPOLLPRI | EPOLLRDHUP
+            unused = EPOLLIN
         if events & EPOLLOUT and watched.writing.first is None:
             unused |= EPOLLOUT
         if watched.events & unused:
@@ -278,18 +250,12 @@ cdef class SocketCalls:
             raise ValueError("the socket must be non-blocking")
         return 0
 
-    cdef Watched find(self, object sock, object fd):
+    cdef bint is_waited_for(self, object sock, object fd, bint writing) except -1:
+        """Whether there are calls that came earlier."""
         cdef Watched watched = self.watched.get(fd)
-        return watched if watched is not None and watched.sock() is sock else None
-
-    cdef Line line_of(self, object sock, object fd, bint writing):
-        """Those that wait for the same already, or None."""
-        cdef Watched watched = self.find(sock, fd)
-        cdef Line line
-        if watched is None:
-            return None
-        line = watched.writing if writing else watched.reading
-        return line if line.first is not None else None
+        if watched is None or (watched.writing if writing else watched.reading).first is None:
+            return False
+        return watched.sock() is sock
 
     cdef int refuse_transports(self, object fd) except -1:
         if self.table is None or fd in self.table:
@@ -306,11 +272,12 @@ cdef class SocketCalls:
         cdef int error
         self.engine.check()
         self.refuse_transports(fd)
-        watched = self.find(sock, fd)
-        if watched is None:
+        watched = self.watched.get(fd)
+        if watched is None or watched.sock() is not sock:
             watched = Watched()
-            watched.attach(sock)
-        events = watched.events | EPOLLET | (EPOLLOUT if writing else EPOLLIN | EPOLLPRI | EPOLLRDHUP)
+            watched.sock = ref(sock)
+            watched.fd = fd
+        events = watched.events | EPOLLET | (EPOLLOUT if writing else EPOLLIN)
         # For room it is asked anew: not each send that was cut short is followed by an edge.
         if writing or events != watched.events:
             error = self.readiness.register(watched, watched.fd, events)
@@ -371,7 +338,6 @@ def recv(loop, sock, n, Waiter waiter=None):
     """sock.recv(n)."""
     cdef SocketCalls calls = calls_of(loop)
     cdef int kind = type_of(sock)
-    cdef Watched watched
     cdef Py_ssize_t size
     if calls is None or kind == FOREIGN:
         return not_served(waiter)
@@ -379,21 +345,14 @@ def recv(loop, sock, n, Waiter waiter=None):
         return attempt(loop, sock, False, sock.recv, (n,), waiter)
     size = n
     fd = sock.fileno()
-    watched = calls.find(sock, fd)
     if waiter is None:
         calls.check(sock)
-        if watched is not None and (watched.reading.first is not None or watched.is_empty()):
+        if calls.is_waited_for(sock, fd, False):
             return calls.wait(sock, fd, False, None)
     try:
         result = received(fd, size)
         if result is None:
-            if watched is not None and waiter is None:
-                watched.vain += 1
             return calls.wait(sock, fd, False, waiter)
-        if watched is not None:
-            if waiter is None:
-                watched.vain = 0
-            watched.drained = watched.is_tcp and 0 < PyBytes_GET_SIZE(result) < size
     except BaseException:
         if waiter is not None:
             waiter.leave()
@@ -417,7 +376,7 @@ def recv_into(loop, sock, buf, Waiter waiter=None):
     fd = sock.fileno()
     if waiter is None:
         calls.check(sock)
-        if calls.line_of(sock, fd, False) is not None:
+        if calls.is_waited_for(sock, fd, False):
             return calls.wait(sock, fd, False, None)
     try:
         PyObject_GetBuffer(buf, &view, PyBUF_WRITABLE)
@@ -458,7 +417,7 @@ def sendall(loop, sock, data, Waiter waiter=None):
     fd = sock.fileno()
     if waiter is None:
         calls.check(sock)
-        if calls.line_of(sock, fd, True) is not None:
+        if calls.is_waited_for(sock, fd, True):
             waiter = calls.wait(sock, fd, True, None)
             waiter.view = memoryview(data)
             return waiter
@@ -504,7 +463,7 @@ def attempt(loop, sock, bint writing, function, tuple args, Waiter waiter=None):
     fd = sock.fileno()
     if waiter is None:
         calls.check(sock)
-        if calls.line_of(sock, fd, writing) is not None:
+        if calls.is_waited_for(sock, fd, writing):
             return calls.wait(sock, fd, writing, None)
     try:
         try:
