@@ -222,7 +222,9 @@ def main() -> None:
     loops.add_arguments(parser)
     parser.add_argument("--unix", metavar="PATH", help="listen on a Unix socket instead of TCP")
     parser.add_argument("--udp", action="store_true", help="one UDP endpoint instead of TCP")
-    parser.add_argument("--shape", choices=[*SHAPES, "sock"], default="protocol", help="how the echo is made (%(default)s)")
+    parser.add_argument(
+        "--shape", choices=[*SHAPES, "sock"], default="protocol", help="how the echo is made (%(default)s)"
+    )
     parser.add_argument("--members", type=int, default=1, metavar="N", help="connections of a broadcast (%(default)s)")
     args = parser.parse_args()
     loops.prepare_process(args)

@@ -26,9 +26,17 @@ MODULES = [
 # test_ssl came with 3.11.
 MODULES = [name for name in MODULES if importlib.util.find_spec(f"test.test_asyncio.{name}")] if TESTS else []
 # The modules in which real connections are made, so that an engine must have run.
-CONNECTS = {"test_streams", "test_events", "test_server", "test_sendfile", "test_ssl", "test_sslproto"}
+CONNECTS = {
+    "test_streams",
+    "test_events",
+    "test_server",
+    "test_sock_lowlevel",
+    "test_sendfile",
+    "test_ssl",
+    "test_sslproto",
+}
 # Those with TLS connections, so that a record engine of ours must have run, and nothing else.
-CONNECTS_BY_TLS = CONNECTS - {"test_server"}
+CONNECTS_BY_TLS = CONNECTS - {"test_server", "test_sock_lowlevel"}
 # Of those that look into BaseEventLoop, only what we borrow from it whole.
 ONLY = {"test_base_events": "datagram_endpoint"}
 TLS_ENGINE = {"uring": "openssl", "epoll": "ssl"}

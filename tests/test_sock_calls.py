@@ -2,11 +2,15 @@
 
 import asyncio
 import gc
+import inspect
+import io
+import itertools
 import os
 import random
 import socket
 import ssl
 import threading
+import weakref
 
 import helpers
 import pytest
@@ -204,8 +208,6 @@ async def test_sendfile(loop, pair, tmp_path, offset, count):
 
 
 async def test_sendfile_falls_back(loop, pair):
-    import io
-
     ours, peer = pair
     assert await loop.sock_sendfile(ours, io.BytesIO(b"no file of the kernel's")) == 23
     assert await loop.sock_recv(peer, 100) == b"no file of the kernel's"
@@ -574,23 +576,15 @@ def test_a_loop_that_is_closed_leaves_those_that_wait(make_loop, pair):
     loop = make_loop()
     ours, peer = pair
 
-    async def begin():
-        return [loop.sock_recv(ours, 10), loop.sock_recv(ours, 10)]
-
-    calls = helpers.run_on(loop, begin())
-
     async def wait():
-        for call in calls:
-            asyncio.ensure_future(call)
-        await asyncio.sleep(0.01)
-        return asyncio.all_tasks()
+        return await soon(loop, *[loop.sock_recv(ours, 10) for _ in range(3)])
 
     tasks = helpers.run_on(loop, wait())
     for task in tasks:
         task._log_destroy_pending = False
     loop.close()
     peer.send(b"nobody")
-    del task, tasks, calls
+    del task, tasks
     gc.collect()
     assert ours.recv(10) == b"nobody"
 
@@ -637,8 +631,6 @@ def test_the_option_loop_leaves_them_with_the_loop(make_loop, pair):
 
 
 async def test_they_are_coroutines(loop, pair):
-    import inspect
-
     ours, peer = pair
     assert inspect.iscoroutinefunction(loop.sock_recv) and inspect.iscoroutinefunction(loop.sock_sendfile)
     call = loop.sock_recv(sock=ours, n=10)
@@ -646,3 +638,84 @@ async def test_they_are_coroutines(loop, pair):
     peer.send(b"word")
     assert await asyncio.wait_for(call, 5) == b"word"
     assert (await asyncio.gather(loop.sock_sendall(sock=peer, data=b"again"), loop.sock_recv(ours, 10)))[1] == b"again"
+
+
+@pytest.mark.matrix(debug=False)
+def test_loops_with_calls_that_wait_can_go(make_loop):
+    """Nothing keeps a loop that is closed, nor what its calls were about."""
+    ours, peer = socket.socketpair()
+    ours.setblocking(False)
+    loop = make_loop()
+
+    for task in helpers.run_on(loop, soon(loop, loop.sock_recv(ours, 10), loop.sock_recv(ours, 10))):
+        task.cancel()
+    helpers.run_on(loop, asyncio.sleep(0))
+    [task] = helpers.run_on(loop, soon(loop, loop.sock_recv(ours, 10)))
+    task._log_destroy_pending = False
+    gone = weakref.ref(task), weakref.ref(ours)
+    loop.close()
+    peer.close()
+    ours.close()
+    del task, ours
+    loop = None
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+@pytest.mark.matrix(debug=False)
+def test_calls_from_another_thread_go_by_the_loop(make_loop, pair):
+    loop = make_loop()
+    ours, peer = pair
+    heard = []
+
+    def ask():
+        call = asyncio.run_coroutine_threadsafe(loop.sock_recv(ours, 10), loop)
+        peer.send(b"word")
+        heard.append(call.result(5))
+        loop.call_soon_threadsafe(loop.stop)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    loop.run_forever()
+    thread.join()
+    assert heard == [b"word"]
+
+
+@pytest.mark.matrix(debug=False)
+async def test_many_sockets_at_once(loop):
+    pairs = [socket.socketpair() for _ in range(100)]
+    for sock in itertools.chain(*pairs):
+        sock.setblocking(False)
+
+    async def echo(sock):
+        while data := await loop.sock_recv(sock, 100):
+            await loop.sock_sendall(sock, data)
+
+    tasks = await soon(loop, *[echo(ours) for ours, _ in pairs])
+    for turn in range(5):
+        for _, peer in pairs:
+            peer.send(b"%d" % turn)
+        answers = await results(*[loop.sock_recv(peer, 10) for _, peer in pairs])
+        assert answers == [b"%d" % turn] * 100
+    for _, peer in pairs:
+        peer.close()
+    await results(*tasks)
+    for ours, _ in pairs:
+        ours.close()
+
+
+@pytest.mark.matrix(debug=False)
+async def test_a_socket_whose_connection_fails_can_try_again(loop, listening):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with socket.socket() as client:
+            client.setblocking(False)
+            with pytest.raises(ConnectionRefusedError):
+                await loop.sock_connect(client, unused.getsockname())
+            with pytest.raises(ConnectionAbortedError):  # so Linux says
+                await loop.sock_connect(client, listening.getsockname())
+            await loop.sock_connect(client, listening.getsockname())
+            conn, _ = await loop.sock_accept(listening)
+            with conn:
+                await loop.sock_sendall(conn, b"word")
+                assert await loop.sock_recv(client, 10) == b"word"

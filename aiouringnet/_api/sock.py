@@ -41,9 +41,8 @@ _Base = asyncio.SelectorEventLoop
 RESOLVED = (socket.AF_INET, socket.AF_INET6)
 
 
-def _served(loop, name, sock):
+def _served(loop, sock):
     """Whether we serve the call: after this the functions of socket_calls.pyx know the loop."""
-    expect_loop(loop, name)
     asyncio.base_events._check_ssl_socket(sock)  # uvloop does not always
     if loop.is_closed():
         return False
@@ -51,9 +50,28 @@ def _served(loop, name, sock):
     return engine is not None and serve(engine, sock)
 
 
+# By name: those that this Python's loops have, as methods of a patched one.
+SOCKET_CALLS = {}
+
+
+def _call(method):
+    """Makes of a patched loop's method the public function, which is told of a loop that was forgotten."""
+    name = method.__name__
+    SOCKET_CALLS[name] = method
+
+    @like(name)
+    async def function(loop, *args, **kwargs):
+        expect_loop(loop, name)
+        return await method(loop, *args, **kwargs)
+
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = method.__doc__
+    return function
+
+
 async def _go_on(got, function, loop, name, sock, *args):
     """What becomes of function(loop, sock, *args), a try of loop.name(sock, *args) that has ended with `got`."""
-    if got is ELSEWHERE and _served(loop, name, sock):
+    if got is ELSEWHERE and _served(loop, sock):
         got = function(loop, sock, *args)
     while got.__class__ is Waiter:
         if got is ELSEWHERE:
@@ -67,7 +85,7 @@ async def _go_on(got, function, loop, name, sock, *args):
     return got
 
 
-@like("sock_recv")
+@_call
 async def sock_recv(loop, sock, n):
     """Receive up to n bytes; like loop.sock_recv().  Returns bytes, b"" at the end of a stream.
 
@@ -89,14 +107,14 @@ async def sock_recv(loop, sock, n):
     return got
 
 
-@like("sock_recv_into")
+@_call
 async def sock_recv_into(loop, sock, buf):
     """Receive into a writable buffer; like loop.sock_recv_into().  Returns the number of bytes."""
     got = recv_into(loop, sock, buf)
     return await _go_on(got, recv_into, loop, "sock_recv_into", sock, buf) if got.__class__ is Waiter else got
 
 
-@like("sock_sendall")
+@_call
 async def sock_sendall(loop, sock, data):
     """Send all of data; like loop.sock_sendall().  Several calls on one socket do not mix their bytes."""
     got = sendall(loop, sock, data)
@@ -114,7 +132,7 @@ def _accepted(sock):
     return conn, address
 
 
-@like("sock_accept")
+@_call
 async def sock_accept(loop, sock):
     """Accept a connection; like loop.sock_accept().  Returns (conn, address), conn non-blocking."""
     got = _accept(loop, sock)
@@ -131,10 +149,10 @@ def _connected(sock, address):
         raise OSError(error, f"Connect call failed {address}")
 
 
-@like("sock_connect")
+@_call
 async def sock_connect(loop, sock, address):
     """Connect a socket; like loop.sock_connect().  Host names are resolved as loop.getaddrinfo() does."""
-    if not _served(loop, "sock_connect", sock):
+    if not _served(loop, sock):
         return await loops_own(loop, "sock_connect")(sock, address)
     if loop.get_debug() and sock.gettimeout() != 0:
         raise ValueError("the socket must be non-blocking")
@@ -164,13 +182,13 @@ def _sendto(loop, sock, data, address, waiter=None):
 
 if sys.version_info >= (3, 11):
 
-    @like("sock_recvfrom")
+    @_call
     async def sock_recvfrom(loop, sock, bufsize):
         """Receive a datagram; like loop.sock_recvfrom().  Returns (data, address)."""
         got = _recvfrom(loop, sock, bufsize)
         return await _go_on(got, _recvfrom, loop, "sock_recvfrom", sock, bufsize) if got.__class__ is Waiter else got
 
-    @like("sock_recvfrom_into")
+    @_call
     async def sock_recvfrom_into(loop, sock, buf, nbytes=0):
         """Receive a datagram into a writable buffer; like loop.sock_recvfrom_into().  Returns (size, address)."""
         got = _recvfrom_into(loop, sock, buf, nbytes)
@@ -178,7 +196,7 @@ if sys.version_info >= (3, 11):
             return await _go_on(got, _recvfrom_into, loop, "sock_recvfrom_into", sock, buf, nbytes)
         return got
 
-    @like("sock_sendto")
+    @_call
     async def sock_sendto(loop, sock, data, address):
         """Send a datagram; like loop.sock_sendto().  Returns the number of bytes sent."""
         got = _sendto(loop, sock, data, address)
@@ -189,13 +207,13 @@ def _send_part(loop, sock, fd, offset, size, waiter=None):
     return attempt(loop, sock, True, os.sendfile, (sock.fileno(), fd, offset, size), waiter)
 
 
-@like("sock_sendfile")
+@_call
 async def sock_sendfile(loop, sock, file, offset=0, count=None, *, fallback=True):
     """Send a file by os.sendfile(2); like loop.sock_sendfile().  Returns the number of bytes sent.
 
     fallback: read and send it where the system call cannot serve, else SendfileNotAvailableError.
     """
-    if not _served(loop, "sock_sendfile", sock):
+    if not _served(loop, sock):
         return await loops_own(loop, "sock_sendfile")(sock, file, offset, count, fallback=fallback)
     return await _Base.sock_sendfile(_SendsFiles(loop), sock, file, offset, count, fallback=fallback)
 
@@ -215,7 +233,7 @@ class _SendsFiles:
         return getattr(self.loop, name)
 
     async def sock_sendall(self, sock, data):
-        await sock_sendall(self.loop, sock, data)
+        await SOCKET_CALLS["sock_sendall"](self.loop, sock, data)
 
     async def _sock_sendfile_native(self, sock, file, offset, count):
         unavailable = asyncio.SendfileNotAvailableError
@@ -249,9 +267,3 @@ class _SendsFiles:
         finally:
             if sent:
                 os.lseek(fd, offset, os.SEEK_SET)
-
-
-# By name: those that this Python's loops have.
-SOCKET_CALLS = {
-    name: function for name, function in list(globals().items()) if name.startswith("sock_") and callable(function)
-}

@@ -9,11 +9,11 @@ got what it wanted, or gives up.
 Sockets are watched by an epoll set of their own, which the loop watches.  In the
 ring, a poll would hold the file: a socket that its owner closes would stay open.
 The set forgets it, and a closed socket's number is another's.  An entry stays
-from call to call, edge-triggered, and so a call that waits costs no system call
-beside those that fail and succeed.  (To spare the one that fails, where the last
-read has emptied the socket, does not pay: in its time the answer comes.)  What is reported and nobody waits for is
-watched no longer, until somebody does.  The entry is that of a socket object:
-another one with the same number gets its own.
+from call to call, edge-triggered, and so a call that waits costs no system call beside those that
+fail and succeed.  (To spare the one that fails, where the last read has emptied
+the socket, does not pay: in its time the answer comes.)  What is reported and
+nobody waits for is watched no longer, until somebody does.  The entry is that of
+a socket object: another one with the same number gets its own.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -320,7 +320,7 @@ cdef void forget(PyObject* calls) noexcept:
 
 
 def serve(Engine engine, sock):
-    """Make sure that a loop's calls are served, if they can be with such a socket; false where they cannot."""
+    """From now on the functions below serve the loop's calls; false where they cannot, with such a socket."""
     if engine.forked() or type_of(sock) == FOREIGN:
         return False
     if engine.socket_calls is None:
