@@ -73,15 +73,17 @@ async def _go_on(got, function, loop, name, sock, *args):
     """What becomes of function(loop, sock, *args), a try of loop.name(sock, *args) that has ended with `got`."""
     if got is ELSEWHERE and _served(loop, sock):
         got = function(loop, sock, *args)
-    while got.__class__ is Waiter:
-        if got is ELSEWHERE:
-            return await loops_own(loop, name)(sock, *args)
-        try:
+    if got is ELSEWHERE:
+        return await loops_own(loop, name)(sock, *args)
+    waiter = got
+    try:
+        while got.__class__ is Waiter:
             await got.future
-        except BaseException:
-            got.leave()
-            raise
-        got = function(loop, sock, *args, got)
+            got = function(loop, sock, *args, waiter)
+    except BaseException:
+        if waiter.__class__ is Waiter:
+            waiter.leave()
+        raise
     return got
 
 
@@ -97,13 +99,14 @@ async def sock_recv(loop, sock, n):
         if got is ELSEWHERE:
             return await _go_on(got, recv, loop, "sock_recv", sock, n)
         # As _go_on(), without a coroutine more.
-        while got.__class__ is Waiter:
-            try:
-                await got.future
-            except BaseException:
-                got.leave()
-                raise
-            got = recv(loop, sock, n, got)
+        waiter = got
+        try:
+            while got is waiter:
+                await waiter.future
+                got = recv(loop, sock, n, waiter)
+        except BaseException:
+            waiter.leave()
+            raise
     return got
 
 
