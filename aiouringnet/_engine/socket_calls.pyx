@@ -324,7 +324,10 @@ def serve(Engine engine, sock):
     if engine.forked() or type_of(sock) == FOREIGN:
         return False
     if engine.socket_calls is None:
-        SocketCalls(engine)
+        try:
+            SocketCalls(engine)
+        except OSError:
+            return False  # out of descriptors: the next call tries again
     return True
 
 
