@@ -45,7 +45,6 @@ cdef class Engine(Alone):
     cdef PyObject* lent             # ROOM_LENT
     cdef char* wide                 # ROOM_WIDE
     cdef object area                # datagrams: an Area, made when somebody has a socket of them
-    cdef object socket_calls        # sock_recv() and its like: a SocketCalls, made when somebody calls one
     cdef Readiness readiness        # None for a ring that works
     cdef Py_ssize_t n_urgent
     cdef unsigned long long n_passes, n_flushes, n_direct_sends, n_direct_reads, n_bytes_in, n_bytes_out, n_streams

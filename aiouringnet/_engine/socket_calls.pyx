@@ -174,6 +174,7 @@ cdef class SocketCalls:
         self.closed = False
         calls_by_loop[<size_t><PyObject*>self.loop] = <size_t><PyObject*>self
         engine.socket_calls = self
+        engine.calls_fd = self.readiness.epoll_fd
 
     def __dealloc__(self):
         forget(<PyObject*>self)
@@ -208,7 +209,10 @@ cdef class SocketCalls:
             if n < READY_BATCH:
                 break
         if ready.stale:
-            self.renew()
+            try:
+                self.renew()
+            except Exception as exc:
+                self.engine.report({"message": "the event loop refused a descriptor", "exception": exc})
         if interrupts:
             raise interrupts[0]
 
@@ -244,6 +248,7 @@ cdef class SocketCalls:
             self.loop.remove_reader(before)
             self.readiness.close()
             self.readiness = fresh
+            self.engine.calls_fd = fresh.epoll_fd
 
     cdef int check(self, object sock) except -1:
         if (self.loop._debug if self.is_asyncio else self.loop.get_debug()) and sock.gettimeout() != 0:
