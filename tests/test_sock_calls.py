@@ -719,3 +719,50 @@ async def test_a_socket_whose_connection_fails_can_try_again(loop, listening):
             with conn:
                 await loop.sock_sendall(conn, b"word")
                 assert await loop.sock_recv(client, 10) == b"word"
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_sockets_come_and_go(loop, seed):
+    """Numbers are used again while others still wait, files live on in duplicates, calls are given up at any time."""
+    chance = random.Random(seed)
+    forgotten, copies = [], []
+
+    async def life(number):
+        ours, peer = socket.socketpair()
+        ours.setblocking(False), peer.setblocking(False)
+        with ours, peer:
+            for turn in range(chance.randrange(1, 8)):
+                word = b"%d:%d" % (number, turn)
+                task = loop.create_task(loop.sock_recv(ours, 100))
+                for _ in range(chance.randrange(4)):
+                    await asyncio.sleep(0)
+                if chance.random() < 0.3:
+                    copies.append(ours.dup())
+                if chance.random() < 0.5:
+                    await loop.sock_sendall(peer, word)
+                    for _ in range(chance.randrange(4)):
+                        await asyncio.sleep(0)
+                else:
+                    word = None
+                if chance.random() < 0.5 or word is None:
+                    task.cancel()
+                [heard] = await asyncio.gather(task, return_exceptions=True)
+                if type(heard) is asyncio.CancelledError and word is not None:
+                    heard = await asyncio.wait_for(loop.sock_recv(ours, 100), 5)
+                assert word is None or heard == word
+            if chance.random() < 0.5:
+                forgotten.append(loop.create_task(loop.sock_recv(ours, 100)))
+                await asyncio.sleep(0)
+            if chance.random() < 0.5:
+                peer.send(b"noise")
+        while len(copies) > 5:
+            copies.pop(chance.randrange(len(copies))).close()
+
+    for generation in range(10):
+        await asyncio.wait_for(asyncio.gather(*[life(100 * generation + number) for number in range(20)]), 10)
+    for task in forgotten:
+        task.cancel()
+    for heard in await asyncio.gather(*forgotten, return_exceptions=True):
+        assert heard == b"noise" or isinstance(heard, (OSError, asyncio.CancelledError)), heard
+    for copy in copies:
+        copy.close()

@@ -180,8 +180,6 @@ cdef class Selecting(LoopBound):
             if key is not None:
                 mask = (READ if events[i].events & ~EPOLLOUT else 0) | (WRITE if events[i].events & ~EPOLLIN else 0)
                 found.append((key, mask & <int>key.events))
-        if called:
-            self.socket_calls()  # there and then: the tasks that it wakes run in this iteration of the loop
         if found or called:
             self.others_busy = LINGER
         elif woken and self.others_busy:
@@ -191,6 +189,8 @@ cdef class Selecting(LoopBound):
             self.on_wake()
             if not self.flush_scheduled:
                 self.owed = self.flush_scheduled = True
+        if called:
+            self.socket_calls()  # there and then: the tasks that it wakes run in this iteration of the loop
         if self.owed and not found:
             return None
         return found

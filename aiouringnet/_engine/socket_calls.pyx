@@ -190,6 +190,7 @@ cdef class SocketCalls:
             forget(<PyObject*>self)
             self.readiness.close()
             self.watched.clear()
+            self.engine.socket_calls = None
 
     def __call__(self):
         """The loop has found the set ready."""
@@ -292,16 +293,16 @@ cdef class SocketCalls:
             self.watched[fd] = watched
         if waiter is None:
             waiter = Waiter()
+        if self.makes_plain_futures:
+            waiter.future = Future(loop=self.loop)
+        else:
+            waiter.future = self.loop.create_future()
         line = watched.writing if writing else watched.reading
         if waiter.line is not line:
             if waiter.line is not None:
                 waiter.line.remove(waiter)
             waiter.line = line
             line.append(waiter)
-        if self.makes_plain_futures:
-            waiter.future = Future(loop=self.loop)
-        else:
-            waiter.future = self.loop.create_future()
         return waiter
 
 
