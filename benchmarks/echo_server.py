@@ -201,8 +201,10 @@ async def serve(args: argparse.Namespace) -> None:
         listening = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
         listening.setblocking(False)
         port = listening.getsockname()[1]
+        accepting = loop.create_task(accept_sockets(loop, listening))
+        await asyncio.sleep(0)  # it waits, and so an engine runs
         loops.announce(args, loop, port)
-        await accept_sockets(loop, listening)
+        await accepting
     elif args.unix:
         server = await loop.create_unix_server(protocol, args.unix, ssl=context, backlog=BACKLOG)
         port = 0
