@@ -44,6 +44,7 @@ MODULES = [
     "aiouringnet._engine.ring.stream",
     "aiouringnet._engine.ring.waiting",
     "aiouringnet._engine.selecting",
+    "aiouringnet._engine.socket_calls",
     "aiouringnet._engine.socket_file",
     "aiouringnet._engine.stream",
     "aiouringnet._tls.bio",

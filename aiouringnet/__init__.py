@@ -4,17 +4,11 @@ import sys
 
 from aiouringnet._api.connect import connect_accepted_socket, create_connection, create_unix_connection
 from aiouringnet._api.datagrams import create_datagram_endpoint
-from aiouringnet._api.passed_on import (
-    sock_accept,
-    sock_connect,
-    sock_recv,
-    sock_recv_into,
-    sock_sendall,
-)
 from aiouringnet._api.patch import install_policy, loop_factory, new_event_loop, patch_loop
 from aiouringnet._api.pipes import connect_read_pipe, connect_write_pipe
 from aiouringnet._api.sendfile import sendfile
 from aiouringnet._api.serve import create_server, create_unix_server
+from aiouringnet._api.sock import sock_accept, sock_connect, sock_recv, sock_recv_into, sock_sendall, sock_sendfile
 from aiouringnet._api.start_tls import start_tls
 from aiouringnet._api.streams import open_connection, open_unix_connection, start_server, start_unix_server
 from aiouringnet._diagnostics import stats, status
@@ -47,6 +41,7 @@ __all__ = [
     "sock_recv",
     "sock_recv_into",
     "sock_sendall",
+    "sock_sendfile",
     "start_server",
     "start_tls",
     "start_unix_server",
@@ -55,7 +50,7 @@ __all__ = [
 ]
 
 if sys.version_info >= (3, 11):
-    from aiouringnet._api.passed_on import sock_recvfrom, sock_recvfrom_into, sock_sendto
+    from aiouringnet._api.sock import sock_recvfrom, sock_recvfrom_into, sock_sendto
 
     __all__ += ["sock_recvfrom", "sock_recvfrom_into", "sock_sendto"]
 

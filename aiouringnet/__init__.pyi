@@ -34,6 +34,7 @@ __all__ = [
     "sock_recv",
     "sock_recv_into",
     "sock_sendall",
+    "sock_sendfile",
     "start_server",
     "start_tls",
     "start_unix_server",
@@ -350,6 +351,15 @@ async def sock_connect(loop: asyncio.AbstractEventLoop, sock: socket.socket, add
 async def sock_recv(loop: asyncio.AbstractEventLoop, sock: socket.socket, n: int) -> bytes: ...
 async def sock_recv_into(loop: asyncio.AbstractEventLoop, sock: socket.socket, buf: Buffer) -> int: ...
 async def sock_sendall(loop: asyncio.AbstractEventLoop, sock: socket.socket, data: Buffer) -> None: ...
+async def sock_sendfile(
+    loop: asyncio.AbstractEventLoop,
+    sock: socket.socket,
+    file: IO[bytes],
+    offset: int = ...,
+    count: int | None = ...,
+    *,
+    fallback: bool | None = ...,
+) -> int: ...
 
 if sys.version_info >= (3, 11):
     async def sock_recvfrom(

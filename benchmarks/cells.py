@@ -5,6 +5,7 @@
 64x1:sleep      echo with a client that sleeps in epoll_wait instead of spinning
 64x100:depth=8  echo with 8 messages in flight on each connection
 streams-64x1    echo by asyncio streams; also pair-, unbuffered- and task-, as echo_server.py explains them
+sock-64x1       echo by loop.sock_recv() and loop.sock_sendall()
 broadcast-64x100  one message that goes to 100 connections is a request
 connectx10      a connection for each echo of 64 bytes, 10 at a time
 udp-64x10       an echo of datagrams by one UDP endpoint, from 10 peers
@@ -27,7 +28,7 @@ from collections.abc import Iterable
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 HTTP_BODIES = ("small", "large")
-SHAPES = ("pair", "unbuffered", "task", "streams", "broadcast")  # beside an ordinary protocol's
+SHAPES = ("pair", "unbuffered", "task", "streams", "broadcast", "sock")  # beside an ordinary protocol's
 RECONNECTING = ("connect", "handshake", "resumed")
 RECONNECTING_SIZE_BYTES = 64
 
@@ -97,6 +98,8 @@ def parse_cell(text: str) -> Cell:
         )
     if match["udp"] and (match["tls"] or match["unix"] or match["reconnecting"] or match["shape"]):
         raise ValueError(f"cell {text!r}: over UDP there is a plain echo only")
+    if match["shape"] == "sock" and (match["tls"] or match["unix"]):
+        raise ValueError(f"cell {text!r}: calls on sockets are over TCP only")
     reconnecting, tls = match["reconnecting"], bool(match["tls"])
     if reconnecting and tls != (reconnecting != "connect"):
         raise ValueError(f"cell {text!r}: connections are connectx10, over TLS tls-handshakex10 and tls-resumedx10")
@@ -173,6 +176,9 @@ SHAPE_CELLS = (
     *(f"broadcast-{size}x{n}" for size in ("64", "4K") for n in (100, 1000)),
     "connectx10",
     *(f"unix-64x{n}" for n in (1, 10, 100)),
+    "sock-64x1",
+    "sock-64x10",
+    "sock-64x100",
     "unix-streams-64x1",
     "unix-16Kx10",
     "tls-64x2",

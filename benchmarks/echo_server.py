@@ -10,6 +10,7 @@ the port, and echoes what it receives until it is killed or --seconds are over, 
     task        a task for each connection writes what the protocol has put into its asyncio.Queue
     streams     asyncio streams: read(), write(), drain()
     broadcast   what one connection sends goes to all; --members says how many there have to be
+    sock        a task for each socket: loop.sock_recv(), loop.sock_sendall()
 """
 
 from __future__ import annotations
@@ -137,6 +138,25 @@ def stream_protocol() -> asyncio.StreamReaderProtocol:
     return asyncio.StreamReaderProtocol(asyncio.StreamReader(), echo_stream)
 
 
+SOCK_READ_BYTES = 64 << 10
+
+
+async def echo_socket(loop: asyncio.AbstractEventLoop, conn: socket.socket) -> None:
+    with conn:
+        conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while data := await loop.sock_recv(conn, SOCK_READ_BYTES):
+            await loop.sock_sendall(conn, data)
+
+
+async def accept_sockets(loop: asyncio.AbstractEventLoop, listening: socket.socket) -> None:
+    tasks = set()
+    while True:
+        conn, _ = await loop.sock_accept(listening)
+        task = loop.create_task(echo_socket(loop, conn))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+
 SHAPES: dict[str, Callable[[], asyncio.BaseProtocol]] = {
     "protocol": EchoProtocol,
     "pair": PairProtocol,
@@ -172,11 +192,19 @@ def echo_once(port: int) -> None:
 async def serve(args: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     context = loops.tls_context(args)
-    protocol = KernelTLSEchoProtocol if context and args.ktls else SHAPES[args.shape]
+    protocol = KernelTLSEchoProtocol if context and args.ktls else SHAPES.get(args.shape, EchoProtocol)
     BroadcastProtocol.wanted = args.members
     if args.udp:
         endpoint, _ = await loop.create_datagram_endpoint(DatagramEcho, ("127.0.0.1", 0))
         port = endpoint.get_extra_info("sockname")[1]
+    elif args.shape == "sock":
+        listening = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
+        listening.setblocking(False)
+        port = listening.getsockname()[1]
+        accepting = loop.create_task(accept_sockets(loop, listening))
+        await asyncio.sleep(0)  # it waits, and so an engine runs
+        loops.announce(args, loop, port)
+        await accepting
     elif args.unix:
         server = await loop.create_unix_server(protocol, args.unix, ssl=context, backlog=BACKLOG)
         port = 0
@@ -196,7 +224,9 @@ def main() -> None:
     loops.add_arguments(parser)
     parser.add_argument("--unix", metavar="PATH", help="listen on a Unix socket instead of TCP")
     parser.add_argument("--udp", action="store_true", help="one UDP endpoint instead of TCP")
-    parser.add_argument("--shape", choices=SHAPES, default="protocol", help="how the echo is made (%(default)s)")
+    parser.add_argument(
+        "--shape", choices=[*SHAPES, "sock"], default="protocol", help="how the echo is made (%(default)s)"
+    )
     parser.add_argument("--members", type=int, default=1, metavar="N", help="connections of a broadcast (%(default)s)")
     args = parser.parse_args()
     loops.prepare_process(args)

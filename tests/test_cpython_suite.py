@@ -31,13 +31,14 @@ CONNECTS = {
     "test_streams",
     "test_events",
     "test_server",
+    "test_sock_lowlevel",
     "test_sendfile",
     "test_subprocess",
     "test_ssl",
     "test_sslproto",
 }
 # Those with TLS connections, so that a record engine of ours must have run, and nothing else.
-CONNECTS_BY_TLS = CONNECTS - {"test_server", "test_subprocess"}
+CONNECTS_BY_TLS = CONNECTS - {"test_server", "test_sock_lowlevel", "test_subprocess"}
 # Of those that look into BaseEventLoop, only what we borrow from it whole.
 ONLY = {"test_base_events": "datagram_endpoint"}
 TLS_ENGINE = {"uring": "openssl", "epoll": "ssl"}

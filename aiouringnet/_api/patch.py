@@ -23,6 +23,7 @@ from aiouringnet._api.pipes import connect_read_pipe, connect_write_pipe
 from aiouringnet._api.resolving import end_lookups, resolving_methods
 from aiouringnet._api.sendfile import sendfile
 from aiouringnet._api.serve import create_server, create_unix_server
+from aiouringnet._api.sock import SOCKET_CALLS
 from aiouringnet._api.start_tls import start_tls
 from aiouringnet._engine import active_engine, configure, options_of, promise_resumed, with_selector
 from aiouringnet._options import Options
@@ -53,7 +54,7 @@ _patched_instances = weakref.WeakSet()
 
 
 def patch_loop(loop=None, **options):
-    """Let a loop's connections, datagram endpoints and pipes run on this package; returns the loop.
+    """Let a loop's connections, datagrams, pipes and socket calls run on this package; returns the loop.
 
     loop: the loop to patch; None for the running loop, or the current thread's.
     options: fields of aiouringnet.Options; those not named keep their value.
@@ -139,6 +140,7 @@ def _patched_class(base):
 
 def _methods(base):
     methods = {function.__name__: _method(base, function) for function in FUNCTIONS if hasattr(base, function.__name__)}
+    methods |= {name: _same(base, function) for name, function in SOCKET_CALLS.items() if hasattr(base, name)}
     if not hasattr(base, "_ensure_fd_no_transport"):
         # A loop that does not look at asyncio's table of transports: it would not know of ours.
         methods |= {name: _refusing(base, name) for name in WATCHING if hasattr(base, name)}
@@ -166,6 +168,15 @@ def _method(base, function):
         return await function(self, *args, **kwargs)
 
     return method
+
+
+def _same(base, function):
+    """The function itself as a method: it takes the loop first, and no coroutine more."""
+    method = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    method.__kwdefaults__ = function.__kwdefaults__
+    return functools.wraps(getattr(base, function.__name__))(method)
 
 
 def _run_forever(base):

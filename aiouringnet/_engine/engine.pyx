@@ -490,6 +490,8 @@ cdef class Engine(Alone):
                 (<Flow>handle).reading = False
         self.end_alone()
         self.drop_alone_set()
+        if self.socket_calls is not None:
+            self.socket_calls.close()
         self.shut()
         self.dirty.clear()
         self.layers.clear()

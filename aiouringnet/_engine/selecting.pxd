@@ -13,6 +13,8 @@ cdef class Selecting(LoopBound):
     cdef bint others_polled         # the ring is to tell when the loop's set has something
     cdef bint others_ready          # the loop's set has something that is not ours
     cdef int others_busy            # it had not long ago, so many wakes of ours at most: wait there
+    cdef object socket_calls        # sock_recv() and its like: a SocketCalls, made when somebody calls one
+    cdef int calls_fd               # and what tells of them
     cdef unsigned long long n_waits
 
     cdef int take_selector(self) except -1

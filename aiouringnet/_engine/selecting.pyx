@@ -147,6 +147,7 @@ cdef class Selecting(LoopBound):
         cdef int i, n, fd
         cdef unsigned int mask
         cdef bint woken = False
+        cdef bint called = False
         cdef list found
         self.others_ready = False
         if not self.flush_scheduled:
@@ -172,11 +173,14 @@ cdef class Selecting(LoopBound):
             if fd == self.wake_fd:
                 woken = True
                 continue
+            if fd == self.calls_fd and self.socket_calls is not None:
+                called = True
+                continue
             key = self.keys.get(fd)
             if key is not None:
                 mask = (READ if events[i].events & ~EPOLLOUT else 0) | (WRITE if events[i].events & ~EPOLLIN else 0)
                 found.append((key, mask & <int>key.events))
-        if found:
+        if found or called:
             self.others_busy = LINGER
         elif woken and self.others_busy:
             self.others_busy -= 1
@@ -185,6 +189,8 @@ cdef class Selecting(LoopBound):
             self.on_wake()
             if not self.flush_scheduled:
                 self.owed = self.flush_scheduled = True
+        if called:
+            self.socket_calls()  # there and then: the tasks that it wakes run in this iteration of the loop
         if self.owed and not found:
             return None
         return found
