@@ -252,6 +252,24 @@ async def test_methods_on_another_thread_are_refused_or_handed_over(loop):
 # Interrupts
 
 
+async def test_until_connection_lost_a_closed_endpoint_still_sends(loop):
+    """As asyncio's does that has no remote address; errors are told, too."""
+    transport, protocol, _ = await endpoint(loop)
+    with socket.socket(type=socket.SOCK_DGRAM) as peer:
+        peer.bind(("127.0.0.1", 0))
+        peer.settimeout(5)
+        transport.close()
+        transport.sendto(b"late", peer.getsockname())
+        transport.sendto(bytes(70000), peer.getsockname())
+        assert len(protocol.errors) == 1
+        assert peer.recv(10) == b"late"
+        await protocol.lost
+        peer.settimeout(0.05)
+        transport.sendto(b"too late", peer.getsockname())
+        with pytest.raises(TimeoutError):
+            peer.recv(10)
+
+
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_in_the_middle_of_a_batch_ends_the_run_and_nothing_else(make_loop, exception):
     loop = make_loop()
@@ -266,13 +284,10 @@ def test_an_interrupt_in_the_middle_of_a_batch_ends_the_run_and_nothing_else(mak
     with socket.socket(type=socket.SOCK_DGRAM) as peer:
         for number in range(20):
             peer.sendto(b"%d" % number, address)
-    raised = 0
-    for _ in range(2):
-        try:
-            helpers.run_on(loop, protocol.got(20))
-        except exception:
-            raised += 1
-    assert raised == 1
+    # (Not got(): a run that the interrupt ends and that is done, too, leaves uvloop a stop for the next one.)
+    with pytest.raises(exception):
+        helpers.run_on(loop, asyncio.sleep(10))
+    helpers.run_on(loop, protocol.got(20))
     assert protocol.data == [b"%d" % number for number in range(20)]
     helpers.run_on(loop, close(transport))
 

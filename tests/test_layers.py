@@ -141,7 +141,7 @@ def test_every_need_is_a_module_of_the_package():
     assert {"aiouringnet._engine.engine", "aiouringnet._engine.interface", "aiouringnet._engine.descriptors"} <= (
         needs["aiouringnet._engine.stream"] | needs["aiouringnet._engine.engine"]
     )
-    assert {"aiouringnet._api.connect", "aiouringnet._api.passed_on"} <= needs["aiouringnet"]
+    assert {"aiouringnet._api.connect", "aiouringnet._api.sock"} <= needs["aiouringnet"]
 
 
 def test_circles_and_upward_needs_are_found():

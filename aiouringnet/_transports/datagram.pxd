@@ -41,6 +41,7 @@ cdef class DatagramTransport(DatagramSink):
     cdef void control_flow(self, str name) noexcept
     cdef void on_high_water(self) noexcept
     cdef int use_protocol(self, object protocol) except -1
+    cdef int send_late(self, object data, object addr) except -1
     cdef int send_segments(self, object owner, const char* start, Py_ssize_t size, Name* name, object segment) except -1
     cdef object destination(self, object address, Name* name)
     cdef object get_sockname(self)

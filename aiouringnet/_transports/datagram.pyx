@@ -227,7 +227,7 @@ cdef class DatagramTransport(DatagramSink):
     cdef void on_socket_error(self, object exc) noexcept:
         cdef PyObject* before = NULL
         cdef bint entered
-        if self.state >= LOST:
+        if self.state == DONE:
             return
         try:
             # One that asyncio tells within sendto(), in its caller's context.
@@ -335,6 +335,9 @@ cdef class DatagramTransport(DatagramSink):
             raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
         _kept = self.destination(addr, &name)
         if self.state >= LOST:
+            if self.state == LOST and self.address is None and self.sock is not None:
+                self.send_late(data, addr)
+                return
             if self.dropped >= LOG_THRESHOLD_FOR_CONNLOST_WRITES:
                 logger.warning("socket.send() raised exception.")
             self.dropped += 1
@@ -346,6 +349,20 @@ cdef class DatagramTransport(DatagramSink):
             self.send_segments(owner, start, size, &name, segment_size)
         if self.socket.queued > self.high:
             self.on_high_water()
+
+    cdef int send_late(self, object data, object addr) except -1:
+        """Closed, but connection_lost() is yet to come: asyncio sends, unless the endpoint has a remote address."""
+        self.check_usable()
+        try:
+            if addr is None:
+                self.sock.send(data)
+            else:
+                self.sock.sendto(data, addr)
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as exc:
+            self.on_socket_error(exc)
+        return 0
 
     cdef int send_segments(
         self, object owner, const char* start, Py_ssize_t size, Name* name, object segment
