@@ -13,6 +13,10 @@ cdef class Line:
     cdef int wake_first(self) except -1
 
 
+cdef enum:
+    SCRATCH_BYTES = 65536
+
+
 # A socket with calls that wait, or have waited.
 cdef class Watched:
     cdef object sock                # a weak reference
@@ -41,6 +45,8 @@ cdef class SocketCalls:
     cdef bint closed
     cdef Readiness readiness
     cdef dict watched               # descriptor -> Watched
+    # What is received is copied from here into an object of its size.  Of each loop: they may run at once.
+    cdef char scratch[SCRATCH_BYTES]
 
     cdef int check(self, object sock) except -1
     cdef bint is_waited_for(self, object sock, object fd, bint writing) except -1

@@ -48,15 +48,11 @@ cdef extern from "Python.h":
     int _PyBytes_Resize(PyObject** data, Py_ssize_t size) except -1
 
 cdef enum:
-    SCRATCH_BYTES = 65536
     MAX_ROUNDS = 16     # fetches, before other callbacks of the loop get their turn
     # A socket's type
     FOREIGN = 0         # the loop's own method knows what to do
     DERIVED = 1         # one of the socket module's, with some methods of its own
     PLAIN = 2
-
-# What is received is copied from here into an object of its size.
-cdef char[SCRATCH_BYTES] scratch
 
 cdef object types = WeakKeyDictionary()     # a socket's type -> FOREIGN, DERIVED, PLAIN
 cdef object last_type = socket.socket       # and the last one that was PLAIN
@@ -64,21 +60,15 @@ cdef tuple PLAIN_METHODS = ("recv", "recv_into", "send", "fileno", "gettimeout")
 
 # By loop: addresses of loops, and of those of their SocketCalls that are not closed, which own the loop.
 cdef dict calls_by_loop = {}
-cdef PyObject* last_loop = NULL
-cdef PyObject* last_calls = NULL
 
 
 cdef SocketCalls calls_of(object loop):
     """The loop's, if it has been made, and not by a parent of this process."""
-    global last_calls, last_loop
     cdef SocketCalls calls
-    if <PyObject*>loop != last_loop:
-        address = calls_by_loop.get(<size_t><PyObject*>loop)
-        if address is None:
-            return None
-        last_loop = <PyObject*>loop
-        last_calls = <PyObject*><size_t>address
-    calls = <SocketCalls><object>last_calls
+    address = calls_by_loop.get(<size_t><PyObject*>loop)
+    if address is None:
+        return None
+    calls = <SocketCalls><object><PyObject*><size_t>address
     return None if calls.engine.forked() else calls
 
 
@@ -176,9 +166,6 @@ cdef class SocketCalls:
         engine.socket_calls = self
         engine.calls_fd = self.readiness.epoll_fd
 
-    def __dealloc__(self):
-        forget(<PyObject*>self)
-
     def __del__(self):
         self.close()
 
@@ -187,7 +174,6 @@ cdef class SocketCalls:
         if not self.closed:
             self.closed = True
             calls_by_loop.pop(<size_t><PyObject*>self.loop, None)
-            forget(<PyObject*>self)
             self.readiness.close()
             self.watched.clear()
             self.engine.socket_calls = None
@@ -313,12 +299,6 @@ cdef Waiter not_served(Waiter waiter):
     return elsewhere
 
 
-cdef void forget(PyObject* calls) noexcept:
-    global last_calls, last_loop
-    if last_calls == calls:
-        last_calls = last_loop = NULL
-
-
 # --- the calls ------------------------------------------------------------------
 
 # Each returns the result, a Waiter whose future is to be awaited before the next try, which gets that Waiter, or
@@ -359,7 +339,7 @@ def recv(loop, sock, n, Waiter waiter=None):
         if calls.is_waited_for(sock, fd, False):
             return calls.wait(sock, fd, False, None)
     try:
-        result = received(fd, size)
+        result = received(calls, fd, size)
         if result is None:
             return calls.wait(sock, fd, False, waiter)
     except BaseException:
@@ -488,15 +468,15 @@ def attempt(loop, sock, bint writing, function, tuple args, Waiter waiter=None):
     return result
 
 
-cdef object received(int fd, Py_ssize_t size):
+cdef object received(SocketCalls calls, int fd, Py_ssize_t size):
     """What recv(2) gives, at most `size` bytes; None for nothing yet."""
     cdef PyObject* data
     cdef Py_ssize_t got
     cdef int error
     if size <= SCRATCH_BYTES:
-        got = c_recv(fd, scratch, size, MSG_DONTWAIT)
+        got = c_recv(fd, calls.scratch, size, MSG_DONTWAIT)
         if got >= 0:
-            return PyBytes_FromStringAndSize(scratch, got)
+            return PyBytes_FromStringAndSize(calls.scratch, got)
         error = errno
     else:
         data = new_bytes(NULL, size)
