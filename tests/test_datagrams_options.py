@@ -225,3 +225,29 @@ def test_the_loop_s_own_endpoints_know_none_of_it(case):
 
     helpers.run_on(loop, main())
     loop.close()
+
+
+def test_an_interrupt_while_it_is_found_out_what_the_kernel_says_loses_nothing(make_loop, monkeypatch):
+    """What is told of a datagram is made by Python code, in which a signal's handler may raise."""
+    loop = make_loop()
+    made = []
+
+    def interrupted_once(*args):
+        made.append(args)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return aiouringnet.RecvMeta(*args)
+
+    monkeypatch.setattr("aiouringnet._engine.datagram_area.RecvMeta", interrupted_once)
+    with place("ipv4"):
+        transport, protocol, address = helpers.run_on(loop, endpoint(loop, BatchesWithMeta, ttl=True))
+        with socket.socket(type=socket.SOCK_DGRAM) as peer:
+            for number in range(4):
+                peer.sendto(b"%d" % number, address)
+        with pytest.raises(KeyboardInterrupt):
+            helpers.run_on(loop, asyncio.sleep(5))
+        helpers.run_on(loop, protocol.got(4))
+        assert protocol.data == [b"0", b"1", b"2", b"3"]
+        assert len(made) == 5
+        assert all(isinstance(meta, aiouringnet.RecvMeta) for meta in protocol.metas)
+        helpers.run_on(loop, close(transport))

@@ -40,6 +40,7 @@ cdef class Datagrams(DatagramOutput):
     cdef int receive(self) noexcept
     cdef int receive_plain(self) noexcept
     cdef bint keep_arrivals(self, int n) noexcept
+    cdef object meta_of(self, int i)
     cdef object take_next(self, PyObject** address, PyObject** meta)
     cdef void deliver_next(self) noexcept
     cdef void deliver_all(self) noexcept

@@ -119,6 +119,7 @@ cdef class Datagrams(DatagramOutput):
                 arrival = &self.arrivals[i]
                 data = self.area.data_of(i)
                 address = self.area.sender_of(i, &arrival.known)
+                meta = self.meta_of(i) if self.with_meta else None
                 Py_INCREF(data)
                 Py_INCREF(address)
                 arrival.data = <PyObject*>data
@@ -126,14 +127,21 @@ cdef class Datagrams(DatagramOutput):
                 arrival.meta = NULL
                 arrival.offset = 0
                 arrival.stride = self.area.stride_of(i) if self.grouped else 0
-                self.end += 1
-                if self.with_meta:
-                    meta = self.area.meta_of(i)
+                if meta is not None:
                     Py_INCREF(meta)
                     arrival.meta = <PyObject*>meta
+                self.end += 1
         except BaseException:
             return False
         return True
+
+    cdef object meta_of(self, int i):
+        """What makes it is written in Python, where a signal's handler may raise: the datagram is told of even so."""
+        while True:
+            try:
+                return self.area.meta_of(i)
+            except (SystemExit, KeyboardInterrupt) as exc:
+                self.engine.interrupted(exc)
 
     cdef int receive_plain(self) noexcept:
         """One datagram, by the socket module."""
@@ -225,7 +233,8 @@ cdef class Datagrams(DatagramOutput):
                     Py_DECREF(meta)
                     datagrams.append((data, address, meta))
         except MemoryError:
-            self.drop_next()
+            if self.next < self.end:
+                self.drop_next()
         self.area.current = -1
         self.engine.n_bytes_in += size
         self.engine.account(self, size + len(datagrams) * BYTES_OF_DATAGRAM)
