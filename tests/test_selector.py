@@ -451,6 +451,8 @@ def test_callbacks_that_are_due_come_before_data(make_loop):
                 peer = endpoint.peer()
                 await helpers.eventually(lambda: endpoint.accepted and endpoint.accepted[0].transport)
                 for _ in range(10):
+                    for _ in range(5):
+                        await asyncio.sleep(0)  # a pass that is still owed, for what came before, would find the data
                     peer.sendall(b"data")
                     time.sleep(0.001)
                     loop.call_soon(order.append, "callback")
