@@ -17,6 +17,7 @@ CFLAGS = ["-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-Wshadow"]
 PROGRAMS = ("loadgen", "echo_server")
 # The same sources with OpenSSL: programs of their own, so that the plain ones need no OpenSSL and pay nothing for it.
 TLS_PROGRAMS = tuple(f"{name}_tls" for name in PROGRAMS)
+LIBRARIES = {"ring_ways": ["-luring", "-lpthread"]}
 CERTIFICATE_DAYS = 3650
 
 
@@ -33,7 +34,7 @@ def program(name: str) -> pathlib.Path:
     BUILD.mkdir(exist_ok=True)
     # Renamed into place, so that two runs at once never execute half a file.
     partial = target.with_suffix(f".{os.getpid()}")
-    define, libraries = (["-DWITH_TLS"], ["-lssl", "-lcrypto"]) if with_tls else ([], [])
+    define, libraries = (["-DWITH_TLS"], ["-lssl", "-lcrypto"]) if with_tls else ([], LIBRARIES.get(name, []))
     subprocess.run([compiler, *CFLAGS, *define, "-o", str(partial), str(source), *libraries], check=True)
     partial.replace(target)
     return target
