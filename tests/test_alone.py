@@ -1,4 +1,4 @@
-"""A connection that alone has traffic is read directly, the loop watching its socket, and nobody else comes off worse.
+"""Who alone has traffic is read directly, the loop watching its socket, and nobody else comes off worse.
 
 On a loop whose epoll set is to be had: uvloop's, or asyncio's own selector.
 """
@@ -9,12 +9,14 @@ import os
 import socket
 import threading
 
+import datagrams
 import helpers
 import pytest
 from helpers import Echo, pattern
-from wire import over, recorder, wire  # noqa: F401
+from wire import over, recorder, resource_warnings_ignored, wire  # noqa: F401
 
 import aiouringnet
+from aiouringnet import _engine as engines
 
 pytestmark = pytest.mark.limit(20)
 
@@ -205,3 +207,137 @@ def test_it_goes_on_in_another_thread(loop, wire):
     before = reads(loop)
     loop.run_until_complete(ask(w, 2 * OFTEN))
     assert reads(loop) > before
+
+
+# --------------------------------------------------------------------------
+# Datagrams
+
+
+@pytest.fixture
+def place():
+    with datagrams.place("ipv4") as place:
+        yield place
+
+
+async def ask_in_datagrams(loop, peer, address, times=1):
+    for number in range(times):
+        peer.sendto(message := pattern(50, seed=number), address)
+        assert await loop.sock_recv(peer, 100) == message
+
+
+async def lone_endpoint(loop, peer, protocol=datagrams.Echo, **options):
+    transport, protocol, address = await datagrams.endpoint(loop, protocol, **options)
+    await ask_in_datagrams(loop, peer, address, OFTEN)
+    assert reads(loop) > 0
+    return transport, protocol, address
+
+
+@pytest.fixture
+def peer(place):
+    with place.peer() as peer:
+        peer.setblocking(False)
+        yield peer
+
+
+async def test_an_endpoint_of_datagrams_is_alone_until_company_comes(loop, peer):
+    transport, _, address = await lone_endpoint(loop, peer)
+    before = reads(loop)
+    await ask_in_datagrams(loop, peer, address, OFTEN)
+    assert reads(loop) >= before + OFTEN
+    others = [await datagrams.endpoint(loop, datagrams.Echo) for _ in range(3)]
+    for _ in range(10):
+        for _, _, other in others:
+            await ask_in_datagrams(loop, peer, other)
+    before = reads(loop)
+    for _ in range(10):
+        for each in (address, *(other for _, _, other in others)):
+            await ask_in_datagrams(loop, peer, each)
+    assert reads(loop) == before
+    await datagrams.close(transport, *(other for other, _, _ in others))
+
+
+async def test_a_burst_arrives_whole_and_in_order(loop, peer):
+    transport, protocol, address = await lone_endpoint(loop, peer)
+    protocol.received.clear()
+    for number in range(200):
+        peer.sendto(b"%d" % number, address)
+    assert await protocol.got(200) == [b"%d" % number for number in range(200)]
+    await datagrams.close(transport)
+
+
+async def test_an_icmp_error_is_told_and_traffic_goes_on(loop, place, peer):
+    transport, protocol, address = await datagrams.endpoint(
+        loop, datagrams.Echo, None, remote=place.remote(peer.getsockname())
+    )
+    await ask_in_datagrams(loop, peer, address, OFTEN)
+    assert reads(loop) > 0
+    name = peer.getsockname()
+    peer.close()
+    transport.sendto(b"to nobody")
+    await helpers.eventually(lambda: protocol.errors)
+    assert [type(exc) for exc in protocol.errors] == [ConnectionRefusedError]
+    passes = aiouringnet.stats(loop)["passes"]
+    await asyncio.sleep(0.05)
+    assert aiouringnet.stats(loop)["passes"] < passes + 10, "the loop spins"
+    with place.peer(name) as again:
+        again.setblocking(False)
+        await ask_in_datagrams(loop, again, address, OFTEN)
+    await datagrams.close(transport)
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+async def test_an_endpoint_that_ends_leaves_its_address_and_others_are_served(loop, peer, end):
+    other, _, others_address = await datagrams.endpoint(loop, datagrams.Echo)
+    transport, protocol, address = await lone_endpoint(loop, peer)
+    getattr(transport, end)()
+    await protocol.lost
+    await ask_in_datagrams(loop, peer, others_address, OFTEN)
+    again, _, _ = await lone_endpoint(loop, peer, local=address)
+    await datagrams.close(other, again)
+
+
+async def test_an_endpoint_whose_descriptor_its_owner_closes_is_let_go(loop, place, peer):
+    with place.peer() as sock:
+        sock.setblocking(False)
+        address = sock.getsockname()
+        transport, _ = await loop.create_datagram_endpoint(datagrams.Echo, sock=sock)
+        await ask_in_datagrams(loop, peer, address, OFTEN)
+        assert reads(loop) > 0
+        kept = os.dup(sock.fileno())  # by which its file lives on
+        try:
+            sock.close()
+            peer.sendto(b"to nobody", address)
+            passes = aiouringnet.stats(loop)["passes"]
+            await asyncio.sleep(0.05)
+            assert aiouringnet.stats(loop)["passes"] < passes + 10, "the loop spins"
+        finally:
+            os.close(kept)
+            transport.abort()
+            await asyncio.sleep(0.01)
+
+
+async def test_a_full_peer_is_waited_for_meanwhile(loop):
+    """A Unix socket's queue is full: its room and what comes are watched at once."""
+    with datagrams.place("unix") as place, place.peer() as peer:
+        peer.setblocking(False)
+        transport, protocol, address = await lone_endpoint(loop, peer, local=place.address(), family=socket.AF_UNIX)
+        protocol.received.clear()
+        for number in range(200):
+            transport.sendto(b"%d" % number, peer.getsockname())
+        assert transport.get_write_buffer_size() > 0
+        peer.sendto(b"meanwhile", address)
+        assert await protocol.got(1) == [b"meanwhile"]
+        for number in range(200):
+            assert await loop.sock_recv(peer, 100) == b"%d" % number
+        assert await loop.sock_recv(peer, 100) == b"meanwhile"
+        await ask_in_datagrams(loop, peer, address, OFTEN)
+        await datagrams.close(transport)
+
+
+def test_the_loop_is_closed_while_an_endpoint_is_alone(loop, peer):
+    with resource_warnings_ignored():
+        made = loop.run_until_complete(lone_endpoint(loop, peer))
+        engine = engines.active_engine(loop)
+        loop.close()
+        assert engine.stats()["in_flight"] == 0
+        del made

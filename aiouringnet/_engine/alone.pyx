@@ -1,4 +1,4 @@
-"""A stream that is alone: the loop watches its descriptor, too, and it is read directly.
+"""A stream, or a datagram socket, that is alone: the loop watches its descriptor, too, and it is read directly.
 
 The shared wake is for many.  Where one connection has all the traffic, as in
 most client libraries, the way through it (an operation's completion, the

@@ -67,11 +67,18 @@ cdef class Datagrams(DatagramOutput):
         if not self.over_budget:
             self.read()
 
+    cdef bint can_be_alone(self) noexcept:
+        return self.reading and not self.closed
+
     cdef void on_readable(self) noexcept:
         self.readable = True
         # (No second event says so when it is another pass' turn.)
         if not self.over_budget and not self.resyncing:
-            self.read()
+            if self.engine.alone is self:
+                self.resyncing = True
+                self.engine.resync.append(self)
+            else:
+                self.read()
 
     cdef void read(self) noexcept:
         """Receive and deliver until the socket is empty, or it is others' turn."""
@@ -292,18 +299,23 @@ cdef class Datagrams(DatagramOutput):
 
     cdef void sync_watch(self) noexcept:
         """Make the events that are watched for those that are wanted."""
+        cdef Engine engine = self.engine
         cdef unsigned int want = 0
         cdef int error
-        if self.reading:
+        if engine.alone is self and not self.reading:
+            engine.end_alone()
+        if self.reading and engine.alone is not self:
             want = EPOLLIN | EPOLLET
         if self.waiting == FOR_ROOM:
             want |= EPOLLOUT | EPOLLET
         if self.closed:
             want = 0
-        error = self.engine.watch_for(self, self.fd, want)
+        error = engine.watch_for(self, self.fd, want)
         if error:
             self.waiting = NOT_WAITING
             self.fail(error)
+        elif engine.alone is self and engine.alone_fd < 0:
+            engine.watch_alone(self.fd)
 
     cdef void on_ready(self, unsigned int events) noexcept:
         if self.waiting == FOR_ROOM and events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
@@ -314,9 +326,13 @@ cdef class Datagrams(DatagramOutput):
             self.on_readable()
 
     cdef void cancel_all(self) noexcept:
+        if self.engine.alone is self:
+            self.engine.end_alone()
         self.engine.watch_for(self, self.fd, 0)
 
     cdef void let_go(self) noexcept:
         """End the operations that hold the descriptor's file, at once."""
         self.waiting = NOT_WAITING
+        if self.engine.alone is self:
+            self.engine.end_alone()
         self.engine.watch_for(self, self.fd, 0)

@@ -19,17 +19,24 @@ cdef class RingDatagrams(Datagrams):
         """Make the operations in flight those that are wanted."""
         cdef Queues engine = <Queues>self.engine
         cdef io_uring_sqe* sqe
+        cdef bint alone
         if engine.readiness is not None:
             Datagrams.sync_watch(self)
             return
         if self.closed:
             self.cancel_all()
             return
-        if self.polling == POLLING and not self.reading:
+        if engine.alone is self and not self.reading:
+            engine.end_alone()
+        alone = engine.alone is self
+        if self.polling == POLLING and (alone or not self.reading):
             if engine.cancel(self, TAG_POLL, &engine.ring):
                 self.polling = POLL_ENDING
             else:
                 engine.mark_resync(self)
+        elif self.polling == NOT_POLLING and alone:
+            if engine.alone_fd < 0:
+                engine.watch_alone(self.fd)
         elif self.polling == NOT_POLLING and self.reading:
             sqe = engine.get_sqe(&engine.ring)
             if sqe == NULL:
@@ -81,6 +88,8 @@ cdef class RingDatagrams(Datagrams):
         cdef Queues engine = <Queues>self.engine
         cdef bint asked = False
         cdef bint ended = True
+        if engine.alone is self:
+            engine.end_alone()
         if engine.closed:
             return
         if engine.readiness is not None:
