@@ -17,6 +17,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.limit(150)
 @pytest.mark.parametrize("package", CHECKS)
 def test_nothing_is_found(package):
     if importlib.util.find_spec(package) is None:
@@ -32,6 +33,6 @@ def test_nothing_is_found(package):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=25,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout
