@@ -54,6 +54,7 @@ _Host: TypeAlias = str | bytes | None
 _Port: TypeAlias = int | str | bytes | None
 _Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 _SocketAddress: TypeAlias = tuple[Any, ...]
+_SocketOption: TypeAlias = tuple[int, int, int | Buffer] | tuple[int, int, None, int]
 _ClientConnected: TypeAlias = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
 _Engine: TypeAlias = Literal["auto", "uring", "epoll", "loop"]
 _Gather: TypeAlias = Literal["auto", "always", "never"]
@@ -184,6 +185,9 @@ async def create_connection(
     happy_eyeballs_delay: float | None = ...,
     interleave: int | None = ...,
     all_errors: bool = ...,
+    socket_options: Iterable[_SocketOption] | None = ...,
+    bind_device: str | None = ...,
+    mptcp: bool = ...,
 ) -> tuple[asyncio.Transport, _ProtocolT]: ...
 async def create_unix_connection(
     loop: asyncio.AbstractEventLoop,
@@ -197,6 +201,7 @@ async def create_unix_connection(
     ssl_shutdown_timeout: float | None = ...,
     ssl_incoming_bio_size: int | None = ...,
     ssl_outgoing_bio_size: int | None = ...,
+    socket_options: Iterable[_SocketOption] | None = ...,
 ) -> tuple[asyncio.Transport, _ProtocolT]: ...
 async def connect_accepted_socket(
     loop: asyncio.AbstractEventLoop,
@@ -244,6 +249,9 @@ async def create_server(
     ssl_incoming_bio_size: int | None = ...,
     ssl_outgoing_bio_size: int | None = ...,
     start_serving: bool = ...,
+    socket_options: Iterable[_SocketOption] | None = ...,
+    bind_device: str | None = ...,
+    mptcp: bool = ...,
 ) -> asyncio.Server: ...
 async def create_unix_server(
     loop: asyncio.AbstractEventLoop,
@@ -259,6 +267,7 @@ async def create_unix_server(
     ssl_outgoing_bio_size: int | None = ...,
     start_serving: bool = ...,
     cleanup_socket: bool = ...,
+    socket_options: Iterable[_SocketOption] | None = ...,
 ) -> asyncio.Server: ...
 
 # Streams

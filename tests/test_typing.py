@@ -37,7 +37,9 @@ async def connections(loop: asyncio.AbstractEventLoop, context: ssl.SSLContext, 
     assert_type(protocol, Echo)
     await aiouringnet.create_connection(loop, lambda: Echo(), sock=sock, ssl=context, server_hostname="host")
     await aiouringnet.create_connection(loop, Echo, "host", "http", local_addr=("127.0.0.1", 0), all_errors=True)
-    await aiouringnet.create_unix_connection(loop, Echo, pathlib.Path("path"))
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)]
+    await aiouringnet.create_connection(loop, Echo, "host", 80, socket_options=options, bind_device="eth0", mptcp=True)
+    await aiouringnet.create_unix_connection(loop, Echo, pathlib.Path("path"), socket_options=[(1, 2, 3), (1, 2, b"")])
     await aiouringnet.create_unix_connection(loop, Echo, b"path", ssl=True, ssl_shutdown_timeout=1.0)
     await aiouringnet.connect_accepted_socket(loop, Echo, sock)
     secure = await aiouringnet.start_tls(loop, transport, protocol, context, server_side=True)
@@ -48,7 +50,8 @@ async def servers(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
     server = await aiouringnet.create_server(loop, Echo, ["a", "b"], 80, reuse_port=True, keep_alive=True)
     assert_type(server, asyncio.Server)
     await aiouringnet.create_server(loop, Echo, sock=sock, start_serving=False)
-    await aiouringnet.create_unix_server(loop, Echo, "path", cleanup_socket=True)
+    await aiouringnet.create_server(loop, Echo, "a", 80, socket_options=[(1, 2, None, 3)], bind_device=None)
+    await aiouringnet.create_unix_server(loop, Echo, "path", cleanup_socket=True, socket_options=((1, 2, 3),))
 
 
 async def streams(loop: asyncio.AbstractEventLoop) -> None:
@@ -89,6 +92,8 @@ WRONG = {
     "await aiouringnet.create_connection(loop, Echo, 80, 'host')": "arg-type",
     "await aiouringnet.create_connection(loop, Echo, 'host', 80, colour='red')": "call-arg",
     "await aiouringnet.create_server(loop, Echo, 'host', 80, ssl=True)": "arg-type",
+    "await aiouringnet.create_server(loop, Echo, 'host', 80, socket_options=[(1, 2, '3')])": "list-item",
+    "await aiouringnet.create_unix_server(loop, Echo, 'path', mptcp=True)": "call-arg",
     "await aiouringnet.start_server(loop, print, limit='1000')": "arg-type",
     "aiouringnet.patch_loop(loop, sqpoll=1)": "call-overload",
     "aiouringnet.patch_loop(loop, engine='iocp')": "call-overload",

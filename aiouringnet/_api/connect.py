@@ -10,13 +10,27 @@ async def create_connection(loop, *args, **kwargs):
 
     Returns (transport, protocol).  Raises OSError (ExceptionGroup with
     all_errors) when no address could be connected.
+
+    socket_options: a sequence of (level, name, value) as socket.setsockopt()
+    takes them, an int or bytes as value, or (level, name, None, length); set in
+    this order before each socket is bound or connected.
+    bind_device: the network device through which alone it goes, "eth0"
+    (SO_BINDTODEVICE, socket(7); without CAP_NET_RAW since Linux 5.7).
+    mptcp: over several paths where the peer can, else TCP (IPPROTO_MPTCP,
+    Linux 5.6).
+
+    What the kernel refuses of these is an OSError that says which and what to
+    do, of one address like those of connect(2); ValueError with `sock`.
     """
     return await call(loop, "create_connection", args, kwargs)
 
 
 @like("create_unix_connection")
 async def create_unix_connection(loop, *args, **kwargs):
-    """Connect to a Unix stream socket; like loop.create_unix_connection().  Returns (transport, protocol)."""
+    """Connect to a Unix stream socket; like loop.create_unix_connection().  Returns (transport, protocol).
+
+    socket_options: as create_connection() takes them.
+    """
     return await call(loop, "create_unix_connection", args, kwargs)
 
 

@@ -28,6 +28,7 @@ from aiouringnet._api.ours import (
     ensure_no_transport,
 )
 from aiouringnet._api.signatures import ADDED, parameters_of
+from aiouringnet._api.socket_options import UNIX_NAMES, Refused, take_options
 from aiouringnet._engine.socket_file import inode_of, unlink
 from aiouringnet._tls import record_layer
 from aiouringnet._transports.slow import timed
@@ -61,6 +62,7 @@ class Connector:
         self._handed_in = None  # a socket of the application's
         self._wanted = ()  # what the kernel is to say beside a datagram
         self._tls_options = {}  # what asyncio's functions would not pass on
+        self._socket_options = None  # what the sockets made here are to have, None: nothing of their own
 
     def __getattr__(self, name):
         """asyncio's helpers, with this object as their `self`; all else is the loop's."""
@@ -83,6 +85,7 @@ class Connector:
 
     async def create_connection(self, *args, all_errors=False, **kwargs):
         self._keep_tls_options(kwargs)
+        self._socket_options = take_options(kwargs)
         self._handed_in = kwargs.get("sock")
         if not all_errors:
             return await _Base.create_connection(self, *args, **kwargs)
@@ -107,8 +110,9 @@ class Connector:
 
     async def create_unix_connection(self, *args, **kwargs):
         self._keep_tls_options(kwargs)
+        self._socket_options = take_options(kwargs, UNIX_NAMES)
         self._handed_in = kwargs.get("sock")
-        return await _Base.create_unix_connection(self, *args, **kwargs)
+        return await self._borrowed("create_unix_connection")(self, *args, **kwargs)
 
     async def connect_accepted_socket(self, *args, **kwargs):
         self._keep_tls_options(kwargs)
@@ -117,22 +121,34 @@ class Connector:
 
     async def create_server(self, *args, **kwargs):
         self._keep_tls_options(kwargs)
+        self._socket_options = take_options(kwargs)
         self._handed_in = kwargs.get("sock")
         if _KNOWS_KEEP_ALIVE or not kwargs.pop("keep_alive", None) or kwargs.get("sock") is not None:
-            return _ours(await _Base.create_server(self, *args, **kwargs))
+            return await self._server(*args, **kwargs)
         start_serving = kwargs.pop("start_serving", True)
-        server = _ours(await _Base.create_server(self, *args, start_serving=False, **kwargs))
+        server = await self._server(*args, start_serving=False, **kwargs)
         for sock in server._sockets:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
         if start_serving:
             await server.start_serving()
         return server
 
+    async def _server(self, *args, **kwargs):
+        try:
+            return _ours(await self._borrowed("create_server", late=True)(self, *args, **kwargs))
+        except Refused as refused:
+            error = refused.error
+        try:
+            raise error
+        finally:
+            error = None  # it has this frame in its traceback
+
     async def create_unix_server(self, *args, **kwargs):
         self._keep_tls_options(kwargs)
+        self._socket_options = take_options(kwargs, UNIX_NAMES)
         self._handed_in = kwargs.get("sock")
         cleanup = not _KNOWS_CLEANUP_SOCKET and kwargs.pop("cleanup_socket", False)
-        server = _ours(await _Base.create_unix_server(self, *args, **kwargs))
+        server = _ours(await self._borrowed("create_unix_server")(self, *args, **kwargs))
         if cleanup:
             for sock in server._sockets:
                 self._remember_file(sock)
@@ -159,6 +175,11 @@ class Connector:
                     raise ValueError(f"{name} is only meaningful with ssl")
                 self._tls_options[name] = value
 
+    def _borrowed(self, name, late=False):
+        """asyncio's function, whose sockets have what this call wants of them."""
+        function = getattr(_Base, name)
+        return function if self._socket_options is None else self._socket_options.given_to(function, late)
+
     # --- what asyncio's functions ask for -------------------------------------
 
     async def sock_connect(self, sock, address):
@@ -173,7 +194,7 @@ class Connector:
         if self._attempts is not None:
             self._attempts = exceptions
         try:
-            return await _Base._connect_sock(self, exceptions, *args)
+            return await self._borrowed("_connect_sock")(self, exceptions, *args)
         finally:
             exceptions = None
 

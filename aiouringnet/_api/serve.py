@@ -9,6 +9,18 @@ async def create_server(loop, *args, **kwargs):
     """Listen on TCP; like loop.create_server().  Returns an asyncio.Server.
 
     Raises OSError when an address cannot be bound.
+
+    socket_options: a sequence of (level, name, value) as socket.setsockopt()
+    takes them, an int or bytes as value, or (level, name, None, length); set in
+    this order before each socket is bound, after those that asyncio sets.
+    Which of them accepted connections inherit is the kernel's affair.
+    bind_device: the network device from which alone connections come, "eth0"
+    (SO_BINDTODEVICE, socket(7); without CAP_NET_RAW since Linux 5.7).
+    mptcp: over several paths with those that can, else TCP (IPPROTO_MPTCP,
+    Linux 5.6).
+
+    What the kernel refuses of these is an OSError that says which and what to
+    do; ValueError with `sock`.
     """
     return await call(loop, "create_server", args, kwargs)
 
@@ -20,5 +32,7 @@ async def create_unix_server(loop, *args, **kwargs):
     `cleanup_socket` removes the socket's file when the server closes; the
     default since Python 3.13, possible on all.  Raises OSError when the path
     cannot be bound.
+
+    socket_options: as create_server() takes them.
     """
     return await call(loop, "create_unix_server", args, kwargs)

@@ -3,6 +3,9 @@
 import asyncio
 import inspect
 
+# Parameters of this package's own: what the sockets that a function makes are to have.
+OF_SOCKETS = {"socket_options": None, "bind_device": None, "mptcp": False}
+
 # Parameters of newer Pythons, and of aiofastnet, that are accepted on every Python, with their defaults.
 ADDED = {
     "create_connection": {
@@ -10,17 +13,20 @@ ADDED = {
         "all_errors": False,
         "ssl_incoming_bio_size": None,
         "ssl_outgoing_bio_size": None,
+        **OF_SOCKETS,
     },
     "create_server": {
         "ssl_shutdown_timeout": None,
         "keep_alive": None,
         "ssl_incoming_bio_size": None,
         "ssl_outgoing_bio_size": None,
+        **OF_SOCKETS,
     },
     "create_unix_connection": {
         "ssl_shutdown_timeout": None,
         "ssl_incoming_bio_size": None,
         "ssl_outgoing_bio_size": None,
+        "socket_options": None,
     },
     "create_unix_server": {
         "ssl_shutdown_timeout": None,
@@ -28,6 +34,7 @@ ADDED = {
         "cleanup_socket": False,
         "ssl_incoming_bio_size": None,
         "ssl_outgoing_bio_size": None,
+        "socket_options": None,
     },
     "connect_accepted_socket": {
         "ssl_shutdown_timeout": None,
@@ -59,8 +66,15 @@ def understood(method, name, kwargs):
     """`kwargs` without what `method` does not know and can do without: hints, and defaults of ADDED."""
     added = ADDED.get(name, {})
     spare = {key for key, value in kwargs.items() if key in HINTS or (key in added and value == added[key])}
-    if spare:
-        spare -= parameters_of(method).keys()
+    missed = kwargs.keys() & OF_SOCKETS.keys() - spare
+    if spare or missed:
+        known = parameters_of(method).keys()
+        spare -= known
+        if missed - known:
+            raise RuntimeError(
+                f"{min(missed - known)} needs this package's I/O, and this loop has its own: "
+                f"give {name}() a socket that has its options, as sock="
+            )
     return {key: value for key, value in kwargs.items() if key not in spare}
 
 
