@@ -187,6 +187,7 @@ async def create_connection(
     all_errors: bool = ...,
     socket_options: Iterable[_SocketOption] | None = ...,
     bind_device: str | None = ...,
+    fastopen: bool = ...,
     mptcp: bool = ...,
 ) -> tuple[asyncio.Transport, _ProtocolT]: ...
 async def create_unix_connection(
@@ -251,6 +252,7 @@ async def create_server(
     start_serving: bool = ...,
     socket_options: Iterable[_SocketOption] | None = ...,
     bind_device: str | None = ...,
+    fastopen: int = ...,
     mptcp: bool = ...,
 ) -> asyncio.Server: ...
 async def create_unix_server(

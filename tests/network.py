@@ -28,8 +28,13 @@ def enter_own_network(**switches):
         fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP | IFF_RUNNING))
     try:
         for name, value in switches.items():
-            Path("/proc/sys/net", name.replace("__", "/")).write_text(str(value))
+            switch(name.replace("__", "/"), value)
     except OSError as exc:
         assert exc.errno in (errno.EACCES, errno.EROFS, errno.ENOENT, errno.EPERM)
         return False
     return os.path.exists("/proc/sys/net/ipv4")
+
+
+def switch(name, value):
+    """Sets a sysctl of net/."""
+    Path("/proc/sys/net", name).write_text(str(value))

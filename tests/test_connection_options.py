@@ -1,9 +1,11 @@
-"""socket_options, bind_device, mptcp: what a socket has before it is bound, connected or listened on, or why not."""
+"""socket_options, bind_device, fastopen, mptcp: what a socket has before bind(), connect() and listen(), or why not."""
 
 import asyncio
 import contextlib
 import errno
+import re
 import socket
+from pathlib import Path
 
 import helpers
 import network
@@ -267,18 +269,21 @@ async def test_what_is_no_option(loop, given, error, said):
     [
         ({"socket_options": SMALL_SEGMENTS}, "socket_options and sock"),
         ({"bind_device": "lo"}, "bind_device and sock"),
+        ({"fastopen": True}, "fastopen and sock"),
         ({"mptcp": True}, "mptcp and sock"),
     ],
 )
 async def test_not_with_a_socket_that_exists(loop, listener, options, said):
     for function in (loop.create_connection, loop.create_server):
+        if function == loop.create_server and "fastopen" in options:
+            options = {"fastopen": 5}
         with pytest.raises(ValueError, match=f"{said} can not be specified at the same time"):
             await function(Recorder, sock=listener, **options)
 
 
 @once
 async def test_none_of_them_asks_for_nothing(loop, listener):
-    nothing = {"socket_options": [], "bind_device": None, "mptcp": False}
+    nothing = {"socket_options": [], "bind_device": None, "fastopen": False, "mptcp": False}
     server = await loop.create_server(Recorder, sock=listener.dup(), **nothing)
     await finish(*await loop.create_connection(Recorder, *listener.getsockname(), **nothing))
     server.close()
@@ -442,3 +447,248 @@ def test_several_paths_switched_off(case):
     if network.NONE_TO_BE_HAD in said:
         pytest.skip(said)
     assert said.count("it is switched off here: sysctl -w net.mptcp.enabled=1") == 2
+
+
+# --------------------------------------------------------------------------
+# fastopen
+
+TCPI_OPT_SYN_DATA = 32  # <linux/tcp.h>
+SYN_SENT = 2
+
+
+def tcp_info(transport):
+    """State, and whether data that went with the SYN was taken."""
+    info = option(transport, socket.IPPROTO_TCP, socket.TCP_INFO, 8)
+    return info[0], bool(info[5] & TCPI_OPT_SYN_DATA)
+
+
+def set_fastopen(value):
+    network.switch("ipv4/tcp_fastopen", value)
+
+
+def in_own_network(scenario):
+    """A coroutine function of one loop as a scenario: see helpers.in_child()."""
+
+    def run(make_loop):
+        if not network.enter_own_network(ipv4__tcp_fastopen=3):
+            return print(network.NONE_TO_BE_HAD)
+        loop = make_loop(gather="always")
+        helpers.run_on(loop, scenario(loop))
+        loop.close()
+        return print("done")
+
+    run.__module__, run.__name__ = scenario.__module__, scenario.__name__
+    return run
+
+
+def passes_in_own_network(case, scenario):
+    said = helpers.in_child(case, scenario)
+    if network.NONE_TO_BE_HAD in said:
+        pytest.skip(said)
+    assert said == "done\n"
+
+
+async def with_cookie(loop, address):
+    """Whoever has been connected once has the cookie that the next one needs."""
+    transport, protocol = await loop.create_connection(Recorder, *address, fastopen=True)
+    assert tcp_info(transport) == (1, False)
+    await finish(transport, protocol)
+
+
+async def opens(loop, address, make=Recorder, **options):
+    transport, protocol = await loop.create_connection(make, *address, fastopen=True, **options)
+    assert tcp_info(transport)[0] == SYN_SENT
+    return transport, protocol
+
+
+@in_own_network
+async def data_with_the_syn(loop):
+    server = await loop.create_server(Echo, "127.0.0.1", 0, fastopen=16)
+    address = server.sockets[0].getsockname()
+    assert server.sockets[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN) == 16
+    await with_cookie(loop, address)
+    for options in ({}, {"happy_eyeballs_delay": 0.25, "local_addr": ("127.0.0.1", 0), "all_errors": True}):
+        transport, protocol = await opens(loop, address, **options)
+        assert transport.get_extra_info("peername") == address
+        transport.write(b"hello ")
+        transport.write(pattern(200_000))
+        assert await protocol.received(200_006) == b"hello " + pattern(200_000)
+        assert tcp_info(transport) == (1, True)
+        await finish(transport, protocol)
+    # Several at once go through the ring.
+    several = [await opens(loop, address) for _ in range(4)]
+    for transport, _ in several:
+        transport.write(b"hello")
+    for transport, protocol in several:
+        assert await protocol.received(5) == b"hello"
+        assert tcp_info(transport) == (1, True)
+        await finish(transport, protocol)
+    # Nothing was written, so nothing was sent.
+    await finish(*await opens(loop, address))
+    server.close()
+    if why_no_mptcp() is None:
+        await with_several_paths(loop)
+
+
+async def with_several_paths(loop):
+    try:
+        server = await loop.create_server(Echo, "127.0.0.1", 0, fastopen=16, mptcp=True)
+    except OSError as exc:
+        assert re.search("it needs Linux 6.2", str(exc))
+        return
+    transport, protocol = await opens(loop, server.sockets[0].getsockname(), mptcp=True)
+    transport.write(b"hello")
+    assert await protocol.received(5) == b"hello"
+    assert tcp_info(transport) == (1, True)
+    await finish(transport, protocol)
+    server.close()
+
+
+@in_own_network
+async def answers_that_are_none(loop):
+    server = await loop.create_server(Echo, "127.0.0.1", 0, fastopen=16)
+    address = server.sockets[0].getsockname()
+    await with_cookie(loop, address)
+    await asyncio.sleep(0.01)
+    server.close()
+    await asyncio.sleep(0)
+    transport, protocol = await opens(loop, address)
+    transport.write(b"hello")
+    assert isinstance(await protocol.lost, ConnectionRefusedError)
+    reader, writer = await asyncio.open_connection(*address, fastopen=True)
+    writer.write(b"hello")
+    with pytest.raises(ConnectionRefusedError):
+        await reader.read()
+    writer.close()
+    with contextlib.suppress(ConnectionRefusedError):
+        await writer.wait_closed()
+    with pytest.raises(ConnectionRefusedError):
+        await loop.create_connection(Recorder, *address, fastopen=True, ssl=True, server_hostname="localhost")
+
+
+@in_own_network
+async def no_cookie_after_all(loop):
+    """connect() counts on one, or on none being asked for, and the first send finds that there is none."""
+    server = await loop.create_server(Echo, "127.0.0.1", 0, fastopen=16)
+    address = server.sockets[0].getsockname()
+    for count in (1, 4):
+        set_fastopen(7)  # 4: data without a cookie
+        several = [await opens(loop, address, local_addr=(f"127.0.{count}.{1 + n}", 0)) for n in range(count)]
+        set_fastopen(3)
+        for transport, _ in several:
+            transport.write(b"hello")
+        for transport, protocol in several:
+            assert await protocol.received(5) == b"hello"
+            assert tcp_info(transport) == (1, False)
+            await finish(transport, protocol)
+    server.close()
+
+
+@in_own_network
+async def switched_off(loop):
+    off = "it is switched off here: sysctl -w net.ipv4.tcp_fastopen=3"
+    set_fastopen(1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        await finish(*await loop.create_connection(Recorder, *listener.getsockname(), fastopen=True))
+    with pytest.raises(OSError, match=f"fastopen=16 cannot be had: {off}"):
+        await loop.create_server(Recorder, "127.0.0.1", 0, fastopen=16)
+    set_fastopen(2)
+    (await loop.create_server(Recorder, "127.0.0.1", 0, fastopen=16)).close()
+    with pytest.raises(OSError, match=f"fastopen=True cannot be had: {off}"):
+        await loop.create_connection(Recorder, "127.0.0.1", 9, fastopen=True)
+
+
+@in_own_network
+async def a_syn_that_is_not_answered_yet(loop):
+    """What ends the output meanwhile does not take back what was written."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 16)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        listener.setblocking(False)
+        address = listener.getsockname()
+        await with_cookie(loop, address)
+        (await loop.sock_accept(listener))[0].close()
+        full = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for sock in full:
+            sock.setblocking(False)
+            sock.connect_ex(address)
+        closed, _ = await opens(loop, address)
+        closed.write(b"closed")
+        half_closed, protocol = await opens(loop, address)
+        half_closed.write(b"half-closed")
+        silent, silent_protocol = await opens(loop, address)
+        aborted, aborted_protocol = await opens(loop, address)
+        aborted.write(b"aborted")
+        await asyncio.sleep(0.01)
+        assert {tcp_info(transport)[0] for transport in (closed, half_closed, silent, aborted)} == {SYN_SENT}
+        closed.close()
+        half_closed.write_eof()
+        silent.write_eof()
+        aborted.abort()
+        assert await aborted_protocol.lost is None
+        await asyncio.sleep(0.01)
+        for sock in full:
+            sock.close()
+        listener.listen(16)
+        heard = []
+
+        async def answer():
+            while True:
+                conn, _ = await loop.sock_accept(listener)
+                stack.enter_context(conn)
+                heard.append(await loop.sock_recv(conn, 100))
+                await loop.sock_sendall(conn, b"answer")
+
+        answering = loop.create_task(answer())
+        assert await protocol.received(6) == await silent_protocol.received(6) == b"answer"
+        await helpers.eventually(lambda: b"closed" in heard)
+        answering.cancel()
+        assert set(heard) == {b"", b"closed", b"half-closed"}
+        for transport, its in ((half_closed, protocol), (silent, silent_protocol)):
+            await finish(transport, its)
+
+
+@pytest.mark.matrix(base="asyncio", engine="epoll", debug=False)
+@pytest.mark.parametrize("value", [True, -1, 1 << 31, "16", 1.5])
+async def test_what_is_no_queues_length(loop, value):
+    error = ValueError if isinstance(value, int) and value is not True else TypeError
+    with pytest.raises(error, match="fastopen must be"):
+        await loop.create_server(Recorder, "127.0.0.1", 0, fastopen=value)
+    with pytest.raises(TypeError, match="fastopen must be True or False"):
+        await loop.create_connection(Recorder, "127.0.0.1", 9, fastopen=1)
+
+
+@once
+async def test_a_queue_where_the_system_has_none(loop):
+    """Most have: the switch is for clients alone unless somebody has thrown it."""
+    allowed = int(Path("/proc/sys/net/ipv4/tcp_fastopen").read_text()) & 2
+    with as_the_kernel_can(None if allowed else "it is switched off here"):
+        server = await loop.create_server(Recorder, "127.0.0.1", 0, fastopen=16)
+        assert server.sockets[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN) == 16
+        server.close()
+
+
+@pytest.mark.matrix(base="asyncio", engine="epoll", debug=False)
+def test_switched_off(case):
+    passes_in_own_network(case, switched_off)
+
+
+@pytest.mark.matrix(debug=False, sqpoll=True)
+def test_the_first_data_goes_with_the_syn(case):
+    passes_in_own_network(case, data_with_the_syn)
+
+
+@pytest.mark.matrix(base="asyncio", debug=False, sqpoll=True)
+def test_who_is_refused_hears_of_it_after_the_first_write(case):
+    passes_in_own_network(case, answers_that_are_none)
+
+
+@pytest.mark.matrix(base="asyncio", debug=False, sqpoll=True)
+def test_a_cookie_that_is_gone_at_the_first_write(case):
+    passes_in_own_network(case, no_cookie_after_all)
+
+
+@pytest.mark.matrix(base="asyncio", debug=False, sqpoll=True)
+def test_the_end_of_what_goes_with_the_syn_waits_for_the_answer(case):
+    passes_in_own_network(case, a_syn_that_is_not_answered_yet)

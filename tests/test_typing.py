@@ -39,6 +39,7 @@ async def connections(loop: asyncio.AbstractEventLoop, context: ssl.SSLContext, 
     await aiouringnet.create_connection(loop, Echo, "host", "http", local_addr=("127.0.0.1", 0), all_errors=True)
     options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)]
     await aiouringnet.create_connection(loop, Echo, "host", 80, socket_options=options, bind_device="eth0", mptcp=True)
+    await aiouringnet.create_connection(loop, Echo, "host", 80, fastopen=True)
     await aiouringnet.create_unix_connection(loop, Echo, pathlib.Path("path"), socket_options=[(1, 2, 3), (1, 2, b"")])
     await aiouringnet.create_unix_connection(loop, Echo, b"path", ssl=True, ssl_shutdown_timeout=1.0)
     await aiouringnet.connect_accepted_socket(loop, Echo, sock)
@@ -51,6 +52,7 @@ async def servers(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
     assert_type(server, asyncio.Server)
     await aiouringnet.create_server(loop, Echo, sock=sock, start_serving=False)
     await aiouringnet.create_server(loop, Echo, "a", 80, socket_options=[(1, 2, None, 3)], bind_device=None)
+    await aiouringnet.create_server(loop, Echo, "a", 80, fastopen=256, mptcp=True)
     await aiouringnet.create_unix_server(loop, Echo, "path", cleanup_socket=True, socket_options=((1, 2, 3),))
 
 

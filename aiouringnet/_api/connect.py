@@ -16,6 +16,12 @@ async def create_connection(loop, *args, **kwargs):
     this order before each socket is bound or connected.
     bind_device: the network device through which alone it goes, "eth0"
     (SO_BINDTODEVICE, socket(7); without CAP_NET_RAW since Linux 5.7).
+    fastopen: let the first write go with the SYN (TCP_FASTOPEN_CONNECT, Linux
+    4.11; with mptcp 6.2), once a connection before has brought the server's
+    cookie.  Then the first such address is taken for connected at once, and the
+    first write connects: so for clients that speak first, and with what may
+    reach the server twice (RFC 7413).  That it was refused is heard after that
+    write, in connection_lost(), or here with ssl.
     mptcp: over several paths where the peer can, else TCP (IPPROTO_MPTCP,
     Linux 5.6).
 

@@ -59,6 +59,7 @@ class Connector:
         self._unix_server_sockets = {}  # listening socket -> inode of its file, which goes with it
         self._attempts = None  # for each address tried, the list of its errors; None: nobody asks for them
         self._unowned = None  # a socket made here that no transport owns yet
+        self._address = None  # to which that is connected, or will be by its first write
         self._handed_in = None  # a socket of the application's
         self._wanted = ()  # what the kernel is to say beside a datagram
         self._tls_options = {}  # what asyncio's functions would not pass on
@@ -121,7 +122,7 @@ class Connector:
 
     async def create_server(self, *args, **kwargs):
         self._keep_tls_options(kwargs)
-        self._socket_options = take_options(kwargs)
+        self._socket_options = take_options(kwargs, listening=True)
         self._handed_in = kwargs.get("sock")
         if _KNOWS_KEEP_ALIVE or not kwargs.pop("keep_alive", None) or kwargs.get("sock") is not None:
             return await self._server(*args, **kwargs)
@@ -189,6 +190,8 @@ class Connector:
             return
         await self.engine.connect(sock, address)
         self._unowned = sock
+        if self._socket_options is not None and self._socket_options.fastopen:
+            self._address = address
 
     async def _connect_sock(self, exceptions, *args):
         if self._attempts is not None:
@@ -272,6 +275,8 @@ class Connector:
         return transport
 
     def _owned_by(self, sock, transport):
+        if sock is self._unowned and self._address is not None:
+            transport._opens_to(self._address)
         self._unowned = None
         if sock is self._handed_in:
             tell_when_closed(sock, transport)

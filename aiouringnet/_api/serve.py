@@ -16,6 +16,8 @@ async def create_server(loop, *args, **kwargs):
     Which of them accepted connections inherit is the kernel's affair.
     bind_device: the network device from which alone connections come, "eth0"
     (SO_BINDTODEVICE, socket(7); without CAP_NET_RAW since Linux 5.7).
+    fastopen: take data with a SYN, of so many connections at once whose
+    handshake has not ended (TCP_FASTOPEN, Linux 3.7; with mptcp 6.2).
     mptcp: over several paths with those that can, else TCP (IPPROTO_MPTCP,
     Linux 5.6).
 

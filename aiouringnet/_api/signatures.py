@@ -4,7 +4,7 @@ import asyncio
 import inspect
 
 # Parameters of this package's own: what the sockets that a function makes are to have.
-OF_SOCKETS = {"socket_options": None, "bind_device": None, "mptcp": False}
+OF_SOCKETS = {"socket_options": None, "bind_device": None, "fastopen": False, "mptcp": False}
 
 # Parameters of newer Pythons, and of aiofastnet, that are accepted on every Python, with their defaults.
 ADDED = {
@@ -65,8 +65,9 @@ HINTS = frozenset(
 def understood(method, name, kwargs):
     """`kwargs` without what `method` does not know and can do without: hints, and defaults of ADDED."""
     added = ADDED.get(name, {})
+    missed = {key for key, value in kwargs.items() if key in OF_SOCKETS and key in added and value}
     spare = {key for key, value in kwargs.items() if key in HINTS or (key in added and value == added[key])}
-    missed = kwargs.keys() & OF_SOCKETS.keys() - spare
+    spare |= kwargs.keys() & OF_SOCKETS.keys() & added.keys() - missed
     if spare or missed:
         known = parameters_of(method).keys()
         spare -= known

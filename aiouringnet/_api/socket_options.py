@@ -1,4 +1,4 @@
-"""Options of the sockets that asyncio's functions make: `socket_options`, `bind_device`, `mptcp`.
+"""Options of the sockets that asyncio's functions make: `socket_options`, `bind_device`, `fastopen`, `mptcp`.
 
 asyncio's functions make each socket by the name `socket` of their module, and
 then bind and connect it: run with another module of that name, they get
@@ -18,10 +18,14 @@ import socket
 import types
 import weakref
 
-NAMES = ("socket_options", "bind_device", "mptcp")
+NAMES = ("socket_options", "bind_device", "fastopen", "mptcp")
 UNIX_NAMES = NAMES[:1]
 
 MAX_DEVICE_NAME = 15  # bytes, IFNAMSIZ of <net/if.h> without its NUL
+TCP_FASTOPEN_CONNECT = 30  # <linux/tcp.h>; the module socket has it since Python 3.12
+# Of the sysctl of that name, tcp(7): what clients and servers need.
+FASTOPEN_SYSCTL = "/proc/sys/net/ipv4/tcp_fastopen"
+FASTOPEN_SERVER = 0x2
 INT_MIN, INT_MAX = -(1 << 31), (1 << 31) - 1
 TRIPLES = "(level, name, value)"
 
@@ -31,6 +35,10 @@ NO_DEVICE = {
     errno.EPERM: "before Linux 5.7 it needs CAP_NET_RAW",
     errno.ENOPROTOOPT: "this kernel has no SO_BINDTODEVICE",
     errno.EOPNOTSUPP: "this kernel has it for plain TCP only: leave out mptcp",
+}
+NO_FASTOPEN = {
+    errno.ENOPROTOOPT: "it needs Linux 4.11, for servers 3.7",
+    errno.EOPNOTSUPP: "it is switched off here: sysctl -w net.ipv4.tcp_fastopen=3 (with mptcp, it needs Linux 6.2)",
 }
 NO_MPTCP = {
     errno.EINVAL: "it needs Linux 5.6",
@@ -47,33 +55,35 @@ class Refused(Exception):
         self.error = error
 
 
-def take_options(kwargs, names=NAMES):
+def take_options(kwargs, names=NAMES, listening=False):
     """Those of a call's keyword arguments that are served here, checked and taken out; None: there are none.
 
     Raises TypeError and ValueError for what no socket could be given.
     """
     if kwargs.keys().isdisjoint(names):
         return None
-    options = SocketOptions(**{name: kwargs.pop(name, None) for name in names})
+    options = SocketOptions(listening, **{name: kwargs.pop(name, None) for name in names})
     if not options.wanted:
         return None
     if kwargs.get("sock") is not None:
         raise ValueError(
             f"{options.wanted[0]} and sock can not be specified at the same time: set it on the socket that you made"
         )
-    if options.mptcp and kwargs.get("proto") not in (None, 0, socket.IPPROTO_TCP):
-        raise ValueError("mptcp and another proto can not be specified at the same time")
+    if (options.fastopen or options.mptcp) and kwargs.get("proto") not in (None, 0, socket.IPPROTO_TCP):
+        raise ValueError(f"{options.wanted[-1]} and another proto than TCP can not be specified at the same time")
     return options
 
 
 class SocketOptions:
     """What each socket that one call makes is to have."""
 
-    def __init__(self, socket_options=None, bind_device=None, mptcp=None):
+    def __init__(self, listening, socket_options=None, bind_device=None, fastopen=None, mptcp=None):
         self.options = _checked_options(socket_options)
         self.device = _checked_device(bind_device)
+        self.fastopen = _checked_queue(fastopen) if listening else _checked_bool("fastopen", fastopen)
         self.mptcp = _checked_bool("mptcp", mptcp)
-        values = (self.options, self.device, self.mptcp)
+        self.listening = listening
+        values = (self.options, self.device, self.fastopen, self.mptcp)
         self.wanted = [name for name, value in zip(NAMES, values, strict=True) if value]
 
     def given_to(self, function, late=False):
@@ -119,6 +129,11 @@ class SocketOptions:
         if self.device:
             name = os.fsencode(self.device) + b"\0"
             _set(sock, "bind_device", self.device, NO_DEVICE, socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name)
+        if self.fastopen:
+            name = socket.TCP_FASTOPEN if self.listening else TCP_FASTOPEN_CONNECT
+            _set(sock, "fastopen", self.fastopen, NO_FASTOPEN, socket.IPPROTO_TCP, name, int(self.fastopen))
+            if self.listening and not _serves_fastopen():
+                raise _explained(OSError(errno.EOPNOTSUPP, None), "fastopen", self.fastopen, NO_FASTOPEN)
         for index, option in enumerate(self.options):
             _set(sock, f"socket_options[{index}]", option, {}, *option)
 
@@ -156,6 +171,15 @@ def _set(sock, what, value, reasons, *option):
         sock.setsockopt(*option)
     except OSError as exc:
         raise _explained(exc, what, value, reasons, sock.family) from None
+
+
+def _serves_fastopen():
+    """Whether listening sockets may have it: the kernel takes the option without a word where they may not."""
+    try:
+        with open(FASTOPEN_SYSCTL) as file:
+            return bool(int(file.read()) & FASTOPEN_SERVER)
+    except (OSError, ValueError):
+        return True  # not to be seen from here
 
 
 def _explained(exc, what, value, reasons, family=None):
@@ -217,3 +241,13 @@ def _checked_bool(what, value):
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"{what} must be True or False, not {value!r}")
     return bool(value)
+
+
+def _checked_queue(length):
+    if length is None:
+        return 0
+    if not isinstance(length, int) or length is True:
+        raise TypeError(f"fastopen must be the length of a server's queue, an int, not {length!r}")
+    if not 0 <= length <= INT_MAX:
+        raise ValueError(f"fastopen must be in 0..{INT_MAX}, not {length}")
+    return int(length)

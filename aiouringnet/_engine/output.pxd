@@ -36,6 +36,7 @@ cdef class Output(Flow):
     cdef flag ktls                  # the kernel makes TLS records: sends with MSG_WAITALL are refused
     cdef flag sending               # NOT_SENDING, or what is under way
     cdef flag urgency               # of its end; when nothing is under way, of the next one's
+    cdef flag opening               # a TCP connection that its first send opens, not known to be open yet
     # a queue of chunks, chunks[head : head + count]
     cdef Chunk* chunks              # `small`, or allocated when it does not suffice
     cdef Chunk small[1]
@@ -63,6 +64,8 @@ cdef class Output(Flow):
     cdef void begin_send(self, int how, bint more_follows) noexcept
     cdef void end_send(self) noexcept
     cdef void shutdown_write(self) noexcept
+    # Whether the end must wait until an `opening` connection is open: on_sent() follows
+    cdef bint await_open(self, bint must_open) noexcept
 
     # what a stream implements
     cdef void submit_send(self) noexcept

@@ -22,12 +22,19 @@ the loop for it, while engine.n_urgent, which counts those of streams that are `
     NOT_URGENT                      URGENT              begin_send(), when more is queued than it sends
     any                             AWAITED             expect_sent(): somebody waits for on_sent()
     any                             NOT_URGENT          end_send()
+
+TCP Fast Open (TCP_FASTOPEN_CONNECT, Linux 4.11).  Where the kernel has the server's cookie, connect() does nothing: the
+connection is `opening`, and the first send takes along a SYN.  What the kernel has taken then is not yet on its way: a
+close(2) or shutdown(2) before the answer gives the connection up, data and all (tcp_close_state(), inet_shutdown() in
+the kernel).  So whoever ends the output of an `opening` stream asks await_open() first.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport EAGAIN, ECONNRESET, EHOSTUNREACH, EINTR, ENETUNREACH, ENOTCONN, EPIPE, ETIMEDOUT, errno
+from libc.errno cimport (
+    EAGAIN, ECONNRESET, EHOSTUNREACH, EINPROGRESS, EINTR, ENETUNREACH, ENOTCONN, EPIPE, ETIMEDOUT, errno,
+)
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 from posix.types cimport off_t
@@ -35,6 +42,7 @@ from posix.types cimport off_t
 from aiouringnet._engine.engine cimport WRITES_AT_ONCE
 from aiouringnet._engine.files cimport FileRange
 from aiouringnet._engine.interface cimport Flow
+from aiouringnet._engine.poll cimport POLLOUT, poll, pollfd
 
 from asyncio import SendfileNotAvailableError
 from os import strerror
@@ -57,7 +65,14 @@ cdef extern from "sys/socket.h" nogil:
     ssize_t c_send "send"(int fd, const void* data, size_t size, int flags)
     ssize_t c_sendmsg "sendmsg"(int fd, const msghdr* message, int flags)
     int c_shutdown "shutdown"(int fd, int how)
+    int c_getsockopt "getsockopt"(int fd, int level, int name, void* value, unsigned int* size)
     int MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR
+
+cdef extern from "netinet/in.h" nogil:
+    int IPPROTO_TCP
+
+cdef extern from "netinet/tcp.h" nogil:
+    int TCP_INFO, TCP_SYN_SENT
 
 cdef extern from "sys/sendfile.h" nogil:
     ssize_t c_sendfile "sendfile"(int out_fd, int in_fd, off_t* offset, size_t size)
@@ -270,6 +285,8 @@ cdef class Output(Flow):
                 self.consume(sent)
                 if <size_t>sent < asked:
                     return EAGAIN
+            elif errno == EINPROGRESS:
+                return EAGAIN  # a connection that opens: its SYN has left without data, for want of a cookie
             elif errno != EINTR:
                 return errno
         return 0
@@ -310,8 +327,10 @@ cdef class Output(Flow):
                     if not self.dirty:
                         self.engine.mark_dirty(self)
                     return False
-            elif n < 0 and errno == EAGAIN:
-                self.await_writable()
+            elif n < 0 and (errno == EAGAIN or errno == EINPROGRESS):
+                # Before Linux 6.5 sendfile(2) opens no connection.
+                if not (self.opening and self.await_open(True)):
+                    self.await_writable()
                 return False
             elif n == 0 or errno != EINTR:
                 break
@@ -352,8 +371,35 @@ cdef class Output(Flow):
 
     cdef void shutdown_write(self) noexcept:
         """Send FIN.  ENOTCONN (the peer has reset already) shows up when reading."""
+        if self.opening and self.await_open(True):
+            return  # and on_sent() comes back here
         if c_shutdown(self.fd, SHUT_WR) < 0 and errno != ENOTCONN:
             self.sink.on_error(errno, True)
+
+    cdef bint await_open(self, bint must_open) noexcept:
+        """Whether what comes next has to wait for the answer to a SYN; on_sent() follows when that is there.
+
+        A connection to which nothing was ever written has sent none: it does so now if it `must_open`.
+        """
+        cdef pollfd room
+        cdef unsigned char state = 0    # tcpi_state, the first byte of a struct tcp_info
+        cdef unsigned int size = sizeof(state)
+        if self.closed or not self.engine.usable():
+            return False
+        if c_getsockopt(self.fd, IPPROTO_TCP, TCP_INFO, &state, &size) < 0 or state != TCP_SYN_SENT:
+            self.opening = False
+            return False
+        room.fd = self.fd
+        room.events = POLLOUT
+        if poll(&room, 1, 0) > 0 and not self.sending:
+            # Room before there is a connection is that for the first send (tcp_poll() in the kernel).
+            if not must_open:
+                return False
+            c_send(self.fd, NULL, 0, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if not self.sending:
+            self.await_writable()
+        self.expect_sent()
+        return True
 
     # --- what a stream implements ------------------------------------------
 

@@ -49,7 +49,8 @@ cdef class StreamOutput(StreamInput):
             if self.empty_waiter is not None and not over:
                 self.engine.settle(self.empty_waiter, None)
             if self.state == CLOSING:
-                self.force_close(None)
+                if not (self.stream.opening and self.stream.await_open(False)):
+                    self.force_close(None)
             elif self.eof:
                 self.stream.shutdown_write()
         elif (

@@ -74,6 +74,7 @@ cdef class StreamTransport(StreamOutput):
 
     def __cinit__(self, Engine engine not None, sock, protocol, waiter=None, extra=None, server=None):
         drop_empty_dict(self)
+        cdef bint opening = False
         engine.check()
         self.engine = engine
         self.loop = engine.loop
@@ -92,8 +93,9 @@ cdef class StreamTransport(StreamOutput):
             try:
                 self.peername = sock.getpeername()
             except OSError:
-                pass
+                opening = True  # by the first write, with TCP_FASTOPEN_CONNECT
         self.stream = <Stream>engine.open_stream(self.fileno, self)
+        self.stream.opening = opening and self.stream.tcp
         # Loops refuse add_reader() for a transport's descriptor.
         engine.transports[self.fileno] = self
         self.server = server
@@ -207,6 +209,11 @@ cdef class StreamTransport(StreamOutput):
             self.stream.file.place()
             self.stream.file = None
 
+    def _opens_to(self, address):
+        """The kernel does not tell the peer's address before the first write has opened the connection."""
+        if self.peername is None:
+            self.peername = address
+
     # --- asyncio.BaseTransport -----------------------------------------------
 
     def get_extra_info(self, name, default=None):
@@ -274,7 +281,7 @@ cdef class StreamTransport(StreamOutput):
         self.stream.stop_reading()
         if self.stream.queued:
             self.stream.expect_sent()
-        else:
+        elif not (self.stream.opening and self.stream.await_open(False)):
             self.force_close(None)
 
     def abort(self):

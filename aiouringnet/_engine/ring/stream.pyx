@@ -30,7 +30,7 @@ The send operation in flight: what `sending` says (output.pyx), a SEND or a POLL
     ... send_cancelling         it was asked to end
 """
 
-from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENOMEM
+from libc.errno cimport EAGAIN, EINPROGRESS, EINTR, ENOBUFS, ENOMEM
 from libc.stdlib cimport free, malloc
 
 from aiouringnet._engine.interface cimport EOF_HELD
@@ -378,9 +378,11 @@ cdef class RingStream(Gated):
                 self.urgency = AWAITED
                 if not self.dirty:
                     engine.mark_dirty(self)
-        elif result == -EAGAIN and engine.poller is None:
+        elif (result == -EAGAIN or result == -EINPROGRESS) and engine.poller is None:
             self.await_writable()
-        elif result == -EAGAIN or result == -EINTR or result == -ENOMEM or result == -ECANCELED:
+        elif (
+            result == -EAGAIN or result == -EINPROGRESS or result == -EINTR or result == -ENOMEM or result == -ECANCELED
+        ):
             engine.n_retries += 1
             if not self.dirty:
                 engine.mark_dirty(self)
