@@ -14,13 +14,18 @@ from aiouringnet._api.streams import open_connection, open_unix_connection, star
 from aiouringnet._diagnostics import stats, status
 from aiouringnet._engine.recv_meta import RecvMeta
 from aiouringnet._options import Options
+from aiouringnet._transports.public import Protocol, Transport, aiofn_is_buffered_protocol
 from aiouringnet._version import __version__
 
 __all__ = [
+    "OPENSSL_DYN_LIBS",
     "Options",
+    "Protocol",
     "RecvMeta",
     "Resolver",
+    "Transport",
     "__version__",
+    "aiofn_is_buffered_protocol",
     "connect_accepted_socket",
     "connect_read_pipe",
     "connect_write_pipe",
@@ -59,12 +64,16 @@ del sys
 
 def __getattr__(name):
     """What not everybody needs is imported by who asks for it."""
-    if name != "Resolver":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from aiouringnet._resolver import Resolver
+    if name == "Resolver":
+        from aiouringnet._resolver import Resolver as value
+    elif name == "OPENSSL_DYN_LIBS":
+        from aiouringnet._tls import openssl_libraries
 
-    globals()[name] = Resolver
-    return Resolver
+        value = openssl_libraries()
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__():

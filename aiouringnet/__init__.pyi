@@ -5,15 +5,22 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from ssl import SSLContext
-from typing import IO, Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, TypeVar, overload
+from typing import IO, Any, Literal, NamedTuple, TypeAlias, TypedDict, TypeVar, overload
+from typing import Protocol as _StructuralProtocol
 
 from typing_extensions import Buffer, Self, Unpack
 
+from ._tls import OpenSSLDynLibs as _OpenSSLDynLibs
+
 __all__ = [
+    "OPENSSL_DYN_LIBS",
     "Options",
+    "Protocol",
     "RecvMeta",
     "Resolver",
+    "Transport",
     "__version__",
+    "aiofn_is_buffered_protocol",
     "connect_accepted_socket",
     "connect_read_pipe",
     "connect_write_pipe",
@@ -46,6 +53,7 @@ if sys.version_info >= (3, 11):
     __all__ += ["sock_recvfrom", "sock_recvfrom_into", "sock_sendto"]
 
 __version__: str
+OPENSSL_DYN_LIBS: _OpenSSLDynLibs | None
 
 _LoopT = TypeVar("_LoopT", bound=asyncio.AbstractEventLoop)
 _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
@@ -63,12 +71,12 @@ _AddressInfo: TypeAlias = tuple[
     socket.AddressFamily, socket.SocketKind, int, str, tuple[str, int] | tuple[str, int, int, int]
 ]
 
-class _EventLoopPolicy(Protocol):
+class _EventLoopPolicy(_StructuralProtocol):
     def get_event_loop(self) -> asyncio.AbstractEventLoop: ...
     def set_event_loop(self, loop: asyncio.AbstractEventLoop | None) -> None: ...
     def new_event_loop(self) -> asyncio.AbstractEventLoop: ...
 
-class _NameResolver(Protocol):
+class _NameResolver(_StructuralProtocol):
     async def getaddrinfo(
         self, host: _Host, port: _Port, *, family: int = ..., type: int = ..., proto: int = ..., flags: int = ...
     ) -> list[_AddressInfo]: ...
@@ -163,6 +171,26 @@ class Resolver:
     async def __aenter__(self) -> Self: ...
     async def __aexit__(self, *exc_info: object) -> None: ...
 
+# Transports and protocols
+
+class Transport(asyncio.Transport):
+    def write(self, data: Buffer) -> None: ...
+    def writelines(self, list_of_data: Iterable[Buffer]) -> None: ...
+    def sendto(self, data: Buffer, addr: Any = ...) -> None: ...
+    def write_nocheck(self, data: Buffer) -> None: ...
+    def writelines_nocheck(self, list_of_data: Iterable[Buffer]) -> None: ...
+    def sendto_nocheck(self, data: Buffer, addr: Any) -> None: ...
+    def sendfile(self, file: IO[bytes], offset: int, count: int | None) -> asyncio.Future[None] | None: ...
+
+class Protocol(asyncio.BufferedProtocol):
+    def is_buffered_protocol(self) -> bool | None: ...
+    def get_local_write_buffer_size(self) -> int: ...
+    def get_buffer(self, sizehint: int) -> Any: ...
+    def buffer_updated(self, nbytes: int) -> None: ...
+    def data_received(self, data: bytes) -> None: ...
+
+def aiofn_is_buffered_protocol(protocol: asyncio.BaseProtocol) -> bool: ...
+
 # Connections
 
 async def create_connection(
@@ -227,7 +255,7 @@ async def start_tls(
     ssl_shutdown_timeout: float | None = ...,
     ssl_incoming_bio_size: int | None = ...,
     ssl_outgoing_bio_size: int | None = ...,
-) -> asyncio.Transport | None: ...
+) -> asyncio.Transport: ...
 
 # Servers
 

@@ -571,7 +571,10 @@ def test_patched_loops_are_freed(make_loop):
     assert [reference() for reference in references] == [None] * 3
 
 
-NOT_TAKING_A_LOOP = ("Options", "RecvMeta", "Resolver", "__version__", "new_event_loop")
+NOT_TAKING_A_LOOP = (
+    *("OPENSSL_DYN_LIBS", "Options", "Protocol", "RecvMeta", "Resolver", "Transport", "__version__"),
+    *("aiofn_is_buffered_protocol", "new_event_loop"),
+)
 TAKING_A_LOOP = [name for name in aiouringnet.__all__ if name not in NOT_TAKING_A_LOOP]
 
 

@@ -44,7 +44,7 @@ async def connections(loop: asyncio.AbstractEventLoop, context: ssl.SSLContext, 
     await aiouringnet.create_unix_connection(loop, Echo, b"path", ssl=True, ssl_shutdown_timeout=1.0)
     await aiouringnet.connect_accepted_socket(loop, Echo, sock)
     secure = await aiouringnet.start_tls(loop, transport, protocol, context, server_side=True)
-    assert_type(secure, asyncio.Transport | None)
+    assert_type(secure, asyncio.Transport)
 
 
 async def servers(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:

@@ -218,7 +218,8 @@ def loop_factory(base_factory=None, **options):
     """A function without arguments that makes a patched loop: for asyncio.Runner and asyncio.run.
 
     base_factory: makes the loop to patch, asyncio.new_event_loop by default
-    (uvloop.new_event_loop for uvloop).  options: as in patch_loop().
+    (uvloop.new_event_loop for uvloop).  options: as in patch_loop().  The loop
+    becomes the thread's current one, as asyncio.Runner expects of a factory.
 
     An asyncio.SelectorEventLoop, but no subclass, gets a selector of ours for
     asyncio's own, and waits in the ring (Linux 6.15).
@@ -228,7 +229,10 @@ def loop_factory(base_factory=None, **options):
         raise TypeError(f"loop_factory() expects a function that makes an event loop, not {base_factory!r}")
 
     def new_event_loop():
-        return patch_loop(with_selector((base_factory or asyncio.new_event_loop)()), **options)
+        loop = patch_loop(with_selector((base_factory or asyncio.new_event_loop)()), **options)
+        # asyncio.Runner leaves that to the factory.
+        asyncio.set_event_loop(loop)
+        return loop
 
     return new_event_loop
 

@@ -9,6 +9,7 @@ from asyncio import SendfileNotAvailableError
 from aiouringnet._api.call import expect_loop, loops_own
 from aiouringnet._api.ours import OURS
 from aiouringnet._api.signatures import like
+from aiouringnet._transports.sending_files import check, send
 
 # Read and written at a time where the kernel cannot send the file by itself.
 BLOCK_BYTES = 1 << 18
@@ -34,68 +35,16 @@ async def sendfile(loop, transport, file, offset=0, count=None, *, fallback=True
         return await loops_own(loop, "sendfile")(transport, file, offset, count, fallback=fallback)
     if transport.is_closing():
         raise RuntimeError("Transport is closing")
-    _check(file, offset, count)
+    check(file, offset, count)
     if transport._sends_files:
         try:
-            return await _sendfile(transport, file, offset, count)
+            return await send(transport, file, offset, count)
         except SendfileNotAvailableError:
             if not fallback:
                 raise
     elif not fallback:
         raise SendfileNotAvailableError("this connection's TLS is not the kernel's, and fallback is disabled")
     return await _read_and_write(loop, transport, file, offset, count)
-
-
-def _check(file, offset, count):
-    if "b" not in getattr(file, "mode", "b"):
-        raise ValueError("file should be opened in binary mode")
-    if not isinstance(offset, int):
-        raise TypeError(f"offset must be a non-negative integer (got {offset!r})")
-    if offset < 0:
-        raise ValueError(f"offset must be a non-negative integer (got {offset!r})")
-    if count is not None:
-        if not isinstance(count, int):
-            raise TypeError(f"count must be a positive integer (got {count!r})")
-        if count <= 0:
-            raise ValueError(f"count must be a positive integer (got {count!r})")
-
-
-async def _sendfile(transport, file, offset, count):
-    try:
-        fd = file.fileno()
-    except (AttributeError, io.UnsupportedOperation) as exc:
-        raise SendfileNotAvailableError("not a regular file") from exc
-    part = transport._send_file(fd, offset, count) if transport._is_empty else None
-    if part is None or not part.ended:
-        part = await _sendfile_in_turn(transport, fd, offset, count, part)
-    try:
-        if part.error is not None:
-            raise part.error
-        return part.sent
-    finally:
-        # Its error has this frame in the traceback.
-        part = None
-
-
-async def _sendfile_in_turn(transport, fd, offset, count, part):
-    """As in asyncio: no write and no data_received() until the file is sent.  `part`: what has begun, or None."""
-    empty = transport._make_empty_waiter()  # RuntimeError: another file is being sent
-    reading = transport.is_reading()
-    transport.pause_reading()
-    try:
-        if part is None:
-            await empty
-            part = transport._send_file(fd, offset, count)
-        if not part.ended:
-            await part.wait(transport._loop)
-    finally:
-        # However this ends, a coroutine that is closed included: the file may be closed next.
-        transport._stop_file()
-        transport._reset_empty_waiter()
-        if reading:
-            transport.resume_reading()
-        empty = None  # its exception has this frame in the traceback
-    return part
 
 
 async def _read_and_write(loop, transport, file, offset, count):

@@ -1,5 +1,8 @@
 """Which record layer serves the TLS connections of a loop."""
 
+import dataclasses
+import os
+
 from aiouringnet._engine import options_of
 
 try:
@@ -9,9 +12,30 @@ except ImportError:
 
 import_error = None
 try:
-    from aiouringnet._tls import openssl, records
+    from aiouringnet._tls import openssl, records, symbols
 except ImportError as exc:  # not built, or a Python without ssl
     import_error = exc
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenSSLDynLibs:
+    """The shared libraries of the OpenSSL that the ssl module uses: aiouringnet.OPENSSL_DYN_LIBS."""
+
+    libssl: str
+    libcrypto: str
+
+    @property
+    def libssl_path(self) -> bytes:
+        return os.fsencode(self.libssl)
+
+    @property
+    def libcrypto_path(self) -> bytes:
+        return os.fsencode(self.libcrypto)
+
+
+def openssl_libraries():
+    """None where OpenSSL's functions cannot be called directly."""
+    return OpenSSLDynLibs(*symbols.library_files()) if why_not_openssl() is None else None
 
 
 def record_layer(loop):

@@ -54,6 +54,7 @@ cdef class TLSConnection(Plaintext):
     cdef flag state
     cdef flag buffered              # the protocol is a BufferedProtocol
     cdef flag timed                 # asyncio's debug mode: slow callbacks are named
+    cdef flag asks                  # the protocol tells what it holds back itself (_transports/public.py)
     cdef flag made, ended           # connection_made() and eof_received() were called
     cdef flag server_side
     cdef flag accepted              # by a server: nobody waits for the handshake

@@ -33,7 +33,7 @@ cdef class TLSOutput(TLSInput):
                         self.encrypt()
                     else:
                         self.engine.mark_layer(self)
-            if self.queued + self.lower_queued() > self.high:
+            if self.queued + self.lower_queued() > self.high or (self.asks and self.lower_paused):
                 self.encrypt()
                 self.control_writing()
         except BaseException as exc:
@@ -158,6 +158,9 @@ cdef class TLSOutput(TLSInput):
         if self.state == OVER or self.protocol is None or self.engine.closed:
             return 0
         size = self.queued + self.lower_queued()
+        if self.asks and self.lower_paused and not self.protocol_paused and not self.engine.silent:
+            # It is asked while more has to leave, so that it is not paused for good.
+            size += self.protocol.get_local_write_buffer_size()
         if size <= self.low if self.protocol_paused else size > self.high:
             if self.engine.silent:
                 self.engine.call_soon(self._control_writing)

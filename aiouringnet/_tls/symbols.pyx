@@ -18,6 +18,9 @@ cdef extern from "dlfcn.h" nogil:
     void* dlopen(const char* path, int flags)
     void* dlsym(void* handle, const char* name)
     int RTLD_LAZY, RTLD_NOLOAD
+    ctypedef struct Dl_info:
+        const char* dli_fname
+    int dladdr(const void* address, Dl_info* info)
 
 cdef extern from "unistd.h" nogil:
     ssize_t c_write "write"(int fd, const void* data, size_t size)
@@ -116,6 +119,18 @@ cdef object load(object incoming, object outgoing):
 cdef void* further(const char* name) noexcept:
     """One that not every OpenSSL has, or NULL."""
     return dlsym(library, name)
+
+
+def library_files():
+    """The files of libssl and of libcrypto, once load() has succeeded."""
+    return _file_of(<void*>openssl.SSL_get_error), _file_of(<void*>openssl.ERR_clear_error)
+
+
+cdef object _file_of(const void* function):
+    cdef Dl_info info
+    if dladdr(function, &info) == 0 or info.dli_fname == NULL:
+        raise OSError("nobody knows which library a function of OpenSSL is in")
+    return os.fsdecode(info.dli_fname)
 
 
 cdef object unknown_layout():

@@ -24,6 +24,8 @@ from aiouringnet._tls.offload cimport RECORD_BYTES
 from aiouringnet._tls.plaintext cimport immutable_piece
 from aiouringnet._transports.common cimport drop_empty_dict, called_soon_threadsafe, is_buffered, limits
 
+from aiouringnet._transports.public import tells_what_it_holds
+from aiouringnet._transports.sending_files import sendfile_now_or_soon
 from aiouringnet._transports.stream import Transport
 
 
@@ -171,6 +173,14 @@ cdef class SSLStreamTransport(Lifecycle):
             return self.offload is not None and bool(self.offload.kernel.sends)
         if name == "ktls_recv_enabled":
             return self.offload is not None and bool(self.offload.kernel.receives)
+        if name == "ssl_protocol":
+            return self
+        if name == "ssl_layer_num":
+            return self.lower.get_extra_info(name, -1) + 1 if self.lower is not None else 0
+        if name == "ssl_incoming_use_membio":
+            return self.offload is None or not self.offload.kernel.receives
+        if name == "ssl_outgoing_use_membio":
+            return self.offload is None or not self.offload.kernel.sends
         if name == "ktls_why_not":
             return self.ktls_why_not
         if self.made and self.state != NEW:
@@ -205,6 +215,7 @@ cdef class SSLStreamTransport(Lifecycle):
         self.buffered = is_buffered(protocol)
         self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
         self.timed = self.layer is None and self.loop.get_debug()
+        self.asks = self.layer is None and tells_what_it_holds(protocol)
         self.protocol = protocol
         return 0
 
@@ -295,11 +306,16 @@ cdef class SSLStreamTransport(Lifecycle):
         return (self.low, self.high)
 
     def get_write_buffer_size(self):
-        """Bytes queued or in flight: plaintext, and ciphertext in the transport below, which is offered."""
+        """Bytes queued or in flight: plaintext, and ciphertext in the transport below, which is offered.
+
+        With those that a Protocol of ours holds back.
+        """
         if self.queued and not self.engine.closed:
             self.engine.check()
             self.gather()
         size = self.queued + self.control_queued()
+        if self.asks and self.protocol is not None:
+            size += self.protocol.get_local_write_buffer_size()
         return size + (0 if self.lower is None else self.lower.get_write_buffer_size())
 
     def can_write_eof(self):
@@ -338,6 +354,17 @@ cdef class SSLStreamTransport(Lifecycle):
             for piece in pieces:
                 self.queued += len(piece)
             self.encrypt_or_gather(self.queued - size)
+
+    def write_nocheck(self, data):
+        self.write(data)
+
+    def writelines_nocheck(self, list_of_data):
+        self.writelines(list_of_data)
+
+    def sendfile(self, file, offset, count):
+        """Send a file by sendfile(2), where the kernel encrypts; see _transports/sending_files.py."""
+        self.engine.check()
+        return sendfile_now_or_soon(self, file, offset, count)
 
     cdef bint may_write(self) except -1:
         if self.offload is not None and self.offload.empty_waiter is not None:

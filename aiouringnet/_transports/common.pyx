@@ -1,12 +1,12 @@
 """What transports have in common: protocols, threads, limits, and the bytes that are written."""
 
-import asyncio
-
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 
 from aiouringnet._engine.engine cimport Engine
+
+from aiouringnet._transports.public import aiofn_is_buffered_protocol
 
 
 cdef extern from "Python.h":
@@ -14,9 +14,6 @@ cdef extern from "Python.h":
     PyObject* PyMemoryView_GET_BASE(object)
     PyObject** _PyObject_GetDictPtr(object)
     void Py_CLEAR(PyObject*)
-
-
-cdef object BufferedProtocol = asyncio.BufferedProtocol
 
 
 cdef void drop_empty_dict(object instance) noexcept:
@@ -28,18 +25,7 @@ cdef void drop_empty_dict(object instance) noexcept:
 
 
 cdef bint is_buffered(object protocol) except -1:
-    """As its own method says (aiofastnet's protocols), as asyncio takes it, or else by what it has, as uvloop does."""
-    asked = getattr(protocol, "is_buffered_protocol", None)
-    if asked is not None:
-        answer = asked()
-        if isinstance(answer, bool):  # a mock says anything
-            return answer
-    if isinstance(protocol, BufferedProtocol):
-        return True
-    return (
-        not hasattr(protocol, "data_received")
-        and hasattr(protocol, "get_buffer") and hasattr(protocol, "buffer_updated")
-    )
+    return aiofn_is_buffered_protocol(protocol)
 
 
 cdef bint called_soon_threadsafe(Engine engine, object call) except -1:

@@ -36,6 +36,7 @@ from aiouringnet._transports.common cimport called_soon_threadsafe, drop_empty_d
 from aiouringnet._transports.input cimport CLOSING, DONE, LOST, OPEN
 
 from aiouringnet._engine.recv_meta import ask_for, why_no_segments
+from aiouringnet._transports import public
 from aiouringnet._transports.slow import timed
 
 
@@ -55,7 +56,7 @@ cdef enum:
     MAX_SEGMENTS = 64           # of one send, UDP_MAX_SEGMENTS
 
 
-class Transport(transports._FlowControlMixin, transports.DatagramTransport):
+class Transport(transports._FlowControlMixin, transports.DatagramTransport, public.Transport):
     """What isinstance() sees of a DatagramTransport; never instantiated."""
 
     __slots__ = ()
@@ -310,6 +311,9 @@ cdef class DatagramTransport(DatagramSink):
             self.control_flow("resume_writing")
 
     # --- asyncio.DatagramTransport -------------------------------------------
+
+    def sendto_nocheck(self, data, addr):
+        self.sendto(data, addr)
 
     def sendto(self, data, addr=None, *, segment_size=None):
         """Send bytes-like `data` as one datagram to `addr`, or to the remote address that the endpoint was given.

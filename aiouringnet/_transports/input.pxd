@@ -36,6 +36,7 @@ cdef class StreamInput(Sink):
     cdef flag in_context            # a callback of ours is running
     cdef flag detached              # nothing is in flight
     cdef flag timed                 # asyncio's debug mode: slow callbacks are named
+    cdef flag asks                  # the protocol tells what it holds back itself (public.py)
     cdef unsigned char let_go       # what data_received() was handed lately without keeping it, and
     cdef unsigned char doublings    # how often it kept what it was lent: input.pyx, LENT_AFTER
     cdef int dropped                # how often a write was, once lost, and the loss itself

@@ -7,6 +7,9 @@ cdef class StreamOutput(StreamInput):
     # For a layer: write(), without its checks
     cdef void write_unchecked(self, object owner, const char* data, size_t size) noexcept
 
+    # Bytes that are queued, and what the protocol itself holds back, where it tells
+    cdef size_t unsent(self) noexcept
+
     cdef void on_high_water(self) noexcept
     cdef void pause_writing(self) noexcept
     cdef void resume_writing(self) noexcept

@@ -36,7 +36,7 @@ cdef class StreamOutput(StreamInput):
         if self.protocol_paused and self.stream.queued <= self.low and not over:
             if self.engine.silent:
                 self.engine.call_soon(self._resume_writing)
-            else:
+            elif not self.asks or self.unsent() <= self.low:
                 self.resume_writing()
             if self.state >= LOST:
                 return
@@ -60,14 +60,28 @@ cdef class StreamOutput(StreamInput):
             self.stream.expect_sent()
 
     def _resume_writing(self):
-        if self.protocol_paused and self.state < LOST and self.stream.queued <= self.low and not self.engine.closed:
+        if self.protocol_paused and self.state < LOST and self.unsent() <= self.low and not self.engine.closed:
             self.resume_writing()
 
     cdef void on_high_water(self) noexcept:
+        if self.asks and (self.unsent() <= self.high or self.state >= LOST):
+            return  # it is asked at each write
         # Queued is not yet "the peer is slow": offer it to the socket first.
         self.stream.offer()
-        if self.stream.queued > self.high:
+        if self.unsent() > self.high:
             self.pause_writing()
+
+    cdef size_t unsent(self) noexcept:
+        cdef size_t held
+        if not self.asks or not self.stream.queued:
+            # What a protocol holds while nothing is queued must not keep it paused: nobody would ask again.
+            return self.stream.queued
+        try:
+            held = self.protocol.get_local_write_buffer_size()
+        except BaseException as exc:
+            self.callback_failed(exc, "Fatal error: protocol.get_local_write_buffer_size() call failed.")
+            held = 0
+        return self.stream.queued + held
 
     cdef void pause_writing(self) noexcept:
         if self.protocol_paused or self.state >= LOST:

@@ -16,6 +16,7 @@ from aiouringnet._transports.pipe cimport (
     begins_to_close, call_connection_made, check_usable, close_file, end_connection, failed, log_end, open_end,
 )
 
+from aiouringnet._transports import public
 from aiouringnet._transports.slow import timed
 
 
@@ -24,7 +25,7 @@ cdef object logger = asyncio.log.logger
 cdef object warn = warnings.warn
 
 
-class ReadTransport(transports.ReadTransport):
+class ReadTransport(transports.ReadTransport, public.Transport):
     """What isinstance() sees of a ReadPipeTransport; never instantiated."""
 
     __slots__ = ()

@@ -38,6 +38,9 @@ from aiouringnet._transports.common cimport drop_empty_dict, called_soon_threads
 from aiouringnet._transports.input cimport CLOSING, DONE, LOST, OPEN
 from aiouringnet._transports.output cimport StreamOutput
 
+from aiouringnet._transports import public
+from aiouringnet._transports.public import tells_what_it_holds
+from aiouringnet._transports.sending_files import sendfile_now_or_soon
 from aiouringnet._transports.slow import timed
 
 
@@ -61,7 +64,7 @@ cdef bint SERVER_TAKES_TRANSPORT = sys.version_info >= (3, 13)
 cdef object TRY_NATIVE = asyncio.constants._SendfileMode.TRY_NATIVE
 
 
-class Transport(transports._FlowControlMixin):
+class Transport(transports._FlowControlMixin, public.Transport):
     """What isinstance() sees of a StreamTransport; never instantiated."""
 
     __slots__ = ()
@@ -258,6 +261,7 @@ cdef class StreamTransport(StreamOutput):
         self.buffered = is_buffered(protocol)
         self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
         self.timed = self.layer is None and self.loop.get_debug()
+        self.asks = self.layer is None and tells_what_it_holds(protocol)
         self.protocol = protocol
         return 0
 
@@ -325,18 +329,18 @@ cdef class StreamTransport(StreamOutput):
         """Bytes of queued output above which pause_writing() is called, and below which resume_writing()."""
         self.check_usable()
         self.high, self.low = limits(high, low, DEFAULT_HIGH_WATER)
-        if self.stream.queued > self.high:
+        if self.stream.queued > self.high or self.asks:
             self.on_high_water()
 
     def get_write_buffer_limits(self):
         return (self.low, self.high)
 
     def get_write_buffer_size(self):
-        """Bytes that the socket has not taken: queued or in flight."""
+        """Bytes that the socket has not taken: queued or in flight; with those that a Protocol of ours holds back."""
         self.check_usable()
         if self.stream.queued and not self.engine.closed and not self.pausing:
             self.stream.offer()
-        return self.stream.queued
+        return self.stream.queued + (self.protocol.get_local_write_buffer_size() if self.asks else 0)
 
     def can_write_eof(self):
         return True
@@ -366,7 +370,7 @@ cdef class StreamTransport(StreamOutput):
             return
         self.engine.check()
         self.stream.write(owner, start, size)
-        if self.stream.queued > self.high:
+        if self.stream.queued > self.high or self.asks:
             self.on_high_water()
 
     def writelines(self, list_of_data):
@@ -398,8 +402,19 @@ cdef class StreamTransport(StreamOutput):
                 owner, address, length = item
                 self.stream.push(owner, <const char*><size_t>address, length)
         self.stream.kick()
-        if self.stream.queued > self.high:
+        if self.stream.queued > self.high or self.asks:
             self.on_high_water()
+
+    def write_nocheck(self, data):
+        self.write(data)
+
+    def writelines_nocheck(self, list_of_data):
+        self.writelines(list_of_data)
+
+    def sendfile(self, file, offset, count):
+        """Send a file by sendfile(2), behind what was written; see sending_files.py."""
+        self.engine.check()
+        return sendfile_now_or_soon(self, file, offset, count)
 
     def write_eof(self):
         """Send FIN after the queued output; reading goes on."""
@@ -491,6 +506,7 @@ cdef class StreamTransport(StreamOutput):
         finally:
             self.state = DONE
             self.protocol = None
+            self.asks = False
             self.layer = None
             if self.empty_waiter is not None and not self.empty_waiter.done():
                 self.empty_waiter.set_exception(ConnectionError("Connection is closed by peer"))

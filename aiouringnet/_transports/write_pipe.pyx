@@ -17,6 +17,8 @@ from aiouringnet._transports.pipe cimport (
     begins_to_close, call_connection_made, check_usable, close_file, end_connection, failed, log_end, open_end,
 )
 
+from aiouringnet._transports import public
+
 
 cdef object logger = asyncio.log.logger
 # For __del__, which may run when the names of this and other modules are None.
@@ -28,7 +30,7 @@ cdef enum:
     LOG_THRESHOLD_FOR_CONNLOST_WRITES = 5
 
 
-class WriteTransport(transports._FlowControlMixin, transports.WriteTransport):
+class WriteTransport(transports._FlowControlMixin, transports.WriteTransport, public.Transport):
     """What isinstance() sees of a WritePipeTransport; never instantiated."""
 
     __slots__ = ()
@@ -237,6 +239,12 @@ cdef class WritePipeTransport(StreamOutput):
         self.stream.kick()
         if self.stream.queued > self.high:
             self.on_high_water()
+
+    def write_nocheck(self, data):
+        self.write(data)
+
+    def writelines_nocheck(self, list_of_data):
+        self.writelines(list_of_data)
 
     def write_eof(self):
         """The same as close(): a pipe's end is the end of its file."""
