@@ -348,4 +348,46 @@ loop = aiouringnet.loop_factory()()
 assert asyncio.get_event_loop_policy().get_event_loop() is loop
 loop.close()
 """
-    helpers.run_python(code)
+    ended = helpers.run_python(code)
+    assert ended.returncode == 0, ended.stderr
+
+
+PICOWS = """
+import asyncio, sys
+import aiouringnet
+sys.modules["aiofastnet"] = aiouringnet
+from picows import WSListener, WSMsgType, ws_connect, ws_create_server
+
+class Echo(WSListener):
+    def on_ws_frame(self, transport, frame):
+        transport.send(frame.msg_type, frame.get_payload_as_bytes())
+
+class Client(WSListener):
+    def on_ws_connected(self, transport):
+        assert isinstance(transport.underlying_transport, aiouringnet.Transport)
+        self.received = []
+        transport.send(WSMsgType.TEXT, b"short")
+        transport.send(WSMsgType.BINARY, bytes(1_000_000))
+
+    def on_ws_frame(self, transport, frame):
+        self.received.append(len(frame.get_payload_as_bytes()))
+        if len(self.received) == 2:
+            transport.disconnect()
+
+async def main():
+    server = await ws_create_server(lambda request: Echo(), "127.0.0.1", 0, use_aiofastnet=True)
+    address = "ws://127.0.0.1:%d/" % server.sockets[0].getsockname()[1]
+    transport, client = await ws_connect(Client, address, use_aiofastnet=True)
+    await transport.wait_disconnected()
+    print(client.received)
+    server.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("engine", ["auto", "epoll"])
+def test_a_library_that_is_written_for_it_does_not_notice(engine):
+    pytest.importorskip("picows", reason="picows is not installed")
+    ended = helpers.run_python(PICOWS, AIOURINGNET_ENGINE=engine)
+    assert ended.stdout == "[5, 1000000]\n", ended.stderr
