@@ -1,12 +1,14 @@
 """Pipe transports are asyncio's, call by call, over pipes, FIFOs, sockets and terminals."""
 
 import asyncio
+import contextlib
 import contextvars
 import errno
 import fcntl
 import logging
 import os
 import pty
+import select
 import socket
 import tempfile
 import tty
@@ -178,6 +180,35 @@ async def test_memory_is_bounded_when_nobody_reads(loop):
         transport.resume_reading()
         await protocol.got(written)
         transport.close()
+
+
+def watched_for(fd):
+    """The events for which an epoll set of this process watches a descriptor."""
+    for number in helpers.open_fds():
+        with contextlib.suppress(OSError):
+            with open(f"/proc/self/fdinfo/{number}") as info:
+                for line in info:
+                    words = line.split()
+                    if words[0] == "tfd:" and int(words[1]) == fd:
+                        return int(words[3], 16)
+    return 0
+
+
+@pytest.mark.matrix(engine=("epoll",), debug=False)
+async def test_a_pipe_that_was_full_stays_watched_for_room(loop):
+    read, write = ends("pipe")
+    transport, protocol = await loop.connect_write_pipe(Writes, write)
+    with other_end(read) as peer:
+        assert not watched_for(write.fileno()) & select.EPOLLOUT
+        for _ in range(3):
+            transport.write(bytes(1 << 20))
+            assert transport.get_write_buffer_size()
+            await read_all(peer, 1 << 20)
+            await helpers.eventually(lambda: not transport.get_write_buffer_size())
+            assert watched_for(write.fileno()) & select.EPOLLOUT
+        transport.write(bytes(1 << 20))
+    # Its reader has gone in the middle.
+    await protocol.lost
 
 
 @pytest.mark.parametrize("end", ["read", "written"])

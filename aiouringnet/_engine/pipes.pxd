@@ -19,10 +19,12 @@ cdef class End:
     # Whether the number is still that file's
     cdef bint is_of(self, int fd) noexcept
     cdef void check(self, Stream pipe) noexcept
-    cdef void was_full(self, int fd) noexcept
+    # Counts it; true when that has made room
+    cdef bint was_full(self, int fd) noexcept
     cdef Py_ssize_t read(self, Stream pipe) noexcept
     cdef int send(self, Output pipe) noexcept
 
 
 cdef class Pipe(Stream):
     cdef End file_end
+    cdef flag watches_room          # from the first time on that it was full

@@ -28,6 +28,7 @@ from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport EOF_HELD, Room, Sink
 from aiouringnet._engine.output cimport Output
 from aiouringnet._engine.poll cimport POLLIN, POLLRDHUP, poll, pollfd
+from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 from aiouringnet._engine.stream cimport Stream
 
 import os
@@ -87,10 +88,11 @@ cdef class End:
         if pipe.fd >= 0 and not pipe.closed and not self.is_of(pipe.fd):
             pipe.descriptor_closes()
 
-    cdef void was_full(self, int fd) noexcept:
+    cdef bint was_full(self, int fd) noexcept:
         self.full += 1
         if self.full == FULL_TIMES and self.fifo and fcntl(fd, F_GETPIPE_SZ) == USUAL_BYTES:
-            fcntl(fd, F_SETPIPE_SZ, <int>LARGE_BYTES)  # refused: it stays as it is
+            return fcntl(fd, F_SETPIPE_SZ, <int>LARGE_BYTES) >= 0  # refused: it stays as it is
+        return False
 
     cdef Py_ssize_t read(self, Stream pipe) noexcept:
         """Read until the file is empty or the budget is spent, as Stream.read_direct() does."""
@@ -175,8 +177,8 @@ cdef class End:
             if sent >= 0:
                 pipe.consume(sent)
                 if <size_t>sent < asked:
-                    if self.full < FULL_TIMES:
-                        self.was_full(pipe.fd)
+                    if self.full < FULL_TIMES and self.was_full(pipe.fd):
+                        continue
                     return EAGAIN
             elif errno != EINTR:
                 return errno
@@ -184,7 +186,28 @@ cdef class End:
 
 
 cdef class Pipe(Stream):
-    """A pipe by readiness."""
+    """A pipe by readiness.
+
+    One that was full is watched for room from then on, edge-triggered: a pipe
+    tells of room only when it was full (pipe_read() in the kernel's
+    fs/pipe.c), which costs no wakes, and each time saves two calls.
+    """
+
+    cdef void sync_watch(self) noexcept:
+        cdef unsigned int want = 0
+        cdef int error
+        if not (self.file_end.fifo and self.file_end.writes):
+            Stream.sync_watch(self)
+            return
+        if self.sending:
+            self.watches_room = True
+        if self.reading and self.end == 0:
+            want = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
+        if self.watches_room and not self.closed:
+            want |= EPOLLOUT | EPOLLET
+        error = self.engine.watch_for(self, self.fd, want)
+        if error:
+            self.sink.on_error(error, False)
 
     cdef void sync_reading(self) noexcept:
         self.file_end.check(self)
