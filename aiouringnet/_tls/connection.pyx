@@ -50,13 +50,9 @@ from cpython.object cimport PyObject
 
 from aiouringnet._engine.interface cimport Layer
 from aiouringnet._tls.plaintext cimport Plaintext
+from aiouringnet._transports.context cimport enter, leave
 
 from aiouringnet._transports.slow import timed
-
-
-cdef extern from "Python.h":
-    int PyContext_Enter(object) except -1
-    int PyContext_Exit(object) except -1
 
 
 cdef object logger = asyncio.log.logger
@@ -68,20 +64,10 @@ cdef class TLSConnection(Plaintext):
     # The protocol's callbacks, and those of the SSLContext, run in the context in which the connection was made.
 
     cdef bint enter_context(self, PyObject** before) except -1:
-        """Into that context; false where it is entered already, by a callback that runs the loop."""
-        if self.in_context:
-            return False
-        PyContext_Enter(self.context)
-        self.in_context = True
-        before[0] = self.engine.entered
-        self.engine.entered = <PyObject*>self.context
-        return True
+        return enter(self.context, &self.in_context, self.engine, before)
 
     cdef int leave_context(self, PyObject* before) except -1:
-        self.in_context = False
-        self.engine.entered = before
-        PyContext_Exit(self.context)
-        return 0
+        return leave(self.context, &self.in_context, self.engine, before)
 
     cdef void call_data_received(self, object data) noexcept:
         cdef PyObject* before = NULL

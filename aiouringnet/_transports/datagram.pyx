@@ -33,6 +33,7 @@ from aiouringnet._engine.datagram_output cimport DatagramSink
 from aiouringnet._engine.datagrams cimport Datagrams
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._transports.common cimport called_soon_threadsafe, drop_empty_dict, immutable, limits
+from aiouringnet._transports.context cimport enter, leave
 from aiouringnet._transports.input cimport CLOSING, DONE, LOST, OPEN
 
 from aiouringnet._engine.recv_meta import ask_for, why_no_segments
@@ -42,8 +43,6 @@ from aiouringnet._transports.slow import timed
 
 cdef extern from "Python.h":
     object PyContext_CopyCurrent()
-    int PyContext_Enter(object) except -1
-    int PyContext_Exit(object) except -1
 
 cdef object logger = asyncio.log.logger
 # For __del__, which may run when the names of this and other modules are None.
@@ -176,20 +175,10 @@ cdef class DatagramTransport(DatagramSink):
     # --- what comes to the protocol ------------------------------------------
 
     cdef bint enter_context(self, PyObject** before) except -1:
-        """Into the endpoint's context; false where it is entered already, by a callback that runs the loop."""
-        if self.in_context:
-            return False
-        PyContext_Enter(self.context)
-        self.in_context = True
-        before[0] = self.engine.entered
-        self.engine.entered = <PyObject*>self.context
-        return True
+        return enter(self.context, &self.in_context, self.engine, before)
 
     cdef int leave_context(self, PyObject* before) except -1:
-        self.in_context = False
-        self.engine.entered = before
-        PyContext_Exit(self.context)
-        return 0
+        return leave(self.context, &self.in_context, self.engine, before)
 
     cdef void on_datagram(self, object data, object address, object meta) noexcept:
         cdef PyObject* before = NULL

@@ -12,6 +12,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from aiouringnet._engine.interface cimport Layer, ROOM_BYTES, ROOM_LENT, ROOM_VIEW, ROOM_WIDE, Room, Sink
+from aiouringnet._transports.context cimport enter, leave
 
 from aiouringnet._transports.slow import timed
 
@@ -34,8 +35,6 @@ cdef extern from *:
 cdef extern from "Python.h":
     PyObject* new_bytes "PyBytes_FromStringAndSize"(const char* data, Py_ssize_t size)
     int _PyBytes_Resize(PyObject** data, Py_ssize_t size)
-    int PyContext_Enter(object) except -1
-    int PyContext_Exit(object) except -1
     void PyErr_Clear()
 
 
@@ -58,20 +57,10 @@ cdef enum:
 
 cdef class StreamInput(Sink):
     cdef bint enter_context(self, PyObject** before) except -1:
-        """Into the connection's context; false where it is entered already, by a callback that runs the loop."""
-        if self.in_context:
-            return False
-        PyContext_Enter(self.context)
-        self.in_context = True
-        before[0] = self.engine.entered
-        self.engine.entered = <PyObject*>self.context
-        return True
+        return enter(self.context, &self.in_context, self.engine, before)
 
     cdef int leave_context(self, PyObject* before) except -1:
-        self.in_context = False
-        self.engine.entered = before
-        PyContext_Exit(self.context)
-        return 0
+        return leave(self.context, &self.in_context, self.engine, before)
 
     cdef void on_data(self, const char* data, Py_ssize_t size) noexcept:
         cdef Layer layer = self.layer
