@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 # Each extension module and the C headers it needs rebuilt for.
 MODULES = [
@@ -133,4 +134,14 @@ def extensions():
     )
 
 
-setup(ext_modules=extensions() if sys.platform == "linux" else [])
+class BuildExt(build_ext):
+    """Compiles as many modules at a time as there are cores, unless told otherwise: they are independent."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        if self.parallel is None:
+            self.parallel = len(os.sched_getaffinity(0))
+
+
+on_linux = sys.platform == "linux"
+setup(ext_modules=extensions() if on_linux else [], cmdclass={"build_ext": BuildExt} if on_linux else {})

@@ -82,14 +82,6 @@ def run(args, cwd, **env):
 
 
 @pytest.fixture(scope="module")
-def both_cores(tmp_path_factory):
-    """Environment in which setuptools compiles two modules at a time."""
-    path = tmp_path_factory.mktemp("config") / "extra.cfg"
-    path.write_text("[build_ext]\nparallel = 2\n")
-    return {"DIST_EXTRA_CONFIG": str(path)}
-
-
-@pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
     """The sdist of a fresh checkout, and what was said when it was made."""
     needs_build_tools()
@@ -102,10 +94,10 @@ def sdist(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist, both_cores, tmp_path_factory):
+def wheel(sdist, tmp_path_factory):
     """The wheel that pip makes of the sdist, and what Cython and the compiler had to say."""
     out = tmp_path_factory.mktemp("wheel")
-    done = run(["-m", "pip", "wheel", "-v", "--no-deps", *isolation(), "-w", out, sdist[0]], out, **both_cores)
+    done = run(["-m", "pip", "wheel", "-v", "--no-deps", *isolation(), "-w", out, sdist[0]], out)
     assert done.returncode == 0, done.stdout
     [path] = out.glob("*.whl")
     return path, sdist[1] + done.stdout
@@ -193,7 +185,7 @@ def test_the_installed_wheel_works(wheel, tmp_path):
 
 
 @linux_only
-def test_an_editable_install_works(both_cores, tmp_path):
+def test_an_editable_install_works(tmp_path):
     """The folder that the developer edits is what is imported, extensions included."""
     (tmp_path / "checkout").mkdir()
     # What Cython has made of the same sources serves here, too: fresh checkouts are the sdist's.
@@ -207,7 +199,7 @@ def test_an_editable_install_works(both_cores, tmp_path):
     # Another one that is installed in the outer environment stays there.
     pip = ["-m", "pip", "install", "--ignore-installed", "--no-deps", *isolation(), "-e", folder]
     # How fast what comes of it is, and what the compiler says, the wheel shows.
-    env = {**os.environ, **both_cores, "CC": helpers.compiler(tmp_path, "-O0")}
+    env = {**os.environ, "CC": helpers.compiler(tmp_path, "-O0")}
     env |= {"PYTHONPATH": outer, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     done = subprocess.run([python, *pip], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=BUILD_S)
     assert done.returncode == 0, done.stdout + done.stderr
