@@ -101,7 +101,7 @@ if [ -n "$built" ]; then
 print("cp%d%d-cp%d%d%s" % (*sys.version_info[:2] * 2, "t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""))
 ')"-*linux_*"$(uname -m)".whl "$work/dist/"
 else
-    say "Building liburing, sdist and wheel, with Python $("$python" -c 'import platform; print(platform.python_version())')"
+    say "Building liburing, sdist and wheel, with Python $(python -c 'import platform; print(platform.python_version())')"
     quietly bash "$root/.github/wheels/liburing.sh" "$work/liburing"
     export PKG_CONFIG_PATH=$work/liburing/lib/pkgconfig
     # From the sdist, so that it has all that a wheel needs.
@@ -135,19 +135,20 @@ packages_of_python() { # Debian's, by what it is linked with
         echo "python$version python$version-venv"
         return
     fi
-    find "$home/bin" "$home/lib" -type f \( -name 'python*' -perm -u+x -o -name '*.so*' \) \
-        -not -path '*/site-packages/*' -not -name '_tkinter*' -exec ldd {} + 2>/dev/null |
+    # Not all of that is linked, which find would call a failure.
+    { find "$home/bin" "$home/lib" -type f \( -name 'python*' -perm -u+x -o -name '*.so*' \) \
+        -not -path '*/site-packages/*' -not -name '_tkinter*' -exec ldd {} + 2>/dev/null || true; } |
         sed -n 's/.* => \(\/[^ ]*\) .*/\1/p' | sort -u |
         while read -r library; do
             case $library in "$home"/*) continue ;; esac
-            { dpkg -S "*/${library##*/}" 2>/dev/null || true; } | sed -n '/^diversion/!s/[:,].*//p' | head -n 1
+            { dpkg -S "*$library" 2>/dev/null || true; } | sed -n '/^diversion/!s/[:,].*//p' | sed -n 1p
         done | sort -u
 }
 
 if [ -z "$system" ]; then
     system=$work/system
     codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
-    archive=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | head -n 1)
+    archive=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | sed -n 1p)
     include=$(packages_of_python | tr ' \n' ',,')
     say "Making an empty system of $codename"
     quietly debootstrap --variant=minbase --include="${include}openssl" "$codename" "$system" "$archive"
@@ -188,7 +189,7 @@ shift 2
 venv/bin/python -m pip -q --disable-pip-version-check install --no-index packages/*.whl
 cd source
 ../venv/bin/python -c 'import aiouringnet; assert "site-packages" in aiouringnet.__file__, aiouringnet.__file__'
-../venv/bin/python -m aiouringnet | head -n 1
+../venv/bin/python -m aiouringnet | sed -n 1p
 ../venv/bin/python -m pytest -q -p no:cacheprovider -n "$threads" "$@" </dev/null
 END
 

@@ -30,7 +30,7 @@ tar -xzf liburing.tar.gz --strip-components=1
 
 # Not -nolibc, which is liburing's way on some machines and an option on others: one code for all.
 ./configure --prefix="$prefix" --libdir="$prefix/lib" --use-libc >configure.log
-make -s -C src CFLAGS="-O3 -g -Wall -Wextra -fPIC -fvisibility=hidden" liburing.a 2>make.log || { cat make.log >&2; exit 1; }
+make -s -C src CFLAGS="-O3 -g -Wall -Wextra -fPIC -fvisibility=hidden" liburing.a
 make -s liburing.pc
 # Not `make install`, which installs the shared library and manual pages, too.
 mkdir -p "$prefix/include/liburing" "$prefix/lib/pkgconfig" "$prefix/share/licenses/liburing"
