@@ -151,7 +151,7 @@ if [ -z "$system" ]; then
     archive=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | sed -n 1p)
     include=$(packages_of_python | tr ' \n' ',,')
     say "Making an empty system of $codename"
-    quietly debootstrap --variant=minbase --include="${include}openssl" "$codename" "$system" "$archive"
+    quietly debootstrap --variant=minbase --include="${include}netbase,openssl" "$codename" "$system" "$archive"
     cp /etc/hosts "$system/etc/hosts"
 fi
 found=$(chroot "$system" /bin/sh -c 'for name in cc gcc clang pkg-config; do command -v $name; done' || true)
