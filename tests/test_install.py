@@ -21,6 +21,8 @@ BUILD_S = 360
 # What a checkout has: no generated C, no extension modules, no build folder.
 FOLDERS = ("aiouringnet", "benchmarks", "examples", "tests")
 FILES = ("HISTORY.rst", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
+# What Cython makes; a package with it is eight times as large.
+GENERATED_C = re.compile(r"aiouringnet/.*\.c$")
 
 
 def generated(folder, names):
@@ -143,9 +145,11 @@ def test_the_sdist_has_all_that_a_build_and_a_test_run_need(sdist):
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {*SOURCES, *python_modules(), "setup.py", "pyproject.toml", "LICENSE", "HISTORY.rst"}
     wanted |= {f"tests/{name}" for name in ("conftest.py", "helpers.py", "run.sh", "setup.sh", Path(__file__).name)}
+    wanted |= {f"tests/{path.name}" for path in (helpers.ROOT / "tests").glob("*.*")}
     wanted |= {f"examples/{path.name}" for path in (helpers.ROOT / "examples").glob("*.py")}
+    wanted |= {f"benchmarks/{path.name}" for path in (helpers.ROOT / "benchmarks").glob("*.*")}
     assert wanted - names == set()
-    assert [name for name in names if name.endswith((".so", ".pyc"))] == []
+    assert [name for name in names if name.endswith((".so", ".pyc")) or GENERATED_C.match(name)] == []
 
 
 @linux_only
@@ -155,6 +159,7 @@ def test_the_wheel_has_modules_stubs_and_sources(wheel):
         names = set(archive.namelist())
         [metadata] = [archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
     assert {*SOURCES, *python_modules()} - names == set()
+    assert [name for name in names if GENERATED_C.match(name)] == []
     for stem in EXTENSIONS:
         assert [name for name in names if name.startswith(f"aiouringnet/{stem}.cpython-") and name.endswith(".so")]
     # Nothing of the checkout's other folders becomes a top-level package of whoever installs this.

@@ -101,7 +101,7 @@ if [ -n "$built" ]; then
 print("cp%d%d-cp%d%d%s" % (*sys.version_info[:2] * 2, "t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""))
 ')"-*linux_*"$(uname -m)".whl "$work/dist/"
 else
-    say "Building liburing, sdist and wheel, with Python $(python -c 'import platform; print(platform.python_version())')"
+    say "Building liburing, sdist and wheel, with $(python --version)"
     quietly bash "$root/.github/wheels/liburing.sh" "$work/liburing"
     export PKG_CONFIG_PATH=$work/liburing/lib/pkgconfig
     # From the sdist, so that it has all that a wheel needs.
