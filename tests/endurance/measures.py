@@ -135,9 +135,18 @@ def drifts(samples, names):
 # Late timers
 
 
-def waited_for_cpu_s():
+class WaitForCPU:
     """How long this thread was ready to run and had no CPU, so far (the kernel's schedstat)."""
-    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+
+    def __init__(self):
+        # Once: there may be no descriptor later.
+        self.fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+
+    def seconds(self):
+        return int(os.pread(self.fd, 100, 0).split()[1]) / 1e9
+
+    def close(self):
+        os.close(self.fd)
 
 
 class Ticker:
@@ -150,22 +159,24 @@ class Ticker:
     def __init__(self):
         self.loop = asyncio.get_running_loop()
         self.seen, self.own = [], []
+        self.wait = WaitForCPU()
         self.arm()
 
     def arm(self):
-        self.waited = waited_for_cpu_s()
+        self.waited = self.wait.seconds()
         self.due = self.loop.time() + TICK_S
         self.handle = self.loop.call_at(self.due, self.fire)
 
     def fire(self):
         late = self.loop.time() - self.due
         self.seen.append(late)
-        self.own.append(max(0.0, late - (waited_for_cpu_s() - self.waited)))
+        self.own.append(max(0.0, late - (self.wait.seconds() - self.waited)))
         self.arm()
 
     def stop(self):
         """Percentiles in ms: {"seen": ..., "own": ...}."""
         self.handle.cancel()
+        self.wait.close()
         return {"seen": percentiles_ms(self.seen), "own": percentiles_ms(self.own)}
 
 
@@ -213,6 +224,9 @@ class Answering:
             why = f"ended with {self.process.wait()}" if ready else f"did not answer within {timeout_s} s"
             raise RuntimeError(f"{self.process.args[1:4]} {why}")
         return json.loads(line)
+
+    def has_answered(self):
+        return bool(select.select([self.process.stdout], [], [], 0)[0])
 
     def end(self, signum=None, patience_s=10):
         """By a signal, or by the end of its input; returns the status."""

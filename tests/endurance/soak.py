@@ -135,6 +135,8 @@ class Soak:
         self.log = self.log_path.open("w")
         self.outside = []
         for kind in (Redis, Postgres):
+            if kind.name in settings.without:
+                continue
             own = folder / kind.name
             own.mkdir()
             try:
@@ -249,6 +251,7 @@ def main():
     measures.add_configuration(parser)
     parser.add_argument("--interval", type=float, default=10, metavar="SECONDS", help="between samples (%(default)s)")
     parser.add_argument("--each", type=int, default=EACH, help="clients of each service (%(default)s)")
+    parser.add_argument("--without", nargs="*", default=[], choices=("redis", "postgres"), help="leave these out")
     parser.add_argument("--samples", metavar="FILE", help="append each sample to a file, a line of JSON each")
     parser.add_argument("--verbose", action="store_true", help="print samples as they come")
     settings = parser.parse_args()

@@ -1,0 +1,59 @@
+"""The programs of tests/endurance/ that run for minutes or hours, each for a few seconds and with little.
+
+What they are about is in their own first lines, and how long they really take.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+import tls
+
+pytestmark = [tls.needs_openssl, pytest.mark.limit(120)]
+
+FOLDER = Path(__file__).with_name("endurance")
+
+
+def configurations(*parts):
+    return pytest.mark.parametrize("configuration", parts)
+
+
+def run(program, configuration, *arguments):
+    """Its output; a configuration that cannot be had is skipped."""
+    base, engine = configuration.split("-")
+    if why := helpers.why_no_base(base) or (helpers.why_no_ring() if engine == "uring" else None):
+        pytest.skip(why)
+    done = subprocess.run(
+        [sys.executable, FOLDER / f"{program}.py", "--configuration", configuration, *map(str, arguments)],
+        env=helpers.child_env(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=100 * helpers.patience,
+    )
+    assert done.returncode == 0 and "nothing wrong" in done.stdout, done.stdout[-6000:]
+    return done.stdout
+
+
+@configurations("uvloop-uring")
+def test_peers_that_come_and_go_leave_nothing_behind(configuration):
+    for package in ("aiohttp", "asyncpg", "httptools", "redis", "uvicorn", "websockets"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    # redis-server and PostgreSQL take longer to start than this shall.
+    run("soak", configuration, "--seconds", 2, "--interval", 0.8, "--each", 2, "--without", "redis", "postgres")
+
+
+@configurations("asyncio-uring")
+def test_connections_in_waves_leave_nothing_behind(configuration):
+    said = run("churn", configuration, "--connections", 1200, "--wave", 300, "--at-once", 100, "--clients", "ours")
+    assert "1,200 connections" in said
+
+
+@configurations("uvloop-epoll")
+def test_more_than_a_server_can_take_is_served_in_time(configuration):
+    few = ("--connections", 300, "--descriptors", 150, "--quiet", 50, "--batch", 300)
+    said = run("overload", configuration, *few, "--seconds", 1.6)
+    assert "300 served" in said and "accepted and served" in said
