@@ -4,7 +4,7 @@
 
 Each connection says 16 bytes and gets them back; then, in turns, the client ends it, the server does, or the client
 resets it. `--at-once` of them are there at a time. After each wave a sample is taken, of the server's process and, with
-`--clients ours`, of the clients', too: resident memory, descriptors, objects, tasks, operations in flight, streams.
+`--clients ours`, of the clients', too: resident memory, allocations, objects, descriptors, tasks, operations in flight, streams.
 measures.py says what drift is; descriptors and the like must be the same each time from the second wave on. Time is the
 bound where it is reached first. Clients are divided among 64 addresses of loopback, so that ports do not run out.
 """
@@ -19,8 +19,6 @@ import measures
 import tls
 
 ROLES = Path(__file__).with_name("crowd_roles.py")
-DRIFTING = ("resident bytes", "objects", "descriptors", "tasks", "in flight", "streams")
-CONSTANT = ("descriptors", "tasks", "in flight", "streams")
 
 
 def ask(child, what, timeout_s=600, **arguments):
@@ -55,12 +53,12 @@ def churn(settings):
     for name, (before, *of_waves) in samples.items():
         mib = [sample["resident bytes"] / 2**20 for sample in (before, of_waves[0], of_waves[-1])]
         print(f"  {name}: {mib[0]:.2f} MiB before, {mib[1]:.2f} after the first wave, {mib[2]:.2f} after the last")
-        said, drifting = measures.drifts(of_waves, DRIFTING)
+        said, drifting = measures.drifts(of_waves)
         print("    ", end="")
         print(*said, sep="\n    ")
         wrong += [f"{name}: {what}" for what in drifting]
         wrong += [f"{name}: {what}: {n} times" for what, n in of_waves[-1]["problems"].items()]
-        for constant in CONSTANT:
+        for constant in measures.CONSTANT:
             values = sorted({sample[constant] for sample in of_waves[1:]})
             if len(values) > 1:
                 wrong.append(f"{name}: {constant} differ from wave to wave: {values}")

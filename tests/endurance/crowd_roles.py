@@ -123,7 +123,10 @@ class OnLoop:
         await asyncio.sleep(0.05)
         gc.collect()
         return {
-            "resident bytes": measures.resident_bytes(),
+            "untrimmed bytes": measures.resident_bytes(),
+            "resident bytes": measures.trimmed_bytes(),
+            "allocated bytes": measures.allocated_bytes(),
+            "blocks": sys.getallocatedblocks(),
             "descriptors": measures.descriptors(),
             "objects": len(gc.get_objects()),
             "tasks": len(asyncio.all_tasks()),

@@ -7,6 +7,7 @@ third of a run is left out: caches fill, and memory grows to what the load needs
 """
 
 import asyncio
+import ctypes
 import json
 import math
 import os
@@ -26,6 +27,10 @@ from aiouringnet import _engine as engines  # noqa: E402
 
 FIRST_PART = 1 / 3
 DRIFT = 0.01
+
+# What a sample has of which no more may be held in the end, and of that, what must be the same in each.
+DRIFTING = ("resident bytes", "allocated bytes", "blocks", "objects", "descriptors", "tasks", "in flight", "streams")
+CONSTANT = ("descriptors", "tasks", "in flight", "streams")
 TICK_S = 0.01
 
 
@@ -81,6 +86,36 @@ def resident_bytes(pid="self"):
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def trimmed_bytes():
+    """Resident memory of this process once malloc has given back the pages in which nothing is left.
+
+    Without that it rises and falls by megabytes, in steps: with where the last block of a heap happens to lie.
+    """
+    LIBC.malloc_trim(0)
+    return resident_bytes()
+
+
+class MallInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc 2.33."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+LIBC = ctypes.CDLL(None)
+
+
+def allocated_bytes():
+    """What malloc has given out and not got back (0 where glibc is too old to say); Python's small blocks aside."""
+    if not hasattr(LIBC, "mallinfo2"):
+        return 0
+    LIBC.mallinfo2.restype = MallInfo
+    found = LIBC.mallinfo2()
+    return found.uordblks + found.hblkhd
+
+
 def descriptors(pid="self"):
     return len(os.listdir(f"/proc/{pid}/fd")) - (pid == "self")
 
@@ -113,7 +148,7 @@ def later_part(samples):
     return [sample for sample in samples if sample["time"] >= begin + FIRST_PART * (end - begin)]
 
 
-def drifts(samples, names):
+def drifts(samples, names=DRIFTING):
     """(a line for each figure, what is wrong) of samples: dicts with "time"."""
     later = later_part(samples)
     times = [sample["time"] for sample in later]

@@ -9,7 +9,7 @@ back is compared. Once in each interval one of redis-server, PostgreSQL and the 
 SIGKILL in turns. What breaks then may break, within a few seconds; at any other time it is a fault.
 
 At the end of each interval all clients end their connections, and a sample is taken when nothing but the listeners
-should be left: resident memory, descriptors, objects that the collector knows, tasks, the engine's operations in
+should be left: resident memory, what malloc and Python have given out, objects that the collector knows, descriptors, tasks, the engine's operations in
 flight and streams. measures.py says what drift is and when it counts (over 1 %). Descriptors, tasks and operations
 must be the same in each sample of the later part, to the last one. What cannot be started here is left out, and said.
 """
@@ -34,8 +34,6 @@ from measures import helpers
 
 ROLES = Path(__file__).with_name("soak_roles.py")
 GRACE_S = 5  # after a peer is back, until nothing more may break
-DRIFTING = ("resident bytes", "objects", "descriptors", "tasks", "in flight", "streams")
-CONSTANT = ("descriptors", "tasks", "in flight", "streams")
 EACH = 4  # clients of each service
 
 
@@ -214,7 +212,7 @@ class Soak:
             with open(self.settings.samples, "a") as file:
                 file.write(json.dumps(found) + "\n")
         if self.settings.verbose:
-            print(found["time"], {name: found[name] for name in DRIFTING}, flush=True)
+            print(found["time"], {name: found[name] for name in measures.DRIFTING}, flush=True)
 
     def collect(self, child, who):
         """A sample; what went wrong, unless a restart is why."""
@@ -228,10 +226,10 @@ class Soak:
         return found
 
     def judge(self):
-        said, wrong = measures.drifts(self.samples, DRIFTING)
+        said, wrong = measures.drifts(self.samples)
         self.wrong += wrong
         later = measures.later_part(self.samples)
-        for name in CONSTANT:
+        for name in measures.CONSTANT:
             values = sorted({sample[name] for sample in later})
             if len(values) > 1:
                 self.wrong.append(f"{name} differ from pause to pause: {values}")

@@ -41,7 +41,8 @@ SETTLE_S = 5
 # What clients are told when a peer ends or is not back yet.
 BROKEN = (
     *(OSError, EOFError, aiohttp.ClientError, redis.exceptions.RedisError, asyncpg.PostgresError),
-    *(asyncpg.InterfaceError, websockets.exceptions.WebSocketException),
+    # asyncpg's word for a question to a server that has just said that it ends, on every loop: InternalClientError.
+    *(asyncpg.InterfaceError, asyncpg.InternalClientError, websockets.exceptions.WebSocketException),
 )
 
 
@@ -286,7 +287,10 @@ async def sample(clients, problems):
     gc.collect()
     stats = measures.counters()
     found = {
-        "resident bytes": measures.resident_bytes(),
+        "untrimmed bytes": measures.resident_bytes(),
+        "resident bytes": measures.trimmed_bytes(),
+        "allocated bytes": measures.allocated_bytes(),
+        "blocks": sys.getallocatedblocks(),
         "descriptors": measures.descriptors(),
         "objects": len(gc.get_objects()),
         "tasks": len(asyncio.all_tasks()),
