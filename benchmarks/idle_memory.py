@@ -1,15 +1,17 @@
 """Resident memory that an idle connection costs each echo server.
 
-    python benchmarks/idle_memory.py [--connections 10000] [--servers uvloop,ours-uvloop] [--tls]
+    python benchmarks/idle_memory.py [--connections 10000] [--servers uvloop,ours-uvloop] [--tls] [--processes 6]
 
 A client process opens the connections, waits, exchanges one 64-byte echo on each, and waits again. The server's
 resident memory is read before, while they are connected, and after the echoes. What the kernel holds for its sockets
-is not part of it. Both processes raise their limit on open files; the hard limit must allow the connections.
+is not part of it. Both processes raise their limit on open files; the hard limit must allow the connections. With
+`--processes` so many servers share them, each with a client of its own, and have them all at the same time.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -20,6 +22,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 
 import build
@@ -31,8 +34,13 @@ CONNECTIONS = 10000
 TLS_CONNECTIONS = 2000  # each of them may take 100 KiB, and the client makes its handshakes one after the other
 SPARE_FILES = 64
 STEP_SECONDS = 60
+CONNECTION_SECONDS = 0.005  # what each may take more, where the machine does something else
 SETTLE_SECONDS = 0.5
 MESSAGE = b"m" * 64
+
+
+def step_seconds(connections: int) -> float:
+    return STEP_SECONDS + CONNECTION_SECONDS * connections
 
 
 def connect(port: int, context: ssl.SSLContext | None) -> socket.socket:
@@ -49,7 +57,7 @@ def unverified_context() -> ssl.SSLContext:
 
 def client(port: int, count: int, tls: bool) -> None:
     """The other process: does one step for each line on its standard input and says when it is done."""
-    signal.alarm(4 * STEP_SECONDS)
+    signal.alarm(4 * int(step_seconds(count)))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     context = unverified_context() if tls else None
@@ -64,9 +72,9 @@ def client(port: int, count: int, tls: bool) -> None:
     sys.stdin.readline()
 
 
-def _await_step(process: subprocess.Popen[str], step: str) -> None:
+def _await_step(process: subprocess.Popen[str], step: str, seconds: float) -> None:
     assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], STEP_SECONDS)
+    ready, _, _ = select.select([process.stdout], [], [], seconds)
     line = process.stdout.readline().strip() if ready else "nothing"
     if line != step:
         raise RuntimeError(f"the client said {line!r} instead of {step!r}")
@@ -81,9 +89,17 @@ def _await_accepted(pid: int, files: int) -> None:
         time.sleep(0.05)
 
 
-def measure(server: Server, placement: Placement, count: int, tls: bool = False) -> dict[str, float]:
-    """Bytes of resident memory per connection: `connected`, and `echoed` after one message."""
-    with running(server, "echo_server.py", False, placement, tls) as ready, contextlib.ExitStack() as stack:
+def measure(
+    server: Server, placement: Placement, count: int, tls: bool = False, others: threading.Barrier | None = None
+) -> dict[str, float]:
+    """Bytes of resident memory per connection: `connected`, and `echoed` after one message.
+
+    `others`: who measures at the same time, and is waited for.
+    """
+    seconds = step_seconds(count * (others.parties if others else 1))
+    life = ("--seconds", str(5 * int(seconds)))
+    with running(server, "echo_server.py", False, placement, tls, life) as ready, contextlib.ExitStack() as stack:
+        stack.callback(lambda: others and others.abort())  # nobody waits for one that has failed
         pid = int(str(ready["pid"]))
         files = len(os.listdir(f"/proc/{pid}/fd"))
         before = procstat.rss_bytes(pid)
@@ -100,15 +116,21 @@ def measure(server: Server, placement: Placement, count: int, tls: bool = False)
         stack.callback(process.wait)
         stack.callback(process.kill)
         assert process.stdin is not None
-        _await_step(process, "connected")
+        _await_step(process, "connected", seconds)
         _await_accepted(pid, files + count)
+        if others:
+            others.wait(seconds)
         time.sleep(SETTLE_SECONDS)
         connected = procstat.rss_bytes(pid)
         process.stdin.write("echo\n")
         process.stdin.flush()
-        _await_step(process, "echoed")
+        _await_step(process, "echoed", seconds)
+        if others:
+            others.wait(seconds)
         time.sleep(SETTLE_SECONDS)
         echoed = procstat.rss_bytes(pid)
+        if others:
+            others.wait(seconds)
     return {
         "connected": (connected - before) / count,
         "echoed": (echoed - before) / count,
@@ -117,23 +139,33 @@ def measure(server: Server, placement: Placement, count: int, tls: bool = False)
     }
 
 
+def measure_together(server: Server, placement: Placement, count: int, tls: bool, processes: int) -> dict[str, float]:
+    """The mean of so many servers that have `count` connections each at the same time."""
+    others = threading.Barrier(processes)
+    with concurrent.futures.ThreadPoolExecutor(processes) as threads:
+        started = [threads.submit(measure, server, placement, count, tls, others) for _ in range(processes)]
+        found = [one.result() for one in started]
+    return {name: sum(one[name] for one in found) / processes for name in found[0]}
+
+
 def measure_all(
-    servers: list[Server], placement: Placement, count: int, tls: bool = False
+    servers: list[Server], placement: Placement, count: int, tls: bool = False, processes: int = 1
 ) -> dict[str, dict[str, float]]:
+    count //= processes
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < count + SPARE_FILES:
         count = hard - SPARE_FILES
-        print(f"idle memory: only {count} connections, since the hard limit on open files is {hard}")
+        print(f"idle memory: only {count} connections of each process, since the hard limit on open files is {hard}")
     results = {}
     for server in servers:
         try:
-            results[server.text] = found = measure(server, placement, count, tls)
+            results[server.text] = found = measure_together(server, placement, count, tls, processes)
         except (ServerUnavailable, RuntimeError) as why:
             print(f"idle memory of {server.text} not measured: {why}", flush=True)
             continue
         print(
             f"  {server.text:24} {found['connected']:7.0f} bytes per idle connection, {found['echoed']:7.0f} after "
-            f"one echo",
+            f"one echo; {processes * count:,} of them",
             flush=True,
         )
     return results
@@ -145,6 +177,7 @@ def main() -> None:
     parser.add_argument("--servers", default=",".join(servers_module.DEFAULT_SERVERS), help="whom to measure (all)")
     parser.add_argument("--server-cpu", type=int, default=0, help="core of the server (%(default)s)")
     parser.add_argument("--tls", action="store_true", help="TLS connections")
+    parser.add_argument("--processes", type=int, default=1, help="servers that share the connections (%(default)s)")
     parser.add_argument("--client", type=int, metavar="PORT", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.connections = args.connections or (TLS_CONNECTIONS if args.tls else CONNECTIONS)
@@ -159,7 +192,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     placement = Placement(args.server_cpu, args.server_cpu, max(os.sched_getaffinity(0)))
-    measure_all(servers, placement, args.connections, args.tls)
+    measure_all(servers, placement, args.connections, args.tls, args.processes)
 
 
 if __name__ == "__main__":

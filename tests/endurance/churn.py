@@ -3,10 +3,11 @@
     python tests/endurance/churn.py [--connections 1000000] [--wave 20000] [--clients plain|ours] [--tls]
 
 Each connection says 16 bytes and gets them back; then, in turns, the client ends it, the server does, or the client
-resets it. `--at-once` of them are there at a time. After each wave a sample is taken, of the server's process and, with
-`--clients ours`, of the clients', too: resident memory, allocations, objects, descriptors, tasks, operations in flight, streams.
-measures.py says what drift is; descriptors and the like must be the same each time from the second wave on. Time is the
-bound where it is reached first. Clients are divided among 64 addresses of loopback, so that ports do not run out.
+resets it. `--at-once` of them are there at a time. After each wave a sample is taken, of the server's process and,
+with `--clients ours`, of the clients', too: resident memory, allocations, objects, descriptors, tasks, the engine's
+operations in flight and streams. measures.py says what drift is; descriptors and the like must be the same each time
+from the second wave on. Time is the bound where it is reached first. Clients are divided among 64 addresses of
+loopback, so that ports do not run out.
 """
 
 import argparse

@@ -9,9 +9,10 @@ back is compared. Once in each interval one of redis-server, PostgreSQL and the 
 SIGKILL in turns. What breaks then may break, within a few seconds; at any other time it is a fault.
 
 At the end of each interval all clients end their connections, and a sample is taken when nothing but the listeners
-should be left: resident memory, what malloc and Python have given out, objects that the collector knows, descriptors, tasks, the engine's operations in
-flight and streams. measures.py says what drift is and when it counts (over 1 %). Descriptors, tasks and operations
-must be the same in each sample of the later part, to the last one. What cannot be started here is left out, and said.
+should be left: resident memory, what malloc and Python have given out, objects that the collector knows, descriptors,
+tasks, the engine's operations in flight and streams. measures.py says what drift is and when it counts (over 1 %).
+Descriptors, tasks, operations and streams must be the same in each sample of the later part, to the last one. What
+cannot be started here is left out, and said.
 """
 
 import argparse
