@@ -33,6 +33,10 @@ CHUNK = bytes(65536)
 # Whose end comes first: the client's, the server's, or the client's by a reset.
 ENDINGS = ("client", "server", "reset")
 
+# A full queue of the listener's drops what would complete a connection: TCP gives up after two minutes, or the cookie
+# (tcp_syncookies) that the client was given is too old by then, and it is reset.
+AGAIN = {errno.ETIMEDOUT: "timed out, and tried again", errno.ECONNRESET: "reset by the kernel, and tried again"}
+
 # Each address of loopback has its own 28,000 ports for those who connect to it.
 HOSTS = [f"127.0.0.{number}" for number in range(2, 66)]
 
@@ -206,7 +210,7 @@ class Crowd:
         return socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 
     def visit(self, port, count, at_once, limit_s=300, **_):
-        """Served, failed (by reason), still waiting at the end; who got a time-out of TCP's tries again."""
+        """Served, failed (by reason), still waiting at the end. AGAIN are those who try again."""
         measures.raise_limit()
         poll, numbers, under_way = select.epoll(), itertools.count(), {}
         counts, failed, last_served = collections.Counter(), collections.Counter(), 0.0
@@ -227,18 +231,21 @@ class Crowd:
             if reason:
                 failed[reason] += 1
 
+        def again(fd, error):
+            """Nobody has answered yet: that may be the kernel, which accepts for a server that is slow."""
+            reason = AGAIN.get(error)
+            if reason is None or under_way[fd][2]:
+                end(fd, errno.errorcode[error])
+            else:
+                failed[reason] += 1
+                under_way.pop(fd)[0].close()
+                start()
+
         def step(fd, events):
             sock, ending, size = connection = under_way[fd]
             if events & select.EPOLLOUT:
                 if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                    if error == errno.ETIMEDOUT:
-                        failed["timed out, and tried again"] += 1
-                        sock.close()
-                        del under_way[fd]
-                        start()
-                    else:
-                        end(fd, errno.errorcode[error])
-                    return
+                    raise OSError(error, "connect()")
                 sock.send(LAST_MESSAGE if ending == "server" else MESSAGE)
                 poll.modify(fd, select.EPOLLIN)
                 return
@@ -259,7 +266,7 @@ class Crowd:
                 try:
                     step(fd, events)
                 except OSError as exc:
-                    end(fd, errno.errorcode[exc.errno])
+                    again(fd, exc.errno)
                 last_served = time.monotonic()
                 if started < count and len(under_way) < at_once:
                     start()
