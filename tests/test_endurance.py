@@ -57,3 +57,11 @@ def test_more_than_a_server_can_take_is_served_in_time(configuration):
     few = ("--connections", 300, "--descriptors", 150, "--quiet", 50, "--batch", 300)
     said = run("overload", configuration, *few, "--seconds", 1.6)
     assert "300 served" in said and "accepted and served" in said
+
+
+@configurations("asyncio-uring")
+def test_cases_that_ended_in_some_way_of_their_own_still_break_no_rule(configuration, tmp_path):
+    stored = (FOLDER / "fuzz_tls.jsonl").read_text().splitlines()
+    few = tmp_path / "cases"
+    few.write_text("".join(f"{case}\n" for case in stored[:: max(1, len(stored) // 15)]))
+    run("fuzz_tls", configuration, "--seconds", 0, "--corpus", few)
