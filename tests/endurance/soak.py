@@ -223,7 +223,8 @@ class Soak:
             if any(since <= when <= until + GRACE_S for _, since, until in self.restarts):
                 self.excused += 1
             else:
-                self.wrong.append(f"{who}: {where}: {what} at {time.strftime('%H:%M:%S', time.localtime(when))}")
+                before = [f"{when - until:.1f} s after {name} was back" for name, _, until in self.restarts[-1:]]
+                self.wrong.append(f"{who}: {where}: {what} {' '.join(before)}")
         return found
 
     def judge(self):

@@ -204,6 +204,15 @@ ASKED_BY = {
 }
 
 
+def words_of(exc):
+    """With its causes: libraries' own exceptions often say little."""
+    said = []
+    while exc is not None and len(said) < 4:
+        said.append(f"{type(exc).__name__}: {exc}")
+        exc = exc.__cause__ or exc.__context__
+    return ", from ".join(said)
+
+
 class Clients:
     """A few for each service: every other one keeps its connection from one pause to the next."""
 
@@ -239,7 +248,7 @@ class Clients:
                 self.counts["connections"] += 1
             except BROKEN as exc:
                 self.counts["broken"] += 1
-                self.errors.append((time.time(), name, repr(exc)))
+                self.errors.append((time.time(), name, words_of(exc)))
                 await asyncio.sleep(0.1)
             except Exception as exc:
                 self.wrong.append(f"{name}: {exc!r}")
