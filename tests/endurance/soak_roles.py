@@ -168,8 +168,9 @@ async def ask_echo(turns, port, context):
 async def ask_redis(turns, port, context, cafile):
     secured = {"ssl": True, "ssl_ca_certs": cafile} if context else {}
     key = f"key-{random.randrange(1 << 60)}"
+    patience = {"socket_timeout": HUNG_S, "socket_connect_timeout": HUNG_S}  # instead of 5 s, on a machine that is busy
     async with redis.asyncio.Redis(
-        host=HOST, port=port, retry=Retry(redis.backoff.NoBackoff(), 0), **secured
+        host=HOST, port=port, **patience, retry=Retry(redis.backoff.NoBackoff(), 0), **secured
     ) as client:
         for _ in turns():
             value = some_bytes()
