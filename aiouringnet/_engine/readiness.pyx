@@ -8,7 +8,7 @@ remove, shows when an event finds no handle; then the set is to be made anew.
 """
 
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
-from libc.errno cimport EBADF, EEXIST, ENOMEM, errno
+from libc.errno cimport EBADF, EEXIST, EINTR, ENOMEM, ENOSPC, errno
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
@@ -84,6 +84,9 @@ cdef class Readiness:
         cdef Slot* slot
         self.next = self.end = 0
         n = epoll_wait(self.epoll_fd, self.events, READY_BATCH, 0)
+        while n < 0 and errno == EINTR:
+            # Linux does not say so where nobody waits.  What stands in its place may, and the edge is told only once.
+            n = epoll_wait(self.epoll_fd, self.events, READY_BATCH, 0)
         for i in range(n):
             data = self.events[i].data.u64
             slot = &self.slots[<unsigned int>data]
@@ -127,7 +130,10 @@ cdef class Readiness:
         for fd in range(self.n_slots):
             if self.slots[fd].handle != NULL:
                 # Refused for a descriptor that its owner has closed: there is nothing to watch.
-                control(fresh.epoll_fd, EPOLL_CTL_ADD, fd, self.slots[fd].generation, self.slots[fd].events)
+                if control(
+                    fresh.epoll_fd, EPOLL_CTL_ADD, fd, self.slots[fd].generation, self.slots[fd].events
+                ) < 0 and (errno == ENOMEM or errno == ENOSPC):
+                    return None  # a limit: later
         return fresh
 
 

@@ -372,11 +372,11 @@ def recv_into(loop, sock, buf, Waiter waiter=None):
     except BaseException:
         return attempt(loop, sock, False, sock.recv_into, (buf,), waiter)  # the error is that of the socket module
     try:
-        got = c_recv(fd, view.buf, view.len, MSG_DONTWAIT)
+        got = recv_now(fd, view.buf, view.len, MSG_DONTWAIT)
         error = errno
         PyBuffer_Release(&view)
         if got < 0:
-            if error == EAGAIN or error == EINTR:
+            if error == EAGAIN:
                 return calls.wait(sock, fd, False, waiter)
             raise_errno(error)
     except BaseException:
@@ -415,13 +415,13 @@ def sendall(loop, sock, data, Waiter waiter=None):
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
             if waiter is None:
                 left = view.len
-                n = c_send(fd, view.buf, left, MSG_DONTWAIT | MSG_NOSIGNAL)
+                n = send_now(fd, view.buf, left, MSG_DONTWAIT | MSG_NOSIGNAL)
             else:
                 left = view.len - waiter.sent
-                n = c_send(fd, <char*>view.buf + waiter.sent, left, MSG_DONTWAIT | MSG_NOSIGNAL)
+                n = send_now(fd, <char*>view.buf + waiter.sent, left, MSG_DONTWAIT | MSG_NOSIGNAL)
             error = errno
             PyBuffer_Release(&view)
-            if n < 0 and error != EAGAIN and error != EINTR:
+            if n < 0 and error != EAGAIN:
                 raise_errno(error)
         else:
             left = len(data) - (0 if waiter is None else waiter.sent)
@@ -474,13 +474,13 @@ cdef object received(SocketCalls calls, int fd, Py_ssize_t size):
     cdef Py_ssize_t got
     cdef int error
     if size <= SCRATCH_BYTES:
-        got = c_recv(fd, calls.scratch, size, MSG_DONTWAIT)
+        got = recv_now(fd, calls.scratch, size, MSG_DONTWAIT)
         if got >= 0:
             return PyBytes_FromStringAndSize(calls.scratch, got)
         error = errno
     else:
         data = new_bytes(NULL, size)
-        got = c_recv(fd, bytes_of(data), size, MSG_DONTWAIT)
+        got = recv_now(fd, bytes_of(data), size, MSG_DONTWAIT)
         error = errno
         if got >= 0:
             _PyBytes_Resize(&data, got)
@@ -488,9 +488,24 @@ cdef object received(SocketCalls calls, int fd, Py_ssize_t size):
             Py_DECREF(result)
             return result
         Py_XDECREF(data)
-    if error != EAGAIN and error != EINTR:
+    if error != EAGAIN:
         raise_errno(error)
     return None
+
+
+cdef inline ssize_t recv_now(int fd, void* data, size_t size, int flags) noexcept:
+    """recv(2); interrupted, it has not said that there is nothing, and no event would follow."""
+    cdef ssize_t n = c_recv(fd, data, size, flags)
+    while n < 0 and errno == EINTR:
+        n = c_recv(fd, data, size, flags)
+    return n
+
+
+cdef inline ssize_t send_now(int fd, const void* data, size_t size, int flags) noexcept:
+    cdef ssize_t n = c_send(fd, data, size, flags)
+    while n < 0 and errno == EINTR:
+        n = c_send(fd, data, size, flags)
+    return n
 
 
 cdef int raise_errno(int error) except -1:
