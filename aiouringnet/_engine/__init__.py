@@ -147,7 +147,7 @@ def _make(loop, options):
                 return ring.Ring(loop, options)
             except (OSError, MemoryError) as exc:
                 number = errno.ENOMEM if isinstance(exc, MemoryError) else exc.errno
-                _refusals[loop] = Refusal(str(exc), number)
+                _refusals[loop] = Refusal(_reason(exc), number)
                 if options.engine == "uring":
                     raise RuntimeError(f"engine='uring' was asked for, but io_uring is not usable: {exc}") from exc
                 _say_that_epoll_takes_over(_refusals[loop])
@@ -192,8 +192,13 @@ def probe():
     try:
         found.update(ring.probe(), usable=True)
     except (OSError, MemoryError) as exc:
-        found.update(reason=str(exc), errno=getattr(exc, "errno", None))
+        found.update(reason=_reason(exc), errno=getattr(exc, "errno", None))
     return found
+
+
+def _reason(exc):
+    """What an exception says; malloc()'s says nothing."""
+    return str(exc) or os.strerror(errno.ENOMEM)
 
 
 def _not_built():
