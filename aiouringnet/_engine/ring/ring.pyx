@@ -209,6 +209,8 @@ cdef class Ring(Waiting):
                 ok = self.enter()
             if self.poller is not None:
                 ok = self.poller.submit() and ok
+        if not ok and self.poller is not None and self.poller.refused and not self.refused:
+            self.broken(self.poller.refused)
         if self.flush_scheduled:
             return
         if not ok or self.dirty or self.layers or self.resync or self.over_budget or self.pending():
@@ -359,6 +361,9 @@ cdef class Ring(Waiting):
         if self.readiness is not None:
             self.shut_readiness()
         if not self.ring_up:
+            if self.event_fd >= 0:
+                c_close(self.event_fd)  # the loop has watched another number since the ring was given up
+                self.event_fd = -1
             return
         if self.forked():
             # In a forked child the rings' memory is not mapped, only the

@@ -11,6 +11,7 @@ cdef class Poller:
     cdef io_uring ring              # of sends
     cdef io_uring* receives         # the engine's own ring
     cdef bint up
+    cdef int refused                # the errno with which the kernel refuses the ring, 0: it does not
     cdef bint polling               # poll() is under way
     # Completions copied out, and which of them are yet to be handed out
     cdef io_uring_cqe* batch

@@ -19,6 +19,7 @@ when somebody else may use the socket next, finish_sends() when the loop stops.
 The rings of a process share one poller.
 """
 
+from libc.errno cimport EAGAIN, EBUSY, EEXIST, EINTR, ENOMEM
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
@@ -77,6 +78,7 @@ cdef class Poller:
             raise MemoryError()
         make_ring(&self.ring, options, receives.ring_fd)
         self.receives = receives
+        self.refused = 0
         self.up = True
         # The same descriptor: one wake for both rings.
         register_event_fd(&self.ring, event_fd)
@@ -98,8 +100,14 @@ cdef class Poller:
             self.up = False
 
     cdef bint submit(self) noexcept:
-        """Show the poller what was queued.  False: it is refused, now and then; the next pass is to try again."""
-        return not self.up or io_uring_submit(&self.ring) >= 0
+        """Show the poller what was queued.  False: it is refused, now and then; the next pass is to try again.
+
+        Not now and then: `refused` says with which errno.
+        """
+        cdef int code = io_uring_submit(&self.ring) if self.up else 0
+        if code < 0 and code not in (-EAGAIN, -EBUSY, -EEXIST, -EINTR, -ENOMEM):
+            self.refused = -code
+        return code >= 0
 
     cdef bint pending(self) noexcept:
         return self.up and airn_cq_ready(&self.ring)
