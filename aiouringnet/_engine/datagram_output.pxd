@@ -62,6 +62,7 @@ cdef class DatagramOutput(Flow):
     cdef void drop_front(self, Py_ssize_t n) noexcept
     cdef void fail(self, int error) noexcept
     cdef void wait_for_room(self) noexcept
+    cdef void wait_some_time(self) noexcept
     cdef void on_writable(self) noexcept
 
     # what a socket implements

@@ -310,11 +310,14 @@ cdef class DatagramOutput(Flow):
 
     cdef void wait_for_room(self) noexcept:
         if self.refused:
-            self.waiting = FOR_TIME
-            self.engine.call_later(ASK_AGAIN_S, self._ask_again)
+            self.wait_some_time()
         else:
             self.waiting = FOR_ROOM
             self.sync_watch()
+
+    cdef void wait_some_time(self) noexcept:
+        self.waiting = FOR_TIME
+        self.engine.call_later(ASK_AGAIN_S, self._ask_again)
 
     def _ask_again(self):
         if self.waiting == FOR_TIME and not self.closed and self.engine.usable():

@@ -13,7 +13,7 @@ Output is the base's: datagram_output.pyx.
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF, Py_XINCREF
-from libc.errno cimport EAGAIN, EBADF, EINTR, ENOMEM, ENOTSOCK
+from libc.errno cimport EAGAIN, EBADF, EINTR, ENOMEM, ENOSPC, ENOTSOCK
 
 from aiouringnet._engine.datagram_area cimport Area
 from aiouringnet._engine.datagram_output cimport DatagramOutput, DatagramSink, FOR_ROOM, NOT_WAITING
@@ -28,6 +28,9 @@ cdef enum:
     BYTES_OF_DATAGRAM = 512
     PLAIN_BYTES = 262144
     ERRORS = 16         # of receiving, in one turn
+
+# Until a socket is watched again that could not be: asyncio waits as long where accepting fails.
+cdef double WATCH_AGAIN_S = 1
 
 
 cdef class Datagrams(DatagramOutput):
@@ -311,11 +314,23 @@ cdef class Datagrams(DatagramOutput):
         if self.closed:
             want = 0
         error = engine.watch_for(self, self.fd, want)
-        if error:
+        if error == ENOMEM or error == ENOSPC:
+            # A limit of the system's (epoll_ctl(2)): where nothing tells of it, it is asked now and then.
+            if self.waiting == FOR_ROOM:
+                self.wait_some_time()
+            if self.reading and not self.watched & EPOLLIN and engine.alone is not self:
+                engine.call_later(WATCH_AGAIN_S, self._watch_again)
+                self.fail(error)
+        elif error:
             self.waiting = NOT_WAITING
             self.fail(error)
-        elif engine.alone is self and engine.alone_fd < 0:
+        if engine.alone is self and engine.alone_fd < 0:
             engine.watch_alone(self.fd)
+
+    def _watch_again(self):
+        if self.reading and self.engine.usable():
+            self.readable = True
+            self.engine.mark_resync(self)
 
     cdef void on_ready(self, unsigned int events) noexcept:
         if self.waiting == FOR_ROOM and events & (EPOLLOUT | EPOLLERR | EPOLLHUP):
