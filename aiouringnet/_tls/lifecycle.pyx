@@ -277,10 +277,14 @@ cdef class Lifecycle(KernelTLS):
         self.state = SHUTDOWN
         if not self.eof:
             self.busy = True
+            self.records.error = None
             try:
                 self.records.shutdown()
             finally:
                 self.busy = False
+            if self.records.error is not None:
+                self.force_close(self.take_error())  # as asyncio: else the peer's answer is waited for in vain
+                return 0
             self.write_records()
         if self.both_closed():
             self.on_shutdown_complete()

@@ -277,9 +277,19 @@ cdef class OpenSSLRecords(Records):
         return ssl.SSLError(ssl.SSL_ERROR_SSL, (<bytes>text).decode("latin-1"))
 
     cdef int shutdown(self) except -1:
+        cdef char text[256]
+        cdef bint failed = False
         with cython.critical_section(self.holder):
-            openssl.SSL_shutdown(self.ssl)
             forget_errors()
+            if openssl.SSL_shutdown(self.ssl) < 0 and self.link.room_used == 0 and self.link.spill.used == 0 and (
+                self.offload is None or not self.offload.kernel.sends
+            ):
+                # close_notify has not come out, and nobody would answer it.
+                openssl.ERR_error_string_n(openssl.ERR_peek_last_error(), text, sizeof(text))
+                failed = True
+            forget_errors()
+        if failed:
+            self.error = ssl.SSLError(ssl.SSL_ERROR_SSL, (<bytes>text).decode("latin-1"))
         return 0
 
     cdef Offload new_offload(self):

@@ -251,9 +251,10 @@ cdef class SSLRecords(Records):
     cdef int shutdown(self) except -1:
         try:
             self.sslobj.unwrap()
-        except ssl.SSLError:
-            # It waits for the peer's close_notify, or met data before it: ours is in the output.
-            pass
+        except ssl.SSLError as exc:
+            # It waits for the peer's close_notify, or met data before it: ours is in the output, or never comes.
+            if not self.outgoing.pending:
+                self.error = exc
         return 0
 
     cdef object take_output(self, const char** data, Py_ssize_t* size):
