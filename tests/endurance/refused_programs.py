@@ -110,6 +110,11 @@ class End(asyncio.Protocol):
                 await asyncio.sleep(0)
         await self.arrived
 
+    def abort(self):
+        """Where it is not over, since somebody has been told of an error."""
+        if self.transport is not None:
+            self.transport.abort()
+
     def check(self):
         if not self.made:
             return
@@ -152,6 +157,7 @@ async def exchange(world, kind, sizes, piece=None, secure=False, half_close=True
             else:
                 end.transport.close()
             await end.lost
+        end.abort()
 
     try:
         # Each at its own pace, then all at once.
@@ -210,6 +216,7 @@ async def slow_reader(world):
             await end.arrived
             end.transport.close()
             await end.lost
+        end.abort()
         await world.all_over()
     finally:
         server.close()
@@ -308,8 +315,7 @@ async def files(world):
                 await end.arrived
                 end.transport.close()
                 await end.lost
-            if end.transport is not None:
-                end.transport.abort()
+            end.abort()
             await world.all_over()
         finally:
             server.close()
