@@ -8,6 +8,9 @@ the call can give, or a short result, and which of the calls get it.  Each is a 
 that has imported everything: it must end by itself, in time, with every connection complete or told of the error,
 with no descriptor left, and without turning round and round.  Cases are drawn by the seed until the time is over.
 
+Python's memory is refused, too ("memory"), during one call of a transport's method, or one select() of ours, which
+makes a pass: from its n-th allocation on.  Whoever is told then gets a MemoryError, or the connection ends with one.
+
     --case TEXT     one case again, as a failure names it: CONFIGURATION/PROGRAM/CALL/PLACE/ERROR/FIRST/EVERY/TIMES
     --count N       so many cases of each configuration, instead of a time
     --keep-going    do not stop at the first that is wrong
@@ -33,6 +36,11 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+
+try:
+    import _testcapi
+except ImportError:
+    _testcapi = None
 
 HERE = Path(__file__).resolve().parent
 SHIM = "AIOURINGNET_TEST_SHIM"
@@ -87,7 +95,7 @@ ERRNOS = {
     "op SENDMSG": ("EINTR", "EAGAIN", "ECANCELED", *BAD_SOCKET, "EPERM"),
     "op POLL_ADD": ("EINTR", "ECANCELED", "ENOMEM"),
     "op POLL_ADD multishot": ("EINTR", "ECANCELED", "ENOMEM"),
-    "op CONNECT": ("EINTR", "EAGAIN", "ECANCELED", "EALREADY", "ECONNREFUSED", "ENETUNREACH", "ETIMEDOUT", "ENOMEM"),
+    "op CONNECT": ("EINTR", "ECANCELED", "EALREADY", "ECONNREFUSED", "ENETUNREACH", "ETIMEDOUT", "ENOMEM"),
     "op ASYNC_CANCEL": ("ENOENT",),
     # 1: SSL_ERROR_SSL, with the reason that memory has run out; 5: SSL_ERROR_SYSCALL
     "SSL_read_ex": ("SSL", "SYSCALL", 1, 7),
@@ -130,7 +138,7 @@ class Case:
     times: int
 
     def __str__(self):
-        return "/".join(map(str, dataclasses.astuple(self)))
+        return "/".join(map(str, vars(self).values()))
 
     @classmethod
     def parse(cls, text):
@@ -221,7 +229,7 @@ class Runner:
         found = self.in_child(lambda: self.run_program(configuration, program, None))
         if found["complaints"]:
             raise AssertionError(f"{configuration} {program} does not work undisturbed: {found}")
-        return found["sites"]
+        return found["sites"], found["calls"]
 
     def run(self, case):
         return self.in_child(lambda: self.run_program(case.configuration, case.program, case))
@@ -290,11 +298,18 @@ class Runner:
         if program == "beginning":
             helpers.engines._require_features.cache_clear()
         complaints, unraisable = [], []
-        sys.unraisablehook = lambda it: unraisable.append(f"{it.exc_value!r} in {it.object!r} {it.err_msg}")
+        memory = case is not None and case.call == "memory"
+
+        def on_unraisable(it):
+            if memory:
+                _testcapi.remove_mem_hooks()  # what is said needs some
+            unraisable.append(f"{it.exc_value!r} in {it.object!r} {it.err_msg}")
+
+        sys.unraisablehook = on_unraisable
         gc.collect()
         fds = helpers.open_fds()
         number = case.number if case else 0
-        if case:
+        if case and not memory:
             self.shim.refusing_rule(
                 case.call.encode(), self.address(case), case.first, case.every, case.times, case.value
             )
@@ -308,7 +323,20 @@ class Runner:
                 loop = helpers.new_loop(kind)
                 loop.set_exception_handler(lambda _, context: reports.append(context))
                 world = self.programs.World(loop, self.contexts, folder)
-                loop.run_until_complete(asyncio.wait_for(self.programs.PROGRAMS[program](world), LIMIT_S / 2))
+                if memory:
+                    world.scarce_in = (int(case.place), case.first, case.first + case.times if case.times > 0 else 0)
+                if case is None or memory:
+                    helpers.engines.engine_for(loop)
+                    world.watch_select()
+                main = loop.create_task(asyncio.wait_for(self.programs.PROGRAMS[program](world), LIMIT_S / 2))
+                while not main.done():
+                    try:
+                        loop.run_until_complete(main)
+                    except MemoryError as exc:
+                        # Of select(), too: a loop ends then, and may be run again.
+                        if not memory or main.done():
+                            raise
+                        world.failed(exc)
                 for task in asyncio.all_tasks(loop):
                     task.cancel()
                 loop.run_until_complete(asyncio.sleep(0))
@@ -328,7 +356,7 @@ class Runner:
                     loop.close()
                     if engine_of_loop:
                         complaints += helpers.imbalances(engine_of_loop.stats())
-            hits = self.shim.refusing_hits()
+            hits = int(memory) or self.shim.refusing_hits()
             self.shim.refusing_stop()
         if not complaints:
             world.check()
@@ -341,6 +369,7 @@ class Runner:
                 complaints.append(f"reported: {context}")
         if case and case.must_go_on and (world.errors or reports):
             complaints.append("it should have gone on")
+        calls = world.calls
         errors = [repr(exc) for exc in world.errors]
         reported = [repr(context) for context in reports]
         world = loop = engine_of_loop = None
@@ -348,6 +377,9 @@ class Runner:
         reports.clear()
         for _ in range(2):
             gc.collect()
+        swallowed = list(unraisable)
+        if memory:
+            unraisable = [text for text in unraisable if not text.startswith("MemoryError()")]
         if unraisable:
             complaints.append(f"could not be raised: {unraisable}")
         if left := helpers.leaked_fds(fds):
@@ -356,13 +388,14 @@ class Runner:
         if cpu > CPU_LIMIT_S:
             complaints.append(f"{cpu:.1f} s of CPU time")
         if complaints:
-            complaints.append(f"errors {errors}, reported {reported}, counters {stats}")
+            complaints.append(f"errors {errors}, reported {reported}, could not be raised {swallowed}, counters {stats}")
         return {
             "complaints": complaints,
             "errors": errors,
             "hits": hits,
             "cpu": cpu,
             "sites": self.found_sites() if case is None else [],
+            "calls": calls,
         }
 
     def found_sites(self):
@@ -383,7 +416,14 @@ class Runner:
 
 def cases_of(runner, configuration, program):
     cases = []
-    for call, place, calls in runner.sites(configuration, program):
+    sites, scarce_calls = runner.sites(configuration, program)
+    if _testcapi is None:
+        scarce_calls = 0  # some distributions leave out what CPython's own tests use
+    for number in {*range(1, min(scarce_calls, 30)), *range(30, scarce_calls, 1 + scarce_calls // 30)}:
+        for first in (0, 1, 2, 3, 5, 8, 13):
+            for times in (1, -1):
+                cases.append(Case(configuration, program, "memory", str(number), "ENOMEM", first, 1, times))
+    for call, place, calls in sites:
         if call not in ERRNOS:
             raise AssertionError(f"{call}: what can it give?")
         if call.startswith("op ") and not runner.by_kernel:
@@ -392,7 +432,8 @@ def cases_of(runner, configuration, program):
             for first in sorted({1, 2, calls // 2, calls} & set(range(1, calls + 1))):
                 cases.append(Case(configuration, program, call, place, error, first, 1, 1))
             if calls > 1:
-                cases.append(Case(configuration, program, call, place, error, 1, 2, 10))
+                # (Where accepting fails, it is a second until the next try.)
+                cases.append(Case(configuration, program, call, place, error, 1, 2, 3 if call == "accept4" else 10))
                 if call != "accept4" or error in ("EINTR", "ECONNABORTED"):
                     cases.append(Case(configuration, program, call, place, error, 1, 1, 30))
             if not call.startswith(("accept", "recvm")) and error not in GOES_ON and not isinstance(error, int):
@@ -406,8 +447,9 @@ def drawn(cases, rng):
     turns = collections.Counter()
     order = []
     for case in cases:
-        turns[case.call, case.place] += 1
-        order.append((turns[case.call, case.place], case))
+        site = case.call, case.program if case.call == "memory" else case.place
+        turns[site] += 1
+        order.append((turns[site], case))
     return [case for _, case in sorted(order, key=lambda item: item[0])]
 
 

@@ -17,6 +17,11 @@ import tempfile
 import helpers
 import tls
 
+try:
+    import _testcapi
+except ImportError:
+    _testcapi = None
+
 SMALL, BIG = 100, 400_000
 STEP_S = 4  # for what may never come: a datagram that was refused, say
 
@@ -32,6 +37,27 @@ class World:
         self.loop, self.folder = loop, folder
         self.server_context, self.client_context = contexts
         self.ends, self.errors, self.complaints = [], [], []
+        # Calls of ours in which memory may fail, and the one in which it does: its number, first and last allocation.
+        self.calls = 0
+        self.scarce_in = None
+
+    def scarce(self, function, *args):
+        """Calls a function of ours, perhaps with too little memory."""
+        self.calls += 1
+        if self.scarce_in is None or self.calls != self.scarce_in[0]:
+            return function(*args)
+        _testcapi.set_nomemory(*self.scarce_in[1:])
+        try:
+            return function(*args)
+        finally:
+            _testcapi.remove_mem_hooks()
+
+    def watch_select(self):
+        """Where our selector makes the passes, memory may fail in them."""
+        selector = getattr(self.loop, "_selector", None)
+        ours = vars(selector).get("select") if selector is not None else None
+        if ours is not None:
+            selector.select = functools.partial(self.scarce, ours)
 
     def failed(self, exc):
         """An error that somebody was told."""
@@ -82,7 +108,7 @@ class End(asyncio.Protocol):
             self.world.complaints.append("data after connection_lost()")
         self.data += data
         if self.output is None:
-            self.transport.write(data)
+            self.world.scarce(self.transport.write, data)
         elif len(self.data) >= len(self.output) and not self.arrived.done():
             self.arrived.set_result(None)
 
@@ -105,7 +131,7 @@ class End(asyncio.Protocol):
     async def write_all(self, piece=None):
         """Sends its output and waits for the echo, or the end."""
         for start in range(0, len(self.output), piece or len(self.output)):
-            self.transport.write(self.output[start : start + (piece or len(self.output))])
+            self.world.scarce(self.transport.write, self.output[start : start + (piece or len(self.output))])
             if piece:
                 await asyncio.sleep(0)
         await self.arrived
@@ -153,10 +179,12 @@ async def exchange(world, kind, sizes, piece=None, secure=False, half_close=True
             await connect(lambda: end, **client_options)
             await end.write_all(piece)
             if half_close and end.transport.can_write_eof():
-                end.transport.write_eof()
+                world.scarce(end.transport.write_eof)
             else:
-                end.transport.close()
+                world.scarce(end.transport.close)
             await end.lost
+        with world.may_fail():
+            world.scarce(end.abort)
         end.abort()
 
     try:
@@ -207,14 +235,14 @@ async def slow_reader(world):
     try:
         with world.may_fail():
             await connect(lambda: end)
-            end.transport.pause_reading()
-            end.transport.writelines([end.output[: 3 * BIG], end.output[3 * BIG :]])
+            world.scarce(end.transport.pause_reading)
+            world.scarce(end.transport.writelines, [end.output[: 3 * BIG], end.output[3 * BIG :]])
             await asyncio.sleep(0.01)
-            end.transport.get_write_buffer_size()
+            world.scarce(end.transport.get_write_buffer_size)
             if not end.transport.is_closing():
-                end.transport.resume_reading()
+                world.scarce(end.transport.resume_reading)
             await end.arrived
-            end.transport.close()
+            world.scarce(end.transport.close)
             await end.lost
         end.abort()
         await world.all_over()
@@ -356,7 +384,7 @@ class DatagramEnd(asyncio.DatagramProtocol):
     def datagram_received(self, data, addr):
         self.received.append(data)
         if self.echo:
-            self.transport.sendto(data, addr)
+            self.world.scarce(self.transport.sendto, data, addr)
 
     def error_received(self, exc):
         self.world.failed(exc)
@@ -389,7 +417,7 @@ async def datagrams(world):
                 server, client = ends
                 address = server.transport.get_extra_info("sockname")
                 for data in sent:
-                    client.transport.sendto(data, address)
+                    world.scarce(client.transport.sendto, data, address)
                 with contextlib.suppress(AssertionError):
                     await helpers.eventually(
                         lambda: len(client.received) == len(sent) or client.ended or server.ended, 0.3  # noqa: B023
@@ -419,8 +447,8 @@ async def pipes(world):
             read_transport, _ = await loop.connect_read_pipe(lambda: end, read_file)
             write_transport, _ = await loop.connect_write_pipe(lambda: sender, write_file)
             for start in range(0, BIG, BIG // 4):
-                write_transport.write(end.output[start : start + BIG // 4])
-            write_transport.write_eof()
+                world.scarce(write_transport.write, end.output[start : start + BIG // 4])
+            world.scarce(write_transport.write_eof)
             await sender.lost
             await end.lost
             if end.data != end.output and not world.errors:

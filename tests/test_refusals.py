@@ -1,0 +1,67 @@
+"""What the kernel, the C library or OpenSSL refuses ends one connection with the error, or none: no crash, no leak.
+
+A short version of endurance/refusals.py, which refuses every call at every place.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+
+REFUSALS = Path(__file__).with_name("endurance") / "refusals.py"
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is compiled"),
+    pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler, which what refuses is made by"),
+    pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command is not installed"),
+    pytest.mark.limit(120),
+]
+
+# Once each of these was wrong: configuration, program, call, place, error; the first call, each how many, how often.
+MENDED = {
+    # Its edge is told once.
+    "an interrupted look at an epoll set": ["asyncio-epoll-ours/beginning/epoll_wait/*/EINTR/1/1/30"],
+    "an interrupted sock_recv()": [
+        "asyncio-epoll-ours/sockets/recv/*/EINTR/1/1/30", "uvloop-epoll/sockets/send/*/EINTR/1/1/30",
+    ],
+    # Its eventfd stayed open.
+    "a ring that is refused at its first pass": [
+        "asyncio-uring/secure/io_uring_submit_and_get_events/*/ENOSYS/1/1/1",
+        "asyncio-uring-ours/datagrams/io_uring_submit_and_get_events/*/EBADR/1/1/1",
+    ],
+    # Its passes tried again for ever.
+    "a poller's sends that are refused for good": ["asyncio-sqpoll/slow_reader/io_uring_submit/*/EPERM/40/1/-1"],
+    # It was deaf, and close() waited for ever.
+    "a datagram endpoint that is not watched": ["asyncio-epoll/datagrams/epoll_ctl/*/ENOSPC/1/2/10"],
+    # It waited for an answer to what had not been sent.
+    "a close_notify that cannot be made": [
+        "asyncio-epoll/secure/SSL_shutdown/*/SSL/1/1/1", "uvloop-uring/secure/SSL_shutdown/*/SYSCALL/1/2/10",
+    ],
+}  # fmt: skip
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, REFUSALS, *map(str, arguments)],
+        env=helpers.child_env(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100 * helpers.patience,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("what", MENDED)
+def test_what_was_wrong_once(what):
+    run("--keep-going", *(text for case in MENDED[what] for text in ("--case", case)))
+
+
+def test_some_of_everything():
+    """So many of each kind of loop; the seed is another one where somebody asks for it."""
+    run("--keep-going", "--count", 12, "--seed", os.environ.get("AIOURINGNET_TEST_RANDOM_SEED", 0))
