@@ -59,6 +59,7 @@ cdef class Engine(Alone):
     cdef void mark_layer(self, Layer layer) noexcept
     cdef void need_flush(self) noexcept
     cdef void schedule(self) noexcept
+    cdef void alarm(self) noexcept
     cdef bint is_nested(self) noexcept
     cdef bint sends_now(self, Flow stream) noexcept
     cdef void gather_layers(self) noexcept

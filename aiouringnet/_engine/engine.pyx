@@ -190,8 +190,12 @@ cdef class Engine(Alone):
 
     @final
     cdef void mark_dirty(self, Flow stream) noexcept:
+        try:
+            self.dirty.append(stream)
+        except MemoryError:
+            stream.flush()  # not with others, then
+            return
         stream.dirty = True
-        self.dirty.append(stream)
         self.need_flush()
 
     cdef void mark_layer(self, Layer layer) noexcept:
@@ -237,7 +241,19 @@ cdef class Engine(Alone):
         if self.selector is not None:
             self.owed = True
         else:
-            self.call_soon(self._flush)
+            try:
+                flush = self._flush
+            except MemoryError:
+                self.flush_scheduled = False
+            else:
+                self.call_soon(flush)
+            if not self.flush_scheduled:
+                self.alarm()
+
+    cdef void alarm(self) noexcept:
+        """There is no memory to schedule a pass: have our own descriptor wake the loop, which takes none."""
+        if self.readiness is not None:
+            self.readiness.alarm()
 
     @final
     cdef bint sends_now(self, Flow stream) noexcept:
@@ -373,6 +389,13 @@ cdef class Engine(Alone):
             self.nests = True
             self.watch_level()
             self.end_alone()
+        if self.over_budget:
+            # Their share of this pass.  (Where there is no memory for that, no pass has begun.)
+            self.resync += [stream for stream in self.over_budget if not (<Flow>stream).resyncing]
+            for stream in self.over_budget:
+                (<Flow>stream).resyncing = True
+                (<Flow>stream).over_budget = False
+            self.over_budget.clear()
         self.depth += 1
         self.pass_context = self.entered = airn_context()
         self.n_passes += 1
@@ -380,13 +403,6 @@ cdef class Engine(Alone):
         self.unchecked = 0
         self.fed = 0
         self.over = False
-        if self.over_budget:
-            # Their share of this pass.
-            self.resync += [stream for stream in self.over_budget if not (<Flow>stream).resyncing]
-            for stream in self.over_budget:
-                (<Flow>stream).resyncing = True
-                (<Flow>stream).over_budget = False
-            self.over_budget.clear()
         guard = self.set_guard() if self.nests else None
         self.work()
         if guard is not None:
@@ -412,6 +428,8 @@ cdef class Engine(Alone):
             return self.loop.call_soon(self._guard)
         except (SystemExit, KeyboardInterrupt) as exc:
             self.interrupted(exc)
+        except MemoryError:
+            pass  # the pass is made without
         return None
 
     def _guard(self):

@@ -12,6 +12,7 @@
 """
 
 from cython cimport final
+from cpython.ref cimport Py_INCREF
 from libc.errno cimport ENOENT
 
 from aiouringnet._engine.interface cimport Handle
@@ -27,7 +28,10 @@ cdef class Owner(Selecting):
     @final
     cdef void begin(self, Handle handle) noexcept:
         if handle.in_flight == 0:
-            self.live.add(handle)
+            try:
+                self.live.add(handle)
+            except MemoryError:
+                Py_INCREF(handle)  # owned for ever, rather than freed while the kernel has its buffers
         handle.in_flight += 1
 
     @final

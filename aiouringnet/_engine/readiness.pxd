@@ -24,6 +24,7 @@ cdef struct Slot:
 
 cdef class Readiness:
     cdef int epoll_fd
+    cdef int alarm_fd                   # of alarm(), -1: nobody has called it since the last fetch
     cdef readonly bint stale            # the set has entries that nobody can remove
     cdef Slot* slots                    # by descriptor
     cdef int n_slots
@@ -39,6 +40,9 @@ cdef class Readiness:
     cdef void forget(self, object handle, int fd) noexcept
     # Fetch events that have come; their number
     cdef int fetch(self) noexcept
+    # Have the set be ready until something is fetched
+    cdef void alarm(self) noexcept
+    cdef void end_alarm(self) noexcept
     # The next one's handle, None for an event that is nobody's; its events
     cdef object take(self, unsigned int* events)
     # Another set, without the entries that nobody can remove; None when it cannot be had

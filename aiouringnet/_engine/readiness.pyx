@@ -28,12 +28,20 @@ cdef extern from "unistd.h" nogil:
 cdef extern from "fcntl.h" nogil:
     int O_CLOEXEC
 
+cdef extern from "sys/eventfd.h" nogil:
+    int eventfd(unsigned int value, int flags)
+    int EFD_CLOEXEC
+
 cdef enum:
     MIN_SLOTS = 64
+
+# An event's data: no descriptor's.
+cdef uint64_t ALARM = <uint64_t>-1
 
 
 cdef class Readiness:
     def __cinit__(self):
+        self.alarm_fd = -1
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         if self.epoll_fd < 0:
             raise OSError(errno, os.strerror(errno))
@@ -46,6 +54,7 @@ cdef class Readiness:
         if self.epoll_fd >= 0:
             c_close(self.epoll_fd)
             self.epoll_fd = -1
+        self.end_alarm()
         # Handles lead back here, on a way that the garbage collector does not see.
         while self.next < self.end:
             self.next += 1
@@ -78,6 +87,20 @@ cdef class Readiness:
             self.slots[fd].handle = NULL
             epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, fd, NULL)
 
+    cdef void alarm(self) noexcept:
+        cdef epoll_event event
+        if self.alarm_fd < 0:
+            self.alarm_fd = eventfd(1, EFD_CLOEXEC)
+            memset(&event, 0, sizeof(event))
+            event.events = EPOLLIN
+            event.data.u64 = ALARM
+            epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, self.alarm_fd, &event)
+
+    cdef void end_alarm(self) noexcept:
+        if self.alarm_fd >= 0:
+            c_close(self.alarm_fd)
+            self.alarm_fd = -1
+
     cdef int fetch(self) noexcept:
         cdef int n, i
         cdef uint64_t data
@@ -89,8 +112,11 @@ cdef class Readiness:
             n = epoll_wait(self.epoll_fd, self.events, READY_BATCH, 0)
         for i in range(n):
             data = self.events[i].data.u64
-            slot = &self.slots[<unsigned int>data]
             self.handles[i] = NULL
+            if data == ALARM:
+                self.end_alarm()
+                continue
+            slot = &self.slots[<unsigned int>data]
             if slot.handle != NULL and slot.generation == <unsigned int>(data >> 32):
                 Py_INCREF(<object>slot.handle)
                 self.handles[i] = slot.handle

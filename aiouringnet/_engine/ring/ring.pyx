@@ -47,6 +47,7 @@ from aiouringnet._engine.address import pack_address
 
 cdef extern from "unistd.h" nogil:
     ssize_t c_read "read"(int fd, void* data, size_t size)
+    ssize_t c_write "write"(int fd, const void* data, size_t size)
     int c_close "close"(int fd)
     int usleep(unsigned int microseconds)
 
@@ -155,6 +156,13 @@ cdef class Ring(Waiting):
                 self.tune_wake()
         if self.alone_fd >= 0:
             self.wake_alone(self.pending())
+
+    cdef void alarm(self) noexcept:
+        cdef uint64_t one = 1
+        if self.readiness is not None:
+            self.readiness.alarm()
+        elif self.event_fd >= 0:
+            c_write(self.event_fd, &one, sizeof(one))
 
     cdef bint can_watch_alone(self) noexcept:
         return (
