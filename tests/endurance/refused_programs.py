@@ -399,6 +399,10 @@ class DatagramEnd(asyncio.DatagramProtocol):
 
 async def datagrams(world):
     loop = world.loop
+
+    def is_over(server, client):
+        return len(client.received) == 20 or client.ended or server.ended
+
     for family, size in ((socket.AF_INET, SMALL), (socket.AF_UNIX, 9000)):
         names = [("127.0.0.1", 0)] * 2
         if family == socket.AF_UNIX:
@@ -410,18 +414,14 @@ async def datagrams(world):
             with world.may_fail():
                 for echo in (True, False):
                     end = DatagramEnd(world, echo)
-                    transport, _ = await loop.create_datagram_endpoint(
-                        lambda end=end: end, local_addr=names[len(ends)], **options
-                    )
+                    await loop.create_datagram_endpoint(lambda end=end: end, local_addr=names[len(ends)], **options)
                     ends.append(end)
                 server, client = ends
                 address = server.transport.get_extra_info("sockname")
                 for data in sent:
                     world.scarce(client.transport.sendto, data, address)
                 with contextlib.suppress(AssertionError):
-                    await helpers.eventually(
-                        lambda: len(client.received) == len(sent) or client.ended or server.ended, 0.3  # noqa: B023
-                    )
+                    await helpers.eventually(lambda: is_over(*ends), 0.3)  # noqa: B023
                 for data in client.received:
                     if data not in sent:
                         world.complaints.append("another datagram than was sent")
@@ -507,7 +507,7 @@ async def sockets(world):
         size = 0
         with world.may_fail():
             asking = loop.create_task(ask())
-            done, _ = await asyncio.wait([serving, asking], return_when=asyncio.FIRST_EXCEPTION, timeout=STEP_S)
+            await asyncio.wait([serving, asking], return_when=asyncio.FIRST_EXCEPTION, timeout=STEP_S)
             for task in (serving, asking):
                 if not task.done():
                     task.cancel()
@@ -516,7 +516,10 @@ async def sockets(world):
                     size = await task or size
         if size != BIG and not world.errors:
             world.complaints.append(f"{size} of {BIG} bytes, and no error")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as two:
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as two,
+    ):
         for sock in (one, two):
             sock.setblocking(False)
             sock.bind(("127.0.0.1", 0))
