@@ -384,6 +384,8 @@ cdef class RingStream(Gated):
             result == -EAGAIN or result == -EINPROGRESS or result == -EINTR or result == -ENOMEM or result == -ECANCELED
         ):
             engine.n_retries += 1
+            if awaited:
+                self.urgency = AWAITED  # the end of the next try is waited for as well
             if not self.dirty:
                 engine.mark_dirty(self)
         else:
