@@ -96,7 +96,7 @@ ERRNOS = {
     "op SENDMSG": ("EINTR", "EAGAIN", "ECANCELED", *BAD_SOCKET, "EPERM"),
     "op POLL_ADD": ("EINTR", "ECANCELED", "ENOMEM"),
     "op POLL_ADD multishot": ("EINTR", "ECANCELED", "ENOMEM"),
-    "op CONNECT": ("EINTR", "ECANCELED", "EALREADY", "ECONNREFUSED", "ENETUNREACH", "ETIMEDOUT", "ENOMEM"),
+    "op CONNECT": ("EINTR", "ECANCELED", "ECONNREFUSED", "ENETUNREACH", "ETIMEDOUT", "ENOMEM"),
     "op ASYNC_CANCEL": ("ENOENT",),
     # 1: SSL_ERROR_SSL, with the reason that memory has run out; 5: SSL_ERROR_SYSCALL
     "SSL_read_ex": ("SSL", "SYSCALL", 1, 7),
@@ -446,6 +446,8 @@ def cases_of(runner, configuration, program):
                 cases.append(Case(configuration, program, call, place, error, 1, 2, 3 if accepts else 10))
                 if not accepts and not call.startswith("recvm"):
                     cases.append(Case(configuration, program, call, place, error, 1, 1, 30))
+            if call.startswith("op ") and error in ("ENOBUFS", "ENOMEM"):
+                continue  # it is tried again until it is granted
             if not accepts and error not in GOES_ON and not isinstance(error, int) and not call.startswith("recvm"):
                 cases.append(Case(configuration, program, call, place, error, max(1, calls // 2), 1, -1))
     return cases
