@@ -446,7 +446,7 @@ def cases_of(runner, configuration, program):
                 cases.append(Case(configuration, program, call, place, error, 1, 2, 3 if accepts else 10))
                 if not accepts and not call.startswith("recvm"):
                     cases.append(Case(configuration, program, call, place, error, 1, 1, 30))
-            if call.startswith("op ") and error in ("ENOBUFS", "ENOMEM"):
+            if call == "op ASYNC_CANCEL" or (call.startswith("op ") and error in ("ENOBUFS", "ENOMEM")):
                 continue  # it is tried again until it is granted
             if not accepts and error not in GOES_ON and not isinstance(error, int) and not call.startswith("recvm"):
                 cases.append(Case(configuration, program, call, place, error, max(1, calls // 2), 1, -1))
