@@ -105,11 +105,16 @@ def keeps_its_own(loop):
     return loop in _engines and _engines[loop] is None
 
 
+def _all_engines():
+    """Those that are not closed. Other threads make loops meanwhile: the table is copied by one call in C."""
+    loops = [ref() for ref in _engines.keyrefs()]
+    engines = [active_engine(loop) for loop in loops if loop is not None]
+    return [engine for engine in engines if engine is not None]
+
+
 def _before_fork():
-    for loop in list(_engines):
-        engine = active_engine(loop)
-        if engine is not None:
-            engine.before_fork()
+    for engine in _all_engines():
+        engine.before_fork()
 
 
 os.register_at_fork(before=_before_fork)
@@ -118,10 +123,8 @@ os.register_at_fork(before=_before_fork)
 @atexit.register
 def _flush():
     """The interpreter ends, and with it loops that nobody has closed."""
-    for loop in list(_engines):
-        engine = active_engine(loop)
-        if engine is not None:
-            engine.flush()
+    for engine in _all_engines():
+        engine.flush()
 
 
 def engine_for(loop):
