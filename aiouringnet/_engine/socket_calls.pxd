@@ -45,6 +45,7 @@ cdef class SocketCalls:
     cdef bint closed
     cdef Readiness readiness
     cdef dict watched               # descriptor -> Watched
+    cdef object last_type           # of a socket that was PLAIN
     # What is received is copied from here into an object of its size.  Of each loop: they may run at once.
     cdef char scratch[SCRATCH_BYTES]
 

@@ -55,7 +55,7 @@ cdef enum:
     PLAIN = 2
 
 cdef object types = WeakKeyDictionary()     # a socket's type -> FOREIGN, DERIVED, PLAIN
-cdef object last_type = socket.socket       # and the last one that was PLAIN
+cdef object socket_type = socket.socket
 cdef tuple PLAIN_METHODS = ("recv", "recv_into", "send", "fileno", "gettimeout")
 
 # By loop: addresses of loops, and of those of their SocketCalls that are not closed, which own the loop.
@@ -72,10 +72,10 @@ cdef SocketCalls calls_of(object loop):
     return None if calls.engine.forked() else calls
 
 
-cdef int type_of(object sock) except -1:
-    global last_type
+cdef int type_of(SocketCalls calls, object sock) except -1:
+    """`calls`, or None: whose last type is remembered.  Not that of all loops: threads would race for it."""
     cls = type(sock)
-    if cls is last_type:
+    if cls is socket_type or calls is not None and cls is calls.last_type:
         return PLAIN
     kind = types.get(cls)
     if kind is None:
@@ -84,8 +84,8 @@ cdef int type_of(object sock) except -1:
             same = all([getattr(cls, name) is getattr(socket.socket, name) for name in PLAIN_METHODS])
             kind = PLAIN if same else DERIVED
         types[cls] = kind
-    if kind == PLAIN:
-        last_type = cls
+    if kind == PLAIN and calls is not None:
+        calls.last_type = cls
     return kind
 
 
@@ -307,7 +307,7 @@ cdef Waiter not_served(Waiter waiter):
 
 def serve(Engine engine, sock):
     """From now on the functions below serve the loop's calls; false where they cannot, with such a socket."""
-    if engine.forked() or type_of(sock) == FOREIGN:
+    if engine.forked() or type_of(engine.socket_calls, sock) == FOREIGN:
         return False
     if engine.socket_calls is None:
         try:
@@ -326,7 +326,7 @@ def room(loop, sock):
 def recv(loop, sock, n, Waiter waiter=None):
     """sock.recv(n)."""
     cdef SocketCalls calls = calls_of(loop)
-    cdef int kind = type_of(sock)
+    cdef int kind = type_of(calls, sock)
     cdef Py_ssize_t size
     if calls is None or kind == FOREIGN:
         return not_served(waiter)
@@ -354,7 +354,7 @@ def recv(loop, sock, n, Waiter waiter=None):
 def recv_into(loop, sock, buf, Waiter waiter=None):
     """sock.recv_into(buf)."""
     cdef SocketCalls calls = calls_of(loop)
-    cdef int kind = type_of(sock)
+    cdef int kind = type_of(calls, sock)
     cdef Py_ssize_t got
     cdef int error
     cdef Py_buffer view
@@ -398,7 +398,7 @@ def sendall(loop, sock, data, Waiter waiter=None):
     cdef Py_buffer view
     if calls is None:
         return not_served(waiter)
-    kind = type_of(sock)
+    kind = type_of(calls, sock)
     if kind == FOREIGN or not (type(data) is bytes or type(data) is bytearray or type(data) is memoryview):
         return elsewhere
     if type(data) is memoryview and not (data.ndim == 1 and data.itemsize == 1 and data.contiguous):
@@ -447,7 +447,7 @@ def sendall(loop, sock, data, Waiter waiter=None):
 def attempt(loop, sock, bint writing, function, tuple args, Waiter waiter=None):
     """function(*args), a call on the socket that raises BlockingIOError where it would have to wait."""
     cdef SocketCalls calls = calls_of(loop)
-    if calls is None or type_of(sock) == FOREIGN:
+    if calls is None or type_of(calls, sock) == FOREIGN:
         return not_served(waiter)
     fd = sock.fileno()
     if waiter is None:
