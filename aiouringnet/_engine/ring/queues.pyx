@@ -40,7 +40,12 @@ cdef class Queues(Engine):
         free(self.batch)
 
     cdef int set_up(self) except -1:
-        flags = make_ring(&self.ring, self.options, -1 if self.poller is None else shared_poller())
+        cdef int others = -1 if self.poller is None else shared_poller()
+        try:
+            flags = make_ring(&self.ring, self.options, others)
+        finally:
+            if others >= 0:
+                c_close(others)
         self.ring_up = True
         self.flag_names = flags_to_names(flags)
         self.deferred = bool(flags & IORING_SETUP_DEFER_TASKRUN)

@@ -7,9 +7,16 @@ from aiouringnet._engine.output cimport Output
 from aiouringnet._engine.ring.liburing cimport io_uring, io_uring_cqe
 
 
+# A ring in the list of those whose poller is shared
+cdef struct Shared:
+    int fd
+    Shared* next
+
+
 cdef class Poller:
     cdef io_uring ring              # of sends
     cdef io_uring* receives         # the engine's own ring
+    cdef Shared shared
     cdef bint up
     cdef int refused                # the errno with which the kernel refuses the ring, 0: it does not
     cdef bint polling               # poll() is under way

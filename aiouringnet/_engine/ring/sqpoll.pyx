@@ -32,6 +32,19 @@ from aiouringnet._engine.ring.liburing cimport *
 from aiouringnet._engine.ring.setup cimport make_ring, register_event_fd
 
 
+cdef extern from "fcntl.h" nogil:
+    int fcntl(int fd, int command, ...)
+    int F_DUPFD_CLOEXEC
+
+cdef extern from "pthread.h" nogil:
+    ctypedef void (*atfork_handler)() noexcept nogil
+    int pthread_atfork(atfork_handler prepare, atfork_handler parent, atfork_handler child)
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t* lock, const void* attributes)
+    int pthread_mutex_lock(pthread_mutex_t* lock)
+    int pthread_mutex_unlock(pthread_mutex_t* lock)
+
 cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
     int usleep(unsigned int microseconds)
@@ -49,12 +62,45 @@ cdef enum:
     END_WAIT_US = 50
 
 
-# Descriptors of rings with a poller, which later rings of the process share.
-cdef list sharing = []
+# Rings with a poller, which later rings of the process share.  Each belongs to a loop, whose thread may end it while
+# another loop's looks: nothing is done with the lock held but what is here, and no Python.
+cdef Shared* sharing = NULL
+cdef pthread_mutex_t sharing_lock
+
+cdef void in_forked_child() noexcept nogil:
+    """The parent's poller is the parent's, and a thread that is not here may have held the lock."""
+    global sharing
+    pthread_mutex_init(&sharing_lock, NULL)
+    sharing = NULL
+
+pthread_mutex_init(&sharing_lock, NULL)
+pthread_atfork(NULL, NULL, in_forked_child)
 
 cdef int shared_poller() noexcept:
-    """A ring whose poller a new one is to share, -1: there is none."""
-    return sharing[0] if sharing else -1
+    """A ring whose poller a new one is to share, -1: there is none.  The caller closes it: it is a copy."""
+    cdef int fd = -1
+    pthread_mutex_lock(&sharing_lock)
+    if sharing != NULL:
+        fd = fcntl(sharing.fd, F_DUPFD_CLOEXEC, 0)
+    pthread_mutex_unlock(&sharing_lock)
+    return fd
+
+cdef void share(Shared* ring) noexcept:
+    global sharing
+    pthread_mutex_lock(&sharing_lock)
+    ring.next = sharing
+    sharing = ring
+    pthread_mutex_unlock(&sharing_lock)
+
+cdef void unshare(Shared* ring) noexcept:
+    global sharing
+    cdef Shared** place = &sharing
+    pthread_mutex_lock(&sharing_lock)
+    while place[0] != NULL and place[0] != ring:
+        place = &place[0].next
+    if place[0] == ring:
+        place[0] = ring.next
+    pthread_mutex_unlock(&sharing_lock)
 
 
 cdef bint has_room(int fd) noexcept:
@@ -83,19 +129,20 @@ cdef class Poller:
         # The same descriptor: one wake for both rings.
         register_event_fd(&self.ring, event_fd)
         io_uring_cq_eventfd_toggle(&self.ring, False)
-        sharing.append(receives.ring_fd)
+        self.shared.fd = receives.ring_fd
+        share(&self.shared)
         return 0
 
     cdef void close(self) noexcept:
         if self.up:
-            if self.receives.ring_fd in sharing:
-                sharing.remove(self.receives.ring_fd)
+            unshare(&self.shared)
             io_uring_queue_exit(&self.ring)
             self.up = False
 
     cdef void close_in_child(self) noexcept:
         """There only the descriptor is."""
         if self.up:
+            unshare(&self.shared)
             c_close(self.ring.ring_fd)
             self.up = False
 
