@@ -106,9 +106,10 @@ def keeps_its_own(loop):
 
 
 def _all_engines():
-    """Those that are not closed. Other threads make loops meanwhile: the table is copied by one call in C."""
+    """Also those of other threads, which make loops meanwhile: the table is copied by one call in C."""
     loops = [ref() for ref in _engines.keyrefs()]
-    engines = [active_engine(loop) for loop in loops if loop is not None]
+    refs = [_engines.get(loop) for loop in loops if loop is not None]
+    engines = [ref() for ref in refs if ref is not None]
     return [engine for engine in engines if engine is not None]
 
 

@@ -20,7 +20,7 @@ from libc.stdlib cimport free
 
 from aiouringnet._engine.alone cimport Alone
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
-from aiouringnet._engine.loop cimport airn_context, airn_monotonic_ns, current_thread, fork_generation
+from aiouringnet._engine.loop cimport airn_context, airn_monotonic_ns, airn_show_flag, current_thread, fork_generation
 from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
 
 import sys
@@ -498,7 +498,7 @@ cdef class Engine(Alone):
         """
         if self.closed:
             return
-        self.closed = True
+        airn_show_flag(self.closed, True)
         self.depth += 1
         if not self.forked() and self.depth == 1:
             self.flush_direct()

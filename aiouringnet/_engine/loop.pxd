@@ -22,9 +22,17 @@ cdef extern from *:
     {
         return PyThreadState_Get()->context;
     }
+
+    /* What other threads look at while the loop's own may change it: one access, which orders nothing. */
+    #define airn_seen(field) __atomic_load_n(&(field), __ATOMIC_RELAXED)
+    #define airn_show(field, value) __atomic_store_n(&(field), (value), __ATOMIC_RELAXED)
     """
     long long airn_monotonic_ns() noexcept nogil
     PyObject* airn_context() noexcept
+    bint airn_seen_flag "airn_seen"(bint field) noexcept
+    void airn_show_flag "airn_show"(bint field, bint value) noexcept
+    unsigned long airn_seen_thread "airn_seen"(unsigned long field) noexcept
+    void airn_show_thread "airn_show"(unsigned long field, unsigned long value) noexcept
 
 cdef unsigned int fork_generation   # see loop.pyx
 cdef unsigned long current_thread() noexcept
@@ -55,11 +63,11 @@ cdef class LoopBound:
     # Neither closed nor such a child
     @final
     cdef inline bint usable(self) noexcept:
-        return not self.closed and not self.forked()
+        return not airn_seen_flag(self.closed) and not self.forked()
 
     @final
     cdef inline bint on_own_thread(self) noexcept:
-        return self.thread_id == current_thread()
+        return airn_seen_thread(self.thread_id) == current_thread()
 
     cdef int check(self) except -1
     # Whether this is a thread from which nothing may be called: another than the loop's, and the loop does not run here

@@ -128,7 +128,7 @@ cdef class LoopBound:
                 "this event loop was made before fork(): its connections belong to the parent process; "
                 "make a new event loop in the child"
             )
-        if self.closed:
+        if airn_seen_flag(self.closed):
             raise RuntimeError("Event loop is closed")
         if _get_running_loop() is self.loop:
             # A loop that ran on another thread before.
@@ -145,7 +145,7 @@ cdef class LoopBound:
 
     cdef int move_thread(self) except -1:
         """The loop runs on another thread than before."""
-        self.thread_id = airn_thread_id()
+        airn_show_thread(self.thread_id, airn_thread_id())
         return 0
 
     # --- calls from noexcept code into Python -------------------------------
@@ -294,9 +294,11 @@ cdef class LoopBound:
     def before_fork(self):
         """Parent and child share the loop's epoll set, and an edge is told to one of them.
 
-        A child that runs its loop once more before it exits would take the parent's.
+        A child that runs its loop once more before it exits would take the parent's.  It cannot run those of
+        threads that it has not, and theirs are not ours to touch.
         """
-        self.watch_level()
+        if self.usable() and self.on_own_thread():
+            self.watch_level()
 
     cdef void watch_level(self) noexcept:
         """Watch level-triggered from now on."""

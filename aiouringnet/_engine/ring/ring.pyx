@@ -23,7 +23,7 @@ from libc.string cimport memcpy
 from aiouringnet._engine.datagrams cimport Datagrams
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Flow, Handle, Sink
-from aiouringnet._engine.loop cimport current_thread
+from aiouringnet._engine.loop cimport airn_show_thread, current_thread
 from aiouringnet._engine.listener cimport sockaddr_storage
 from aiouringnet._engine.output cimport SEND_SUBMITTED
 from aiouringnet._engine.pipes cimport End
@@ -438,7 +438,7 @@ cdef class Ring(Waiting):
         """
         cdef list handles
         cdef Handle handle
-        self.thread_id = current_thread()
+        airn_show_thread(self.thread_id, current_thread())
         if not self.deferred or self.refused:
             return 0
         self.end_alone()
