@@ -5,7 +5,9 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memset
 
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.setup cimport BUFFER_GROUP, flag_ladder, flags_to_names, map_anonymous
+from aiouringnet._engine.ring.setup cimport (
+    BUFFER_GROUP, begin_ring, end_ring, flag_ladder, flags_to_names, map_anonymous,
+)
 
 import os
 
@@ -68,7 +70,7 @@ def probe():
         memset(&params, 0, sizeof(params))
         params.flags = flags
         params.cq_entries = 32
-        code = io_uring_queue_init_params(8, &ring, &params)
+        code = begin_ring(8, &ring, &params)
         if code != -EINVAL:
             break
     if code < 0:
@@ -81,7 +83,7 @@ def probe():
             supported = {name: bool(io_uring_opcode_supported(ops, op)) for name, op in OPERATIONS.items()}
             io_uring_free_probe(ops)
     finally:
-        io_uring_queue_exit(&ring)
+        end_ring(&ring)
     return {
         "flags": flags_to_names(params.flags),
         "features": [name for bit, name in enumerate(FEATURE_NAMES) if params.features & (1 << bit)],

@@ -13,7 +13,9 @@ from aiouringnet._engine.interface cimport Flow, Handle
 from aiouringnet._engine.output cimport Output
 from aiouringnet._engine.ring.completions cimport BATCH, CANCEL_FAILED, hand_out, user_data
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.setup cimport BUFFER_GROUP, flags_to_names, make_ring, map_anonymous, register_event_fd
+from aiouringnet._engine.ring.setup cimport (
+    BUFFER_GROUP, end_ring, flags_to_names, make_ring, map_anonymous, register_event_fd,
+)
 from aiouringnet._engine.ring.sqpoll cimport shared_poller
 
 import os
@@ -73,7 +75,7 @@ cdef class Queues(Engine):
         if self.poller is not None:
             self.poller.close()
         if self.ring_up:
-            io_uring_queue_exit(&self.ring)
+            end_ring(&self.ring)
             self.ring_up = False
         self.free_pool()
 

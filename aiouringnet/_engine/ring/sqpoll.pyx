@@ -29,7 +29,7 @@ from aiouringnet._engine.output cimport Output, SEND_SUBMITTED
 from aiouringnet._engine.poll cimport POLLOUT, poll as c_poll, pollfd
 from aiouringnet._engine.ring.completions cimport BATCH, hand_out
 from aiouringnet._engine.ring.liburing cimport *
-from aiouringnet._engine.ring.setup cimport make_ring, register_event_fd
+from aiouringnet._engine.ring.setup cimport end_ring, make_ring, register_event_fd
 
 
 cdef extern from "fcntl.h" nogil:
@@ -136,7 +136,7 @@ cdef class Poller:
     cdef void close(self) noexcept:
         if self.up:
             unshare(&self.shared)
-            io_uring_queue_exit(&self.ring)
+            end_ring(&self.ring)
             self.up = False
 
     cdef void close_in_child(self) noexcept:
