@@ -330,7 +330,11 @@ for thread in threads:
 print([str(each.exc_value) for each in unraisable])
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], env=helpers.child_env(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program],
+        env=helpers.child_env(),
+        capture_output=True,
+        text=True,
+        timeout=25 * helpers.patience,
     )
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
