@@ -305,21 +305,21 @@ warnings.simplefilter("ignore", DeprecationWarning)  # a process with threads fo
 
 unraisable = []
 sys.unraisablehook = unraisable.append
+sys.setswitchinterval(1e-5)
 over = False
 
 def make():
     while not over:
         loops = [aiouringnet.loop_factory(engine="epoll")() for _ in range(20)]
         for loop in loops:
-            loop.run_until_complete(asyncio.sleep(0))
-            aiouringnet.status(loop)
             aiouringnet._engine.engine_for(loop)
+        for loop in loops:
             loop.close()
 
 threads = [threading.Thread(target=make) for _ in range(3)]
 for thread in threads:
     thread.start()
-for _ in range(100):
+for _ in range(50):
     child = os.fork()
     if child == 0:
         os._exit(0)
