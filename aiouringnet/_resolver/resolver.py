@@ -196,7 +196,7 @@ class Resolver:
         def loop_has_gone(reference):
             found = by_loop.get(number)
             if found is not None and found.loop is reference:
-                del by_loop[number]
+                by_loop.pop(number, None)  # another thread may close the resolver at this moment
 
         with self._lock:
             if self._closed:
