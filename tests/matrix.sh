@@ -63,7 +63,7 @@ mirror() {
     printf '%s\n' "$found"
 }
 needs_root() {
-    [ "$(id -u)" = 0 ] || die "making another Debian (debootstrap, chroot, mounts) is root's alone, and this is not root"
+    [ "$(id -u)" = 0 ] || die "making another Debian (debootstrap, chroot, mounts) is root's alone: this is not"
 }
 needs_packages() { # package...
     local missing=() package
@@ -212,7 +212,7 @@ build_extensions() {
     say "Building aiouringnet"
     cd "$place/checkout"
     if helper=$(python_named 3.13 || python_named 3.12 || python_named 3.11); then
-        # Where Python is slow (the sanitizer) Cython takes an hour: another Python runs the same one, and compiles nothing.
+        # Where Python is slow (the sanitizer) Cython takes long: another Python runs the same one, compiling nothing.
         CC=true LDSHARED=true PYTHONPATH=$(echo "$place"/venv/lib/python3.*/site-packages) \
             quietly Cython "$helper" setup.py -q build_ext --build-temp "$place/none" --build-lib "$place/none"
     fi
