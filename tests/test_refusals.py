@@ -35,6 +35,8 @@ MENDED = {
     ],
     # Its passes tried again for ever.
     "a poller's sends that are refused for good": ["asyncio-sqpoll/slow_reader/io_uring_submit/*/EPERM/40/1/-1"],
+    # It was to be repeated, and nobody looked.
+    "a send of the poller's that nobody waits for": ["asyncio-sqpoll/tcp/op SEND/*/EINTR/1/2/10"],
     # It was deaf, and close() waited for ever.
     "a datagram endpoint that is not watched": ["asyncio-epoll/datagrams/epoll_ctl/*/ENOSPC/1/2/10"],
     # There was no pass any more.

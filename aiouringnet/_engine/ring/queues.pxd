@@ -10,6 +10,7 @@ cdef class Queues(Engine):
     cdef io_uring ring              # reads, accepts, connects; sends too unless there is a poller
     cdef Poller poller              # with SQPOLL, else None
     cdef io_uring* sends            # where sends are submitted
+    cdef Py_ssize_t n_sending       # sends in flight there
     cdef bint ring_up
     cdef bint deferred              # DEFER_TASKRUN: completions are posted only while we are in the kernel
     cdef object flag_names
@@ -44,6 +45,7 @@ cdef class Queues(Engine):
     cdef int reap(self) noexcept
     cdef bint pending(self) noexcept
     cdef void mask(self, bint masked) noexcept
+    cdef bint sends_are_silent(self) noexcept
 
     # what the ring implements
     cdef void doubt(self, Handle stream) noexcept

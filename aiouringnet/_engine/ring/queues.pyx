@@ -49,6 +49,7 @@ cdef class Queues(Engine):
             if others >= 0:
                 c_close(others)
         self.ring_up = True
+        self.n_sending = 0
         self.flag_names = flags_to_names(flags)
         self.deferred = bool(flags & IORING_SETUP_DEFER_TASKRUN)
         self.others_polled = False
@@ -232,7 +233,11 @@ cdef class Queues(Engine):
             return
         io_uring_cq_eventfd_toggle(&self.ring, not masked)
         if self.poller is not None:
-            self.poller.mask(masked or (self.fed_several and self.n_urgent == 0))
+            self.poller.mask(masked or self.sends_are_silent())
+
+    cdef inline bint sends_are_silent(self) noexcept:
+        """Whether the completions of a poller's sends need not wake the loop."""
+        return self.fed_several and self.n_urgent == 0
 
     cdef void quiet(self) noexcept:
         self.mask(True)

@@ -64,6 +64,9 @@ cdef enum:
 # For so long at most, data may lie unread behind an urgent byte.
 DOUBT_S = 0.01
 
+# Until a poller's sends are looked for that end without a word.
+cdef double LOOK_AGAIN_S = 0.1
+
 # Rings whose thread was elsewhere when they had to go, with all that the
 # kernel might have touched still: kept until the process ends.
 cdef list abandoned = []
@@ -217,8 +220,11 @@ cdef class Ring(Waiting):
                 ok = self.enter()
             if self.poller is not None:
                 ok = self.poller.submit() and ok
-        if not ok and self.poller is not None and self.poller.refused and not self.refused:
-            self.broken(self.poller.refused)
+        if self.poller is not None:
+            if not ok and self.poller.refused and not self.refused:
+                self.broken(self.poller.refused)
+            if self.n_sending and not self.looks_again and self.sends_are_silent():
+                self.look_for_sends_later()
         if self.flush_scheduled:
             return
         if not ok or self.dirty or self.layers or self.resync or self.over_budget or self.pending():
@@ -285,6 +291,20 @@ cdef class Ring(Waiting):
             if not stream.closed and self.usable() and sockatmark(stream.fd) == 1:
                 stream.readable = stream.may_be_urgent = True
                 self.mark_resync(stream)
+
+    cdef void look_for_sends_later(self) noexcept:
+        """Nothing wakes the loop when a send ends that nobody waits for; but one may have to be repeated."""
+        try:
+            look = self._look_for_sends
+        except MemoryError:
+            return
+        self.looks_again = True
+        self.call_later(LOOK_AGAIN_S, look)
+
+    def _look_for_sends(self):
+        self.looks_again = False
+        if self.usable() and self.readiness is None and self.n_sending:
+            self.need_pass()
 
     # --- the end, of a ring or of the engine --------------------------------------
 

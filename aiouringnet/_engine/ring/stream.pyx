@@ -349,12 +349,14 @@ cdef class RingStream(Gated):
         # With a poller: what may block is waited for, and so is noticed when it fails.
         self.begin_send(SEND_SUBMITTED, self.count > n or self.queued >= BULK_BYTES)
         engine.n_sends += 1
+        engine.n_sending += 1
         engine.begin(self)
         engine.need_pass()
 
     cdef void on_send(self, int result) noexcept:
         cdef Queues engine = <Queues>self.engine
         cdef bint awaited = self.urgency == AWAITED
+        engine.n_sending -= 1
         self.end_send()
         if self.gather != NULL:
             free(self.gather)
