@@ -143,7 +143,7 @@ async def test_websocket_messages(loop, endpoint):
 
 @pytest.fixture
 def ways(monkeypatch):
-    """Which way each file goes that our sendfile() is given: "_sendfile", the kernel's, or "_read_and_write"."""
+    """Which way each file goes that our sendfile() is given: "send", the kernel's, or "_read_and_write"."""
     module = sys.modules["aiouringnet._api.sendfile"]
     taken = []
 
@@ -156,7 +156,7 @@ def ways(monkeypatch):
 
         monkeypatch.setattr(module, name, noting)
 
-    for name in ("_sendfile", "_read_and_write"):
+    for name in ("send", "_read_and_write"):
         note(name)
     return taken
 
@@ -193,7 +193,7 @@ async def test_files_and_parts_of_files_are_sent_by_sendfile(loop, site, ways, t
                 assert await answer.read() == BODY[part]
         if by_kernel:
             assert ktls.counters()["TlsTxSw"] == before + 1  # one connection, kept
-    way = "_sendfile" if by_kernel or not site.server_tls else "_read_and_write"
+    way = "send" if by_kernel or not site.server_tls else "_read_and_write"
     assert ways == [way] * len(PARTS)
 
 
