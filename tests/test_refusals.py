@@ -45,6 +45,8 @@ MENDED = {
         "uvloop-epoll/pipes/memory/1/ENOMEM/0/1/1",
         "uvloop-sqpoll/beginning/memory/1/ENOMEM/0/1/40",
     ],
+    # What was compiled of the handler needed memory itself.
+    "no memory to keep what was written for the pass": ["uvloop-epoll/closing/memory/6/ENOMEM/0/1/40"],
     # The engine took it for one that went on.
     "no memory at the beginning of a pass": ["asyncio-epoll-ours/upgrade/memory/19/ENOMEM/0/1/40"],
     # It waited for an answer to what had not been sent.

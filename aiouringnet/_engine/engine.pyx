@@ -21,6 +21,7 @@ from libc.stdlib cimport free
 from aiouringnet._engine.alone cimport Alone
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
 from aiouringnet._engine.loop cimport airn_context, airn_monotonic_ns, airn_show_flag, current_thread, fork_generation
+from aiouringnet._engine.ownership cimport airn_append
 from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
 
 import sys
@@ -190,9 +191,7 @@ cdef class Engine(Alone):
 
     @final
     cdef void mark_dirty(self, Flow stream) noexcept:
-        try:
-            self.dirty.append(stream)
-        except MemoryError:
+        if not airn_append(self.dirty, stream):
             stream.flush()  # not with others, then
             return
         stream.dirty = True
@@ -207,7 +206,8 @@ cdef class Engine(Alone):
         if stream.resyncing:
             return
         stream.resyncing = True
-        self.resync.append(stream)
+        if not airn_append(self.resync, stream):
+            stream.resyncing = False  # so that its next change, or more data, can do it
         self.need_pass()
 
     @final
@@ -241,9 +241,12 @@ cdef class Engine(Alone):
         if self.selector is not None:
             self.owed = True
         else:
+            flush = None
             try:
                 flush = self._flush
             except MemoryError:
+                pass
+            if flush is None:
                 self.flush_scheduled = False
             else:
                 self.call_soon(flush)

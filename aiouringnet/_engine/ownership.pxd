@@ -4,6 +4,31 @@ from aiouringnet._engine.interface cimport Handle
 from aiouringnet._engine.selecting cimport Selecting
 
 
+cdef extern from *:
+    """
+    /* list.append() and set.add(); 0: there was no memory.
+     *
+     * Not by an except clause of Cython's: where there is no memory for a traceback either, what is compiled of it,
+     * unless it is a mere pass, counts down the references to that. */
+    static inline int airn_append(PyObject *list, PyObject *item)
+    {
+        if (PyList_Append(list, item) == 0)
+            return 1;
+        PyErr_Clear();
+        return 0;
+    }
+    static inline int airn_add(PyObject *set, PyObject *item)
+    {
+        if (PySet_Add(set, item) == 0)
+            return 1;
+        PyErr_Clear();
+        return 0;
+    }
+    """
+    bint airn_append(list items, object item) noexcept
+    bint airn_add(set items, object item) noexcept
+
+
 cdef class Owner(Selecting):
     cdef set live                   # handles with operations in flight: their owner
     cdef set cancelled              # those of them that were asked to end

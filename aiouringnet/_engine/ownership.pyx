@@ -27,11 +27,8 @@ cdef class Owner(Selecting):
 
     @final
     cdef void begin(self, Handle handle) noexcept:
-        if handle.in_flight == 0:
-            try:
-                self.live.add(handle)
-            except MemoryError:
-                Py_INCREF(handle)  # owned for ever, rather than freed while the kernel has its buffers
+        if handle.in_flight == 0 and not airn_add(self.live, handle):
+            Py_INCREF(handle)  # owned for ever, rather than freed while the kernel has its buffers
         handle.in_flight += 1
 
     @final

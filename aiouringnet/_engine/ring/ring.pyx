@@ -26,6 +26,7 @@ from aiouringnet._engine.interface cimport Flow, Handle, Sink
 from aiouringnet._engine.loop cimport airn_show_thread, current_thread
 from aiouringnet._engine.listener cimport sockaddr_storage
 from aiouringnet._engine.output cimport SEND_SUBMITTED
+from aiouringnet._engine.ownership cimport airn_append
 from aiouringnet._engine.pipes cimport End
 from aiouringnet._engine.readiness cimport Readiness
 from aiouringnet._engine.ring.completions cimport TAG_RECV, TAG_SEND, user_data
@@ -277,10 +278,9 @@ cdef class Ring(Waiting):
         """
         if not self.doubts:
             self.call_later(DOUBT_S, self._look_for_urgent)
-        try:
-            self.doubts.append(stream)
+        if airn_append(self.doubts, stream):
             (<RingStream>stream).doubted = True
-        except MemoryError:
+        else:
             (<RingStream>stream).until_eagain = True
 
     def _look_for_urgent(self):
@@ -294,12 +294,14 @@ cdef class Ring(Waiting):
 
     cdef void look_for_sends_later(self) noexcept:
         """Nothing wakes the loop when a send ends that nobody waits for; but one may have to be repeated."""
+        look = None
         try:
             look = self._look_for_sends
         except MemoryError:
-            return
-        self.looks_again = True
-        self.call_later(LOOK_AGAIN_S, look)
+            pass  # the next pass tries again
+        if look is not None:
+            self.looks_again = True
+            self.call_later(LOOK_AGAIN_S, look)
 
     def _look_for_sends(self):
         self.looks_again = False
