@@ -12,6 +12,9 @@ class Transport(asyncio.BaseTransport):
     Stream transports and pipes that are written have the *_nocheck() methods,
     datagram transports have sendto_nocheck(): the same as those without it,
     which check little.  Streams have sendfile().
+
+    Methods raise NotImplementedError here, as those of asyncio.Transport do:
+    the transports have their own.
     """
 
     __slots__ = ()
@@ -43,6 +46,9 @@ class Protocol(asyncio.BaseProtocol):
 
     Derive from asyncio.Protocol or asyncio.BufferedProtocol as well if loops
     that are not patched are to know, too: they do not ask.
+
+    Which of get_buffer() with buffer_updated(), and data_received(), is called
+    is for the subclass to have; the other raises NotImplementedError.
     """
 
     __slots__ = ()
