@@ -8,6 +8,9 @@
  *
  * Compiled with -DWITH_TLS it also serves TLS (--tls). One receive may bring
  * many records; the records of the echo leave by one send.
+ *
+ * With --udp one socket echoes datagrams: recvmmsg(2) takes what has come, one
+ * sendmmsg(2) sends it back.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -33,6 +36,9 @@
 #define BUFFER_BYTES (256u << 10)
 #define MAX_EVENTS 1024
 #define BACKLOG 4096
+#define DATAGRAMS 64
+#define MAX_DATAGRAM_BYTES 65536
+#define UDP_BUFFER_BYTES (1u << 20) /* asked for; the kernel gives no more than its rmem_max, socket(7) */
 
 struct connection {
     int fd;
@@ -235,9 +241,53 @@ static void serve(int listener, int is_tcp)
     }
 }
 
+static int open_udp(int port)
+{
+    struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons((unsigned short)port),
+                            .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t len = sizeof a;
+    int size = UDP_BUFFER_BYTES;
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof size) < 0 ||
+        bind(fd, (struct sockaddr *)&a, sizeof a) < 0)
+        die("echo_server: UDP socket");
+    if (getsockname(fd, (struct sockaddr *)&a, &len) < 0)
+        die("echo_server: getsockname");
+    printf("{\"port\": %d}\n", ntohs(a.sin_port));
+    return fd;
+}
+
+static void serve_udp(int fd)
+{
+    static struct mmsghdr messages[DATAGRAMS];
+    static struct iovec vectors[DATAGRAMS];
+    static struct sockaddr_in senders[DATAGRAMS];
+    static char data[DATAGRAMS][MAX_DATAGRAM_BYTES];
+    struct epoll_event event = {.events = EPOLLIN};
+    if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
+        die("echo_server: epoll_ctl");
+    for (;;) {
+        if (epoll_wait(epoll_fd, &event, 1, -1) < 0 && errno != EINTR)
+            die("echo_server: epoll_wait");
+        for (int i = 0; i < DATAGRAMS; i++) {
+            vectors[i] = (struct iovec){.iov_base = data[i], .iov_len = MAX_DATAGRAM_BYTES};
+            messages[i].msg_hdr = (struct msghdr){.msg_name = &senders[i], .msg_namelen = sizeof senders[i],
+                                                  .msg_iov = &vectors[i], .msg_iovlen = 1};
+        }
+        int n = recvmmsg(fd, messages, DATAGRAMS, 0, NULL);
+        for (int i = 0; i < n; i++)
+            vectors[i].iov_len = messages[i].msg_len;
+        for (int sent = 0, more; sent < n; sent += more) {
+            more = sendmmsg(fd, messages + sent, (unsigned)(n - sent), 0);
+            if (more <= 0)
+                break; /* no room: lost, as datagrams may be */
+        }
+    }
+}
+
 static int usage(void)
 {
-    fprintf(stderr, "usage: echo_server [--port PORT | --unix PATH] [--seconds SECONDS]"
+    fprintf(stderr, "usage: echo_server [--port PORT [--udp] | --unix PATH] [--seconds SECONDS]"
 #ifdef WITH_TLS
                     " [--tls --cert FILE --key FILE]"
 #endif
@@ -248,18 +298,19 @@ static int usage(void)
 int main(int argc, char **argv)
 {
     static const struct option longs[] = {
-        {"port", 1, 0, 'p'}, {"unix", 1, 0, 'u'}, {"seconds", 1, 0, 't'},
+        {"port", 1, 0, 'p'}, {"unix", 1, 0, 'u'}, {"seconds", 1, 0, 't'}, {"udp", 0, 0, 'U'},
 #ifdef WITH_TLS
         {"tls", 0, 0, 'T'},  {"cert", 1, 0, 'C'}, {"key", 1, 0, 'K'},
 #endif
         {0, 0, 0, 0}};
     const char *unix_path = NULL, *cert = NULL, *key = NULL;
-    int port = 0, with_tls = 0, c;
+    int port = 0, with_tls = 0, udp = 0, c;
     unsigned seconds = 600;
     while ((c = getopt_long(argc, argv, "", longs, NULL)) != -1) {
         switch (c) {
         case 'p': port = atoi(optarg); break;
         case 'u': unix_path = optarg; break;
+        case 'U': udp = 1; break;
         case 't': seconds = (unsigned)atoi(optarg); break;
         case 'T': with_tls = 1; break;
         case 'C': cert = optarg; break;
@@ -267,7 +318,7 @@ int main(int argc, char **argv)
         default: return usage();
         }
     }
-    if (with_tls != (cert && key))
+    if (with_tls != (cert && key) || (udp && (with_tls || unix_path)))
         return usage();
 #ifdef WITH_TLS
     if (with_tls)
@@ -281,8 +332,10 @@ int main(int argc, char **argv)
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (epoll_fd < 0)
         die("echo_server: epoll_create1");
-    int listener = unix_path ? listen_unix(unix_path) : listen_tcp(port);
+    int listener = udp ? open_udp(port) : unix_path ? listen_unix(unix_path) : listen_tcp(port);
     fflush(stdout);
+    if (udp)
+        serve_udp(listener);
     serve(listener, !unix_path);
     return 0;
 }

@@ -25,6 +25,7 @@ from collections.abc import Callable
 
 import loops
 
+UDP_BUFFER_BYTES = 1 << 20  # asked for: the kernel gives no more than rmem_max, socket(7)
 BACKLOG = 4096  # a thousand clients connect at once; a full queue would cost them a second
 
 
@@ -196,6 +197,8 @@ async def serve(args: argparse.Namespace) -> None:
     BroadcastProtocol.wanted = args.members
     if args.udp:
         endpoint, _ = await loop.create_datagram_endpoint(DatagramEcho, ("127.0.0.1", 0))
+        # 100 peers' datagrams of 1,200 bytes are more than a socket's usual buffer takes.
+        endpoint.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_BUFFER_BYTES)
         port = endpoint.get_extra_info("sockname")[1]
     elif args.shape == "sock":
         listening = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)

@@ -175,7 +175,7 @@ def usable_servers(
 
 def takes_part(server: Server, cell: Cell, placement: Placement, tls_servers: list[Server]) -> bool:
     # The C server only echoes.
-    if (server.loop == "c" and (cell.is_http or cell.udp or cell.shape == "broadcast")) or (
+    if (server.loop == "c" and (cell.is_http or cell.shape == "broadcast")) or (
         cell.tls and server not in tls_servers
     ):
         return False
