@@ -6,6 +6,7 @@ they are proper methods; other loops of that class are not touched.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import os
@@ -110,9 +111,14 @@ def _current_loop():
 def _patch(loop):
     try:
         loop.__class__ = _patched_class(type(loop))
-        return
     except TypeError as exc:
         refusal = exc
+    else:
+        # The interpreter's quick paths to attributes (PEP 659) are for a dictionary that came with the object's class,
+        # or for a whole one of its own.  A new class leaves it with neither, and asyncio looks up a dozen for each wake.
+        with contextlib.suppress(AttributeError, TypeError):
+            loop.__dict__ = {**loop.__dict__}
+        return
     try:
         for name, method in _methods(type(loop)).items():
             setattr(loop, name, types.MethodType(method, loop))
