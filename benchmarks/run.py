@@ -175,9 +175,7 @@ def usable_servers(
 
 def takes_part(server: Server, cell: Cell, placement: Placement, tls_servers: list[Server]) -> bool:
     # The C server only echoes.
-    if (server.loop == "c" and (cell.is_http or cell.shape == "broadcast")) or (
-        cell.tls and server not in tls_servers
-    ):
+    if (server.loop == "c" and (cell.is_http or cell.shape == "broadcast")) or (cell.tls and server not in tls_servers):
         return False
     # rloop has no Unix sockets, and does not close when its peer has ended.
     if server.loop == "rloop" and (cell.unix or cell.reconnecting):

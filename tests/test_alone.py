@@ -4,6 +4,7 @@ On a loop whose epoll set is to be had: uvloop's, or asyncio's own selector.
 """
 
 import asyncio
+import contextlib
 import gc
 import os
 import socket
@@ -109,6 +110,47 @@ async def test_data_around_urgent_data_arrives(loop, wire):
         w.peer.send(b"!", socket.MSG_OOB)
         w.peer.send(b"behind")
         assert await w.receive(13) == b"before behind"
+
+
+@over("tcp")
+async def test_data_behind_urgent_data_is_no_late_news_twice(loop, wire):
+    w = await alone_one(loop, wire)
+    for number in range(8):
+        w.peer.send(b"before ")
+        w.peer.send(b"!", socket.MSG_OOB)
+        w.peer.send(b"behind")
+        sent = loop.time()
+        assert await w.receive(13) == b"before behind"
+        if number and loop.time() - sent < 0.03:
+            return
+        await ask(w, 5)
+    pytest.fail("each time it was waited for")
+
+
+@pytest.mark.parametrize("size", [4, 70_000, 262_144, 300_000])
+async def test_an_end_that_comes_with_the_last_data_is_told_at_once(loop, wire, size):
+    took = []
+    for _ in range(5):
+        w = await alone_one(loop, wire)
+        told = loop.create_future()
+        w.protocol.eof_received = lambda told=told: told.set_result(loop.time()) or True
+        message = pattern(size)
+        with resource_warnings_ignored():
+            w.peer.setblocking(False)
+            sent = w.peer.send(message)
+        while sent < size:
+            await asyncio.sleep(0)
+            with contextlib.suppress(BlockingIOError):
+                sent += w.peer.send(message[sent:])
+            w.receive_at_once()
+        w.peer.shutdown(socket.SHUT_WR)
+        began = loop.time()
+        took.append(await told - began)
+        w.transport.abort()
+        await w.protocol.lost
+        if took[-1] < 0.03:
+            return
+    pytest.fail(f"told after {took} s")
 
 
 @pytest.mark.parametrize("end", ["FIN", "RST", "close", "abort", "half-close"])

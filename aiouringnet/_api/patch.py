@@ -114,8 +114,8 @@ def _patch(loop):
     except TypeError as exc:
         refusal = exc
     else:
-        # The interpreter's quick paths to attributes (PEP 659) are for a dictionary that came with the object's class,
-        # or for a whole one of its own.  A new class leaves it with neither, and asyncio looks up a dozen for each wake.
+        # The interpreter's quick paths to attributes (PEP 659) are for what lies within the object, as its class made
+        # it, or for a whole dictionary.  A new class leaves neither, and asyncio looks up a dozen for each wake.
         with contextlib.suppress(AttributeError, TypeError):
             loop.__dict__ = {**loop.__dict__}
         return

@@ -35,7 +35,7 @@ cdef class Datagrams(DatagramOutput):
     # Input
     cdef void start_reading(self) noexcept
     cdef void stop_reading(self) noexcept
-    cdef void on_readable(self) noexcept
+    cdef bint on_readable(self) noexcept
     cdef void read(self) noexcept
     cdef int receive(self) noexcept
     cdef int receive_plain(self) noexcept

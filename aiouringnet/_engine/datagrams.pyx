@@ -73,15 +73,15 @@ cdef class Datagrams(DatagramOutput):
     cdef bint can_be_alone(self) noexcept:
         return self.reading and not self.closed
 
-    cdef void on_readable(self) noexcept:
+    cdef bint has_edges(self, bint* has_end) noexcept:
+        return True
+
+    cdef bint on_readable(self) noexcept:
         self.readable = True
         # (No second event says so when it is another pass' turn.)
-        if not self.over_budget and not self.resyncing:
-            if self.engine.alone is self:
-                self.resyncing = True
-                self.engine.resync.append(self)
-            else:
-                self.read()
+        if not self.over_budget and not self.resyncing and self.engine.alone is not self:
+            self.read()
+        return False
 
     cdef void read(self) noexcept:
         """Receive and deliver until the socket is empty, or it is others' turn."""

@@ -133,7 +133,7 @@ cdef class Engine(Alone):
         cdef bint more = True
         while rounds < MAX_ROUNDS and more and not self.over:
             rounds += 1
-            if self.resync:
+            if self.resync or self.alone_readable:
                 self.resync_all()
             if self.forked():
                 return
@@ -449,6 +449,14 @@ cdef class Engine(Alone):
         cdef list batch
         cdef Flow stream
         cdef Py_ssize_t i
+        if self.alone_readable:
+            self.alone_readable = False
+            stream = self.alone
+            if stream is not None:
+                stream.resync()
+                if self.forked():
+                    return
+                self.out_of_time(stream.taken if stream.taken_in == <unsigned int>self.n_passes else 0)
         if not self.resync:
             return
         batch = self.resync
@@ -476,6 +484,8 @@ cdef class Engine(Alone):
             # Even if it is scheduled: an interrupt may have taken that callback with it.
             self.schedule()
             self.others_ready = True
+            if self.alone_fd >= 0:
+                self.tell_alone()
 
     def flush(self):
         """Send what is queued now, as far as the sockets take it.
@@ -510,7 +520,7 @@ cdef class Engine(Alone):
                 # What still arrives is for nobody: callbacks could not use the loop.
                 (<Flow>handle).reading = False
         self.end_alone()
-        self.drop_alone_set()
+        self.drop_alone_sets()
         if self.socket_calls is not None:
             self.socket_calls.close()
         self.shut()

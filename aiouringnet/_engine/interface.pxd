@@ -64,8 +64,10 @@ cdef class Flow(Handle):
     cdef void maybe_detached(self) noexcept
     # Whether the loop may watch its descriptor: alone.pyx
     cdef bint can_be_alone(self) noexcept
-    # The loop has found that it is readable: the pass that begins now is to read
-    cdef void on_readable(self) noexcept
+    # Whether that is to be edge-triggered; an end that comes with data (`has_end`) is then watched for by itself
+    cdef bint has_edges(self, bint* has_end) noexcept
+    # The loop has found that it is readable: the pass that begins now is to read.  True: it was to do so already
+    cdef bint on_readable(self) noexcept
 
 
 # Where a stream delivers what it reads.  A transport subclasses it.

@@ -49,8 +49,11 @@ cdef class Flow(Handle):
     cdef bint can_be_alone(self) noexcept:
         return False
 
-    cdef void on_readable(self) noexcept:
-        pass
+    cdef bint has_edges(self, bint* has_end) noexcept:
+        return False
+
+    cdef bint on_readable(self) noexcept:
+        return False
 
 
 cdef class Sink:

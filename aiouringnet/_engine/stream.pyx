@@ -179,8 +179,11 @@ cdef class Stream(Output):
         cdef Py_ssize_t size, n, total = 0
         cdef char byte
         cdef int error
-        # Where the loop watches it, level-triggered, what is left is told again.
-        cdef bint until_eagain = self.until_eagain and not (engine.alone is self and engine.alone_fd >= 0)
+        cdef bint until_eagain = self.until_eagain
+        cdef bint alone = engine.alone is self and engine.alone_fd >= 0
+        if alone:
+            # Watched level-triggered: what is left is told again.
+            until_eagain = engine.alone_edge and (until_eagain or engine.alone_again)
         self.readable = False
         if self.reading and sink.reads_itself:
             error = sink.on_readable()
@@ -210,6 +213,8 @@ cdef class Stream(Output):
                     total += n
                     engine.n_bytes_in += n
                     engine.account(self, n)
+                    if alone and engine.looking:
+                        until_eagain = self.until_eagain = True
                     # Stays set when the sink stops reading now.
                     self.readable = n == size or until_eagain
                     sink.release_room(&room, n)
@@ -222,6 +227,8 @@ cdef class Stream(Output):
             if n < 0 and error == EINTR:
                 continue
             self.readable = False
+            if alone:
+                engine.alone_again = engine.looking = False
             if n == 0:
                 self.deliver_end(EOF_HELD)
             elif error != EAGAIN:
@@ -236,11 +243,14 @@ cdef class Stream(Output):
             self.sink.buffered or self.sink.reads_itself or self.kernel_receives
         )
 
-    cdef void on_readable(self) noexcept:
+    cdef bint has_edges(self, bint* has_end) noexcept:
+        has_end[0] = self.tcp and self.engine.is_libuv
+        return has_end[0]
+
+    cdef bint on_readable(self) noexcept:
+        was = self.readable
         self.readable = True
-        if not self.resyncing:
-            self.resyncing = True
-            self.engine.resync.append(self)
+        return was
 
     cdef void put_off(self) noexcept:
         """What the socket has is for a later pass."""

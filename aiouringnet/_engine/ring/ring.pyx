@@ -190,7 +190,7 @@ cdef class Ring(Waiting):
         self.mask(True)
         while rounds < MAX_ROUNDS and not self.over:
             rounds += 1
-            if self.resync:
+            if self.resync or self.alone_readable:
                 self.resync_all()
             if self.dirty or self.layers:
                 self.flush_output()
