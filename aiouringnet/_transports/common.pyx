@@ -2,11 +2,20 @@
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
-from cpython.object cimport PyObject
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_GET_SIZE
+from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
 
 from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.listener cimport name_of, sockaddr_storage
 
-from aiouringnet._transports.public import aiofn_is_buffered_protocol
+import asyncio
+from socket import AF_INET, AF_INET6, AF_UNIX
+
+from aiouringnet._transports.public import Protocol, aiofn_is_buffered_protocol, tells_what_it_holds
+
+
+cdef extern from "sys/socket.h" nogil:
+    int c_getsockname "getsockname"(int fd, void* address, unsigned int* size)
 
 
 cdef extern from "Python.h":
@@ -14,6 +23,12 @@ cdef extern from "Python.h":
     PyObject* PyMemoryView_GET_BASE(object)
     PyObject** _PyObject_GetDictPtr(object)
     void Py_CLEAR(PyObject*)
+
+
+cdef tuple KNOWN_FAMILIES = (int(AF_INET), int(AF_INET6), int(AF_UNIX))
+cdef object plain_protocol = asyncio.Protocol
+cdef object buffered_protocol = asyncio.BufferedProtocol
+cdef object public_protocol = Protocol
 
 
 cdef void drop_empty_dict(object instance) noexcept:
@@ -25,7 +40,39 @@ cdef void drop_empty_dict(object instance) noexcept:
 
 
 cdef bint is_buffered(object protocol) except -1:
+    """aiofn_is_buffered_protocol(protocol), which is for those that are not asyncio's and no more."""
+    if (
+        PyObject_TypeCheck(protocol, <PyTypeObject*>plain_protocol)
+        and not PyObject_TypeCheck(protocol, <PyTypeObject*>buffered_protocol)
+        and getattr(protocol, "is_buffered_protocol", None) is None
+    ):
+        return False
     return aiofn_is_buffered_protocol(protocol)
+
+
+cdef bint tells(object protocol) except -1:
+    """tells_what_it_holds(protocol)."""
+    return PyObject_TypeCheck(protocol, <PyTypeObject*>public_protocol) and tells_what_it_holds(protocol)
+
+
+cdef object own_address(object sock):
+    """What getsockname(2) says, as a bytearray, of which name_in() makes Python's form when that is wanted; or None."""
+    cdef sockaddr_storage address
+    cdef unsigned int size = sizeof(address)
+    cdef int fd
+    try:
+        fd = sock.fileno()
+        if fd < 0 or c_getsockname(fd, <void*>&address, &size) < 0:
+            return None
+        if address.ss_family not in KNOWN_FAMILIES:
+            return sock.getsockname()
+        return PyByteArray_FromStringAndSize(<char*>&address, min(size, <unsigned int>sizeof(address)))
+    except Exception:
+        return None
+
+
+cdef object name_in(bytearray address):
+    return name_of(<sockaddr_storage*>PyByteArray_AS_STRING(address), <unsigned int>PyByteArray_GET_SIZE(address))
 
 
 cdef bint called_soon_threadsafe(Engine engine, object call) except -1:

@@ -34,12 +34,20 @@ from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.files cimport FileRange
 from aiouringnet._engine.interface cimport Layer
 from aiouringnet._engine.stream cimport Stream
-from aiouringnet._transports.common cimport drop_empty_dict, called_soon_threadsafe, is_buffered, immutable, limits
+from aiouringnet._transports.common cimport (
+    called_soon_threadsafe,
+    drop_empty_dict,
+    immutable,
+    is_buffered,
+    limits,
+    name_in,
+    own_address,
+    tells,
+)
 from aiouringnet._transports.input cimport CLOSING, DONE, LOST, OPEN
 from aiouringnet._transports.output cimport StreamOutput
 
 from aiouringnet._transports import public
-from aiouringnet._transports.public import tells_what_it_holds
 from aiouringnet._transports.sending_files import sendfile_now_or_soon
 from aiouringnet._transports.slow import timed
 
@@ -226,8 +234,9 @@ cdef class StreamTransport(StreamOutput):
             if self.stream.count and not self.engine.closed and not self.engine.is_foreign():
                 self.engine.check()
                 self.stream.offer()
-            if self.transport_socket is None and self.sock is not None:
-                self.transport_socket = TransportSocket(self.sock)
+            if self.transport_socket is None or type(self.transport_socket) is not TransportSocket:
+                sock = self.transport_socket if self.sock is None else self.sock
+                self.transport_socket = None if sock is None else TransportSocket(sock)
             value = self.transport_socket
         elif name == "peername":
             value = self.peername
@@ -241,7 +250,9 @@ cdef class StreamTransport(StreamOutput):
 
     cdef object get_sockname(self):
         """Asked for once, when somebody wants it or the socket is about to close: idle connections are many."""
-        if self.sockname is None and self.sock is not None:
+        if type(self.sockname) is bytearray:
+            self.sockname = name_in(self.sockname)
+        elif self.sockname is None and self.sock is not None:
             try:
                 self.sockname = self.sock.getsockname()
             except OSError:
@@ -261,7 +272,7 @@ cdef class StreamTransport(StreamOutput):
         self.buffered = is_buffered(protocol)
         self.layer = <Layer>protocol if isinstance(protocol, Layer) else None
         self.timed = self.layer is None and self.loop.get_debug()
-        self.asks = self.layer is None and tells_what_it_holds(protocol)
+        self.asks = self.layer is None and tells(protocol)
         self.protocol = protocol
         return 0
 
@@ -531,8 +542,11 @@ cdef class StreamTransport(StreamOutput):
     cdef void close_socket(self) noexcept:
         sock = self.sock
         if sock is not None:
-            self.get_extra_info("socket")
-            self.get_sockname()
+            # What may be asked for later, but mostly is not, is made then.
+            if self.transport_socket is None:
+                self.transport_socket = sock
+            if self.sockname is None:
+                self.sockname = own_address(sock)
             self.sock = None
             sock.close()
             self.release_server()
