@@ -615,3 +615,36 @@ def test_the_package_has_no_other_public_names():
     assert names - modules == set(aiouringnet.__all__) - {"__version__"}
     folder = pathlib.Path(aiouringnet.__file__).parent
     assert all((folder / name).exists() or (folder / f"{name}.py").exists() for name in modules)
+
+
+LOOKS_UP = """
+import asyncio, dis, sys
+import aiouringnet
+
+async def main():
+    loop = asyncio.get_running_loop()
+    aiouringnet.patch_loop(loop)
+    for _ in range(3000):
+        await asyncio.sleep(0)
+
+with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+    runner.run(main())
+names = ("_ready", "_stopping", "_scheduled", "_debug", "_selector")
+found = {
+    each.opname for each in dis.get_instructions(asyncio.BaseEventLoop._run_once, adaptive=True)
+    if each.opname.startswith("LOAD_ATTR_") and each.argval in names
+}
+print(*found)
+"""
+
+
+@one_case
+@pytest.mark.skipif(
+    sys.version_info < (3, 11) or not getattr(sys, "_is_gil_enabled", lambda: True)(),
+    reason="before Python 3.11, and without a GIL in 3.13, no instruction is specialized",
+)
+def test_asyncios_own_lookups_stay_quick():
+    """Where each is specialized: all that run often are, or none."""
+    ran = helpers.run_python(LOOKS_UP)
+    assert ran.returncode == 0, ran.stderr
+    assert "LOAD_ATTR_WITH_HINT" in ran.stdout

@@ -1,12 +1,14 @@
 """loop.sock_recv() and its like behave as asyncio's, but that several may wait on one socket, and none loses data."""
 
 import asyncio
+import errno
 import gc
 import inspect
 import io
 import itertools
 import os
 import random
+import resource
 import socket
 import ssl
 import threading
@@ -766,3 +768,27 @@ async def test_sockets_come_and_go(loop, seed):
         assert heard == b"noise" or isinstance(heard, (OSError, asyncio.CancelledError)), heard
     for copy in copies:
         copy.close()
+
+
+@pytest.mark.skipif(not hasattr(asyncio.AbstractEventLoop, "sock_sendto"), reason="loops have it since Python 3.11")
+def test_no_descriptor_to_wait_with_is_an_error_of_the_system(make_loop, udp):
+    """uvloop has no sock_sendto() that could do it instead."""
+    loop, (ours, peer) = make_loop(), udp
+
+    async def use():
+        transport, _ = await loop.create_datagram_endpoint(asyncio.DatagramProtocol, local_addr=("127.0.0.1", 0))
+        transport.abort()  # an engine runs
+        await asyncio.sleep(0.01)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+        try:
+            assert await loop.sock_sendto(ours, b"x", peer.getsockname()) == 1
+        except OSError as exc:
+            assert exc.errno == errno.EMFILE
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert await loop.sock_sendto(ours, b"x", peer.getsockname()) == 1
+
+    loop.run_until_complete(use())

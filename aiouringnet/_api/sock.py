@@ -47,7 +47,23 @@ def _served(loop, sock):
     if loop.is_closed():
         return False
     engine = engine_for(loop)
-    return engine is not None and serve(engine, sock)
+    if engine is None:
+        return False
+    try:
+        return serve(engine, sock)
+    except OSError:
+        return False  # out of descriptors: the next call tries again
+
+
+async def _by_loop(loop, name, sock, *args, **kwargs):
+    """loop.name(sock, ...), the loop's own; OSError where it has none, and we only lack a descriptor."""
+    try:
+        return await loops_own(loop, name)(sock, *args, **kwargs)
+    except NotImplementedError:
+        engine = None if loop.is_closed() else engine_for(loop)
+        if engine is not None:
+            serve(engine, sock)
+        raise
 
 
 # By name: those that this Python's loops have, as methods of a patched one.
@@ -74,7 +90,7 @@ async def _go_on(got, function, loop, name, sock, *args):
     if got is ELSEWHERE and _served(loop, sock):
         got = function(loop, sock, *args)
     if got is ELSEWHERE:
-        return await loops_own(loop, name)(sock, *args)
+        return await _by_loop(loop, name, sock, *args)
     waiter = got
     try:
         while got.__class__ is Waiter:
@@ -217,7 +233,7 @@ async def sock_sendfile(loop, sock, file, offset=0, count=None, *, fallback=True
     fallback: read and send it where the system call cannot serve, else SendfileNotAvailableError.
     """
     if not _served(loop, sock):
-        return await loops_own(loop, "sock_sendfile")(sock, file, offset, count, fallback=fallback)
+        return await _by_loop(loop, "sock_sendfile", sock, file, offset, count, fallback=fallback)
     return await _Base.sock_sendfile(_SendsFiles(loop), sock, file, offset, count, fallback=fallback)
 
 

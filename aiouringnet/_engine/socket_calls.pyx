@@ -306,14 +306,14 @@ cdef Waiter not_served(Waiter waiter):
 
 
 def serve(Engine engine, sock):
-    """From now on the functions below serve the loop's calls; false where they cannot, with such a socket."""
+    """From now on the functions below serve the loop's calls; false where they cannot, with such a socket.
+
+    OSError where the system has no epoll set for them.
+    """
     if engine.forked() or type_of(engine.socket_calls, sock) == FOREIGN:
         return False
     if engine.socket_calls is None:
-        try:
-            SocketCalls(engine)
-        except OSError:
-            return False  # out of descriptors: the next call tries again
+        SocketCalls(engine)
     return True
 
 
