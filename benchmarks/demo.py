@@ -98,7 +98,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def table(measured: list[dict[str, object]], cells: list[str], pairs: list[tuple[str, str]]) -> str:
-    view = report.View(STATE, report.medians(measured))
+    view = report.View(STATE, report.medians(measured), report.undisturbed_rounds(measured))
     lines = []
     for stock, patched in pairs:
         lines += [

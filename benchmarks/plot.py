@@ -59,7 +59,7 @@ def _draw_cell(axes: object, view: report.View, cell: str, servers: list[str]) -
 def draw_state(result: dict[str, object], state: str, cells: list[str] | None, target: pathlib.Path) -> None:
     measurements = result["measurements"]
     assert isinstance(measurements, list)
-    view = report.View(state, report.medians(measurements))
+    view = report.View(state, report.medians(measurements), report.undisturbed_rounds(measurements))
     shown = [cell for cell in view.cells() if not cells or cell in cells]
     servers = [server for server in view.servers() if server != "c"]
     servers.sort(key=lambda name: (parse_server(name).is_ours, *_order(name)))

@@ -40,6 +40,11 @@ TABLES = (
 SCALES = {"req_per_s": 1e3, "rss_bytes": float(1 << 20)}
 
 Medians = dict[tuple[str, str, str], dict[str, float]]  # (state, cell, server) -> metric -> median
+Rounds = dict[tuple[str, str, str], dict[int, dict[str, object]]]  # (state, cell, server) -> round -> its measurement
+
+# With so many rounds in which both were measured undisturbed, how one compares with another is the median of the
+# rounds' ratios: a machine that is now fast, now slow, is so for both of a round, but not for both medians.
+ENOUGH_ROUNDS = 3
 
 
 def _key(m: dict[str, object]) -> tuple[str, str, str]:
@@ -63,12 +68,21 @@ def medians(measurements: Iterable[dict[str, object]]) -> Medians:
     return {key: {metric: statistics.median(v) for metric, v in entry.items()} for key, entry in values.items()}
 
 
+def undisturbed_rounds(measurements: Iterable[dict[str, object]]) -> Rounds:
+    rounds: Rounds = {}
+    for m in measurements:
+        if m.get("quiet", True):
+            rounds.setdefault(_key(m), {})[int(str(m["round"]))] = m
+    return rounds
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """The medians of one state of malloc (warm or cold)."""
 
     state: str
     data: Medians
+    rounds: Rounds
 
     def value(self, cell: str, server: str, metric: str = "cpu_us") -> float | None:
         return self.data.get((self.state, cell, server), {}).get(metric)
@@ -104,7 +118,13 @@ class View:
         theirs = self.value(cell.text, rival, metric) if rival else None
         if mine is None or not theirs or rival is None:
             return None
-        return mine / theirs, rival
+        pairs = self._pairs(cell.text, server.text, rival, metric)
+        return statistics.median(pairs) if len(pairs) >= ENOUGH_ROUNDS else mine / theirs, rival
+
+    def _pairs(self, cell: str, server: str, rival: str, metric: str) -> list[float]:
+        mine, theirs = (self.rounds.get((self.state, cell, name), {}) for name in (server, rival))
+        values = [(mine[n].get(metric), theirs[n].get(metric)) for n in mine.keys() & theirs.keys()]
+        return [a / b for a, b in values if isinstance(a, (int, float)) and isinstance(b, (int, float)) and b]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +290,7 @@ def against_peers(result: dict[str, object], markdown: bool = False) -> str:
     data = medians(measurements)
     parts = []
     for state in dict.fromkeys(key[0] for key in data):
-        view = View(state, data)
+        view = View(state, data, undisturbed_rounds(measurements))
         found = []
         for cell in map(parse_cell, view.cells()):
             for server in map(parse_server, view.servers()):
@@ -301,7 +321,7 @@ def full_report(result: dict[str, object], markdown: bool = False) -> str:
     heading = "## " if markdown else "== "
     parts = []
     for state in dict.fromkeys(key[0] for key in data):
-        view = View(state, data)
+        view = View(state, data, undisturbed_rounds(measurements))
         note = "malloc warm: large blocks come from the heap" if state == "warm" else "malloc cold: as just started"
         parts.append(f"{heading}{state} ({note})")
         for metric, title, form in TABLES:

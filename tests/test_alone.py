@@ -127,6 +127,16 @@ async def test_data_behind_urgent_data_is_no_late_news_twice(loop, wire):
     pytest.fail("each time it was waited for")
 
 
+@over("unix")
+async def test_data_around_descriptors_that_are_passed_arrives(loop, wire):
+    w = await alone_one(loop, wire)
+    for _ in range(3):
+        w.peer.send(b"before ")
+        socket.send_fds(w.peer, [b"with "], [w.peer.fileno()])
+        w.peer.send(b"behind")
+        assert await w.receive(18) == b"before with behind"
+
+
 @pytest.mark.parametrize("size", [4, 70_000, 262_144, 300_000])
 async def test_an_end_that_comes_with_the_last_data_is_told_at_once(loop, wire, size):
     took = []

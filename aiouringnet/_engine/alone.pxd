@@ -36,6 +36,7 @@ cdef class Alone(Owner):
     cdef void drop_alone_sets(self) noexcept
     cdef void drop_set(self, int fd) noexcept
     cdef void tell_alone(self) noexcept
+    cdef void edges_failed(self) noexcept
     cdef bint can_look(self) noexcept
     cdef void set_look(self, long ms) noexcept
     cdef void end_looks(self) noexcept

@@ -10,14 +10,14 @@ loop wakes us either way.
 It is watched level-triggered: a read need not go on until the socket is empty,
 nor does urgent data hide what is behind it.  But before each wait the kernel then
 looks at what it has told already, and where libuv sees it through a set of ours
-that costs 0.4 us, two sets deep.  So for TCP on libuv, and for datagrams, it is
+that costs 0.4 us, two sets deep.  So on libuv, and for datagrams, it is
 edge-triggered.  An end that came with the last data has an edge of its own then,
 of a set that watches for nothing else (data passes it by in the wake function, on
-the sender's time).  Urgent data, at which recv() stops, has none, and to ask after
-each read costs what there is to be had: it is looked for when traffic has stopped
-for LOOK_MS.  (By a timerfd: while a timer of the loop is set, each time that it goes
-to sleep takes the kernel 3 us longer.)  A stream in which something was found then
-is read until its socket is empty from now on.
+the sender's time).  Urgent data and a Unix socket's passed descriptors, at which
+recv() stops, have none, and to ask after each read costs what there is to be had:
+they are looked for when traffic has stopped for LOOK_MS; where something is found
+nobody is alone for a long time.  (By a timerfd: while a timer of the loop is set,
+each time that it goes to sleep takes the kernel 3 us longer.)
 
     from            to
     (none)          alone           met(): it alone got data, `alone_after` times in a row
@@ -195,6 +195,11 @@ cdef class Alone(Owner):
         if self.alone.on_readable():
             self.alone_again = True  # one of these was for the end, it may be
         self.alone_readable = True
+
+    cdef void edges_failed(self) noexcept:
+        """A look has found something."""
+        self.alone_after = ALONE_AFTER_MAX
+        self.end_alone()
 
     cdef bint can_look(self) noexcept:
         """Have a timer for looks."""

@@ -213,6 +213,9 @@ cdef class Pipe(Stream):
         self.file_end.check(self)
         Stream.sync_reading(self)
 
+    cdef bint has_edges(self, bint* has_end) noexcept:
+        return False  # not as all kinds of files have them
+
     cdef Py_ssize_t read_direct(self) noexcept:
         return self.file_end.read(self)
 

@@ -183,7 +183,7 @@ cdef class Stream(Output):
         cdef bint alone = engine.alone is self and engine.alone_fd >= 0
         if alone:
             # Watched level-triggered: what is left is told again.
-            until_eagain = engine.alone_edge and (until_eagain or engine.alone_again)
+            until_eagain = engine.alone_edge and (engine.alone_again or until_eagain and self.tcp)
         self.readable = False
         if self.reading and sink.reads_itself:
             error = sink.on_readable()
@@ -214,7 +214,7 @@ cdef class Stream(Output):
                     engine.n_bytes_in += n
                     engine.account(self, n)
                     if alone and engine.looking:
-                        until_eagain = self.until_eagain = True
+                        engine.edges_failed()
                     # Stays set when the sink stops reading now.
                     self.readable = n == size or until_eagain
                     sink.release_room(&room, n)
@@ -244,7 +244,7 @@ cdef class Stream(Output):
         )
 
     cdef bint has_edges(self, bint* has_end) noexcept:
-        has_end[0] = self.tcp and self.engine.is_libuv
+        has_end[0] = self.engine.is_libuv
         return has_end[0]
 
     cdef bint on_readable(self) noexcept:

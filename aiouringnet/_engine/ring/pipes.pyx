@@ -18,6 +18,9 @@ cdef class RingPipe(RingStream):
         self.file_end.check(self)
         RingStream.sync_reading(self)
 
+    cdef bint has_edges(self, bint* has_end) noexcept:
+        return False
+
     cdef Py_ssize_t read_direct(self) noexcept:
         return self.file_end.read(self)
 
