@@ -20,7 +20,7 @@ def configurations(*parts):
     return pytest.mark.parametrize("configuration", parts)
 
 
-def run(program, configuration, *arguments):
+def run(program, configuration, *arguments, timeout_s=100):
     """Its output; a configuration that cannot be had is skipped."""
     base, engine = configuration.split("-")
     if why := helpers.why_no_base(base) or (helpers.why_no_ring() if engine == "uring" else None):
@@ -32,7 +32,7 @@ def run(program, configuration, *arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=100 * helpers.patience,
+        timeout=timeout_s * helpers.patience,
     )
     assert done.returncode == 0 and "nothing wrong" in done.stdout, done.stdout[-6000:]
     return done.stdout
@@ -65,3 +65,34 @@ def test_cases_that_ended_in_some_way_of_their_own_still_break_no_rule(configura
     few = tmp_path / "cases"
     few.write_text("".join(f"{case}\n" for case in stored[:: max(1, len(stored) // 15)]))
     run("fuzz_tls", configuration, "--seconds", 0, "--corpus", few)
+
+
+@pytest.fixture
+def fuzz_records(monkeypatch):
+    """The program, as a module."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import fuzz_records
+
+    if why := fuzz_records.why_not():
+        pytest.skip(why)
+    return fuzz_records
+
+
+@configurations("asyncio-uring", "asyncio-epoll")
+def test_inputs_that_reached_something_of_their_own_still_break_no_rule(configuration, tmp_path, fuzz_records):
+    stored = (FOLDER / "fuzz_records.txt").read_text().splitlines()
+    few = tmp_path / "inputs"
+    few.write_text("".join(f"{case}\n" for case in stored[:: max(1, len(stored) // 300)]))
+    said = run("fuzz_records", configuration, "--uninstrumented", "--corpus", few)
+    assert f'"inputs": {len(few.read_text().split())}' in said
+
+
+@pytest.mark.slow
+@pytest.mark.limit(900)
+@configurations("asyncio-uring")
+def test_inputs_that_reach_something_new_are_kept(configuration, tmp_path, fuzz_records):
+    if why := fuzz_records.why_not_built():
+        pytest.skip(why)
+    corpus = tmp_path / "inputs"
+    run("fuzz_records", configuration, "--seconds", 5, "--corpus", corpus, timeout_s=800)
+    assert len(corpus.read_text().splitlines()) > 20
