@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 
 import helpers
 import pytest
@@ -224,6 +225,50 @@ async def test_lower_limits_pause_the_protocol_at_once(loop, secure):
     w.transport.set_write_buffer_limits(high=1 << 30)
     w.transport.set_write_buffer_limits(high=1 << 30, low=1 << 29)
     assert w.protocol.log == ["made", "pause", "resume"]
+
+
+async def test_a_protocol_that_lower_limits_paused_is_resumed_by_a_write_that_leaves_at_once(loop, secure):
+    def answer(protocol, data):
+        protocol.transport.write(b"it waits for the end of the pass")
+        protocol.transport.set_write_buffer_limits(high=1)
+        assert protocol.log[-1] == "pause"
+        # Whole records are made at once, of what waits as well.
+        protocol.transport.write(bytes(16384 - 32))
+
+    w = await secure(recorder(data_received=answer))
+    await w.send(b"?")
+    assert await w.receive(16384)
+    await helpers.eventually(lambda: w.protocol.log[-1] == "resume")
+    assert w.protocol.log.count("pause") == w.protocol.log.count("resume") == 1
+
+
+async def test_a_protocol_that_is_paused_while_tls_wants_to_read_first_is_resumed_after_it(loop, secure):
+    class Negotiating(ssl.SSLObject):
+        """As in a renegotiation."""
+
+        wants = False
+
+        def write(self, data):
+            if Negotiating.wants:
+                raise ssl.SSLWantReadError
+            return super().write(data)
+
+        def read(self, *args):
+            data = super().read(*args)
+            Negotiating.wants = False
+            return data
+
+    context = tls.authority().context_client()
+    context.sslobject_class = Negotiating
+    w = await secure(client=context, ktls=False)
+    w.transport.set_write_buffer_limits(high=1000)
+    Negotiating.wants = True
+    w.transport.write(bytes(5000))
+    await passes()
+    assert w.protocol.log == ["made", "pause"]
+    await w.send(b"!")
+    assert await w.receive(5000) == bytes(5000)
+    await helpers.eventually(lambda: w.protocol.log[-1] == "resume")
 
 
 async def test_write_buffer_size_counts_plaintext_and_ciphertext(loop, secure):

@@ -109,6 +109,7 @@ cdef class TLSConnection(Plaintext):
     cdef int advance_handshake(self) except -1
     cdef int encrypt(self, bint full_records_only=*) except -1
     cdef int write_records(self, bint answering=*) except -1
+    cdef int control_writing(self) except -1
     cdef int do_shutdown(self) except -1
     cdef int start_shutdown(self) except -1
     cdef bint both_closed(self) noexcept

@@ -299,6 +299,9 @@ cdef class TLSConnection(Plaintext):
     cdef int write_records(self, bint answering=False) except -1:
         return 0
 
+    cdef int control_writing(self) except -1:
+        return 0
+
     cdef int do_shutdown(self) except -1:
         return 0
 

@@ -75,6 +75,8 @@ cdef class TLSInput(TLSConnection):
         if self.blocked:
             self.blocked = False
             self.encrypt()
+            if self.protocol_paused:
+                self.control_writing()
             if self.state == FLUSHING:
                 self.do_shutdown()
         if self.offload is not None and self.keys_are_lost():

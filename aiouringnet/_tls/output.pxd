@@ -10,5 +10,4 @@ cdef class TLSOutput(TLSInput):
     cdef Py_ssize_t lower_queued(self) except -1
     cdef Py_ssize_t all_queued(self) except -1
     cdef Py_ssize_t control_queued(self) noexcept
-    cdef int control_writing(self) except -1
     cdef int limit_lower(self) except -1

@@ -36,6 +36,9 @@ cdef class TLSOutput(TLSInput):
             if self.queued + self.lower_queued() > self.high or (self.asks and self.lower_paused):
                 self.encrypt()
                 self.control_writing()
+            elif self.protocol_paused:
+                # What had paused it has just left, without gather(), and nothing below will call.
+                self.control_writing()
         except BaseException as exc:
             self.fail(exc)
 
