@@ -288,8 +288,9 @@ case $column in
         PY_UNSUPPORTED_OPENSSL_BUILD=static build_python "$version" --disable-test-modules
         pure_environment "$place/python/bin/python$version"
         build_extensions
+        # The ssl module is a shared library there, but OpenSSL's functions are no longer to be found in it.
         "$place/venv/bin/python" -c 'from aiouringnet._tls import openssl
-assert "static" in (openssl.why_not or ""), openssl.why_not' || die "OpenSSL is not linked statically there"
+assert "does not export" in (openssl.why_not or ""), openssl.why_not' || die "OpenSSL is not linked statically there"
         cd "$place/checkout"
         [ $# -gt 0 ] || set -- tests/test_tls_*.py tests/test_ktls_fallback.py tests/test_options.py
         exec "$place/venv/bin/pytest" "$@" </dev/null
