@@ -246,7 +246,7 @@ case $column in
     3.1[3-9]t)
         free_threaded "$column"
         cd "$place/checkout"
-        exec "$place/venv/bin/pytest" "$@" </dev/null
+        exec "$place/venv/bin/python" -m pytest "$@" </dev/null
         ;;
     tsan)
         clang=$(apt-cache pkgnames clang- | grep -E '^clang-[0-9]+$' | sort -V | tail -n 1)
@@ -274,7 +274,8 @@ case $column in
         cd "$place/checkout"
         [ $# -gt 0 ] || set -- tests/test_free_threading.py
         status=0
-        "$place/venv/bin/pytest" -n 0 -p no:cacheprovider --patience 10 "$@" </dev/null | tee "$place/said" || status=$?
+        "$place/venv/bin/python" -m pytest -n 0 -p no:cacheprovider --patience 10 "$@" </dev/null |
+            tee "$place/said" || status=$?
         if grep -qs '^SUMMARY: ThreadSanitizer' "$place"/races/*; then
             grep -hE '^(WARNING|SUMMARY)|^  [A-Z]|^    #[0-5] ' "$place"/races/* | cut -c 1-200
             say "Data races, whole in $place/races"
@@ -293,7 +294,7 @@ case $column in
 assert "does not export" in (openssl.why_not or ""), openssl.why_not' || die "OpenSSL is not linked statically there"
         cd "$place/checkout"
         [ $# -gt 0 ] || set -- tests/test_tls_*.py tests/test_ktls_fallback.py tests/test_options.py
-        exec "$place/venv/bin/pytest" "$@" </dev/null
+        exec "$place/venv/bin/python" -m pytest "$@" </dev/null
         ;;
     aarch64)
         needs_packages qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross
