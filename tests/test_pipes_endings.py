@@ -1,6 +1,7 @@
 """However a pipe transport, its file, its loop or its process ends, nothing is left and nothing comes afterwards."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -393,6 +394,12 @@ async def test_a_child_that_is_killed_in_the_middle(loop):
     assert await process.wait() == -signal.SIGKILL
 
 
+async def input_has_ended(process):
+    """Asks how, since before 3.11.4 asyncio complained of an error there that nobody had asked for."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        await asyncio.wait_for(process.stdin.wait_closed(), 5)
+
+
 async def test_a_child_that_closes_its_input(loop):
     process = await asyncio.create_subprocess_exec("sh", "-c", "exec <&-; echo closed; sleep 0.2", stdin=-1, stdout=-1)
     assert await process.stdout.readline() == b"closed\n"
@@ -400,6 +407,7 @@ async def test_a_child_that_closes_its_input(loop):
         for _ in range(100):
             process.stdin.write(bytes(100000))
             await process.stdin.drain()
+    await input_has_ended(process)
     assert await process.wait() == 0
 
 
@@ -409,6 +417,7 @@ async def test_a_child_that_reads_nothing_gets_its_input_all_the_same(loop):
     process = await asyncio.create_subprocess_exec("true", stdin=-1, stdout=-1)
     assert (await process.communicate(bytes(MIB)))[0] == b""
     assert process.returncode == 0
+    await input_has_ended(process)
 
 
 @pytest.mark.matrix(base="asyncio", debug=False)
