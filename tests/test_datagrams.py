@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import socket
+import sys
 import warnings
 
 import helpers
@@ -251,7 +252,7 @@ async def test_arguments_are_checked_as_asyncio_does(loop):
     create = loop.create_datagram_endpoint
     with pytest.raises(ValueError, match="unexpected address family"):
         await create(Datagrams)
-    with pytest.raises(TypeError, match="2-tuple"):
+    with pytest.raises(TypeError if sys.version_info >= (3, 11) else AssertionError, match="2-tuple"):
         await create(Datagrams, "localhost")
     with pytest.raises(TypeError, match="string"):
         await create(Datagrams, ("127.0.0.1", 0), family=socket.AF_UNIX)
