@@ -99,6 +99,8 @@ make_debian() { # suite [--arch=... package...]: in $place/root, whole or not at
     for name in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
         [ ! -e "$name" ] || cp -L "$name" "$root.new$name"
     done
+    # Of apt's settings, too: a proxy, or that a mirror's lists may be older than they are meant to get.
+    apt-config dump | grep -E '^Acquire::(Check-|https?::Proxy )' >"$root.new/etc/apt/apt.conf.d/99matrix" || true
     mv "$root.new" "$root"
 }
 inside() { # command...: in the column's Debian, with mounts that end with it
