@@ -45,6 +45,7 @@ cdef bint is_buffered(object protocol) except -1:
         PyObject_TypeCheck(protocol, <PyTypeObject*>plain_protocol)
         and not PyObject_TypeCheck(protocol, <PyTypeObject*>buffered_protocol)
         and getattr(protocol, "is_buffered_protocol", None) is None
+        and getattr(protocol, "data_received", None) is not None
     ):
         return False
     return aiofn_is_buffered_protocol(protocol)
