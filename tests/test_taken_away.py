@@ -7,6 +7,7 @@ import errno
 import gc
 import resource
 import socket
+import sysconfig
 import time
 
 import helpers
@@ -213,6 +214,10 @@ def out_of_memory(make_loop):
     print("no hole in the stream")
 
 
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    reason="a free-threaded Python has no other allocator than its own",
+)
 @pytest.mark.matrix(debug=False, sqpoll=True)
 def test_a_message_for_which_there_is_no_memory_ends_its_connection(case):
     # With memory that comes from the system for each object, or there would always be some.
