@@ -66,6 +66,7 @@ def test_a_library_uses_the_ring_on_a_loop_that_is_not_patched(case):
 
 
 def test_uvicorn_service_answers(case):
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed")
     port = helpers.free_port()
     with serve(case, "uvicorn_service", "--port", port, ready=helpers.accepts(("127.0.0.1", port))) as service:
         assert get(port, "/") == (200, b"hello\n")
@@ -76,6 +77,7 @@ def test_uvicorn_service_answers(case):
 
 
 def test_aiohttp_service_answers(case):
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
     port = helpers.free_port()
     with serve(case, "aiohttp_service", "--port", port, ready=helpers.accepts(("127.0.0.1", port))) as service:
         assert get(port, "/reader") == (200, b"hello reader\n")
@@ -88,6 +90,7 @@ def test_aiohttp_service_answers(case):
 @tls.needs_openssl
 @pytest.mark.kernel
 def test_a_file_server_over_https_and_which_path_it_takes(case, tmp_path):
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
     port = helpers.free_port()
     (tmp_path / "file").write_bytes(helpers.pattern(3_000_000))
     certificate, key = tls.authority().pair("localhost")

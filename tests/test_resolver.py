@@ -9,6 +9,8 @@ from dns_server import addresses, files, make_resolver, server  # noqa: F401
 
 import aiouringnet
 
+pytest.importorskip("pycares", reason="pycares is not installed")
+
 pytestmark = pytest.mark.matrix(engine="epoll", debug=False)
 one_base = pytest.mark.matrix(base="asyncio", engine="epoll", debug=False)
 

@@ -16,6 +16,8 @@ from aiouringnet._resolver.cache import Cache
 from aiouringnet._resolver.config import nsswitch_conf, resolv_conf
 from aiouringnet._resolver.hosts import Hosts
 
+pytest.importorskip("pycares", reason="pycares is not installed")
+
 pytestmark = pytest.mark.matrix(base="asyncio", engine="epoll", debug=False)
 both_bases = pytest.mark.matrix(base=("asyncio", "uvloop"), engine="epoll", debug=False)
 

@@ -18,6 +18,8 @@ from dns_server import DnsServer, addresses, files, make_resolver, server  # noq
 import aiouringnet
 from aiouringnet._resolver import channel
 
+pytest.importorskip("pycares", reason="pycares is not installed")
+
 pytestmark = pytest.mark.matrix(engine="epoll")
 both_bases = pytest.mark.matrix(engine="epoll", debug=False)
 one_base = pytest.mark.matrix(base="asyncio", engine="epoll", debug=False)

@@ -14,6 +14,8 @@ from dns_server import DnsServer, addresses, dnsmasq, files, make_resolver, serv
 
 import aiouringnet
 
+pytest.importorskip("pycares", reason="pycares is not installed")
+
 pytestmark = pytest.mark.matrix(engine="epoll", debug=False)
 with_debug = pytest.mark.matrix(engine="epoll", debug=(False, True))
 one_base = pytest.mark.matrix(base="asyncio", engine="epoll", debug=False)

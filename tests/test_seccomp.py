@@ -21,6 +21,8 @@ pytestmark = [
 
 
 def start(base, *how):
+    if why_not := helpers.why_no_base(base):
+        pytest.skip(why_not)
     return subprocess.Popen(
         [sys.executable, Path(__file__).with_name("refused_child.py"), base, *map(str, how)],
         env=helpers.child_env(AIOURINGNET_ENGINE="auto"),
