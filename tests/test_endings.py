@@ -134,7 +134,8 @@ async def test_a_forgotten_paused_connection_is_closed_and_reported(loop, wire):
         w.transport = w.protocol = None
         gc.collect()
         await helpers.eventually(lambda: gc.collect() is not None and said)
-    assert "unclosed transport" in str(said[0].message)
+    # A free-threaded Python may come to the socket first, which complains for itself.
+    assert any("unclosed transport" in str(warning.message) for warning in said)
     assert await loop.sock_recv(peer, 1) == b""
 
 
