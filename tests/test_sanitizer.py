@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import helpers
 import pytest
@@ -17,6 +18,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.limit(900),
     pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is compiled"),
+    pytest.mark.skipif(
+        bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+        reason="a free-threaded Python has no other allocator than its own",
+    ),
 ]
 
 ERROR_EXIT_CODE = 86
