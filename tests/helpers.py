@@ -565,15 +565,20 @@ def short_folder():
         yield Path(folder)
 
 
+_given_ports = set()
+
+
 def free_port():
-    """A TCP port that was free a moment ago, for servers that must be told one.
+    """A TCP port that was free a moment ago, for servers that must be told one; each time another.
 
     None that the kernel gives out by itself: a test in another process would soon get it.
     """
     while True:
-        address = "127.0.0.1", random.randrange(10_000, 30_000)
-        with contextlib.suppress(OSError), socket.create_server(address) as sock:
-            return sock.getsockname()[1]
+        port = random.randrange(10_000, 30_000)
+        if port not in _given_ports:
+            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+                _given_ports.add(port)
+                return port
 
 
 # --------------------------------------------------------------------------

@@ -262,7 +262,12 @@ def main():
     # Where PostgreSQL's user may enter.
     with tempfile.TemporaryDirectory(prefix="aiouringnet-") as folder:
         os.chmod(folder, 0o755)
-        return measures.verdict(Soak(settings, Path(folder)).run())
+        soak = Soak(settings, Path(folder))
+        try:
+            return measures.verdict(soak.run())
+        except RuntimeError:
+            print(f"the processes' log:\n{soak.log_path.read_text()[-2000:]}")
+            raise
 
 
 if __name__ == "__main__":
