@@ -252,11 +252,14 @@ cdef class Alone(Owner):
                     pass
             c_close(self.look_fd)
             self.look_fd = -1
+            self.look_is_set = False
 
     def before_fork(self):
         Owner.before_fork(self)
         if self.usable() and self.on_own_thread():
             self.end_alone()
+            if self.look_is_set:
+                self.set_look(0)
 
     cdef void end_alone(self) noexcept:
         stream = self.alone
