@@ -331,6 +331,10 @@ def fork_and_poll_the_parents_loop(make_loop):
         peer, theirs = socket.socketpair()
         _, protocol = await loop.create_connection(Recorder, sock=theirs)
         await check(connections)
+        for number in range(40):  # it is alone now, where a stream can be: that ends with the fork, and a pass is owed
+            peer.send(b"-")
+            await protocol.received(number + 1)
+        protocol.data.clear()
         await quiet(loop)
         if os.fork() == 0:
             writer.recv(1)
@@ -339,6 +343,7 @@ def fork_and_poll_the_parents_loop(make_loop):
             seen = in_the_ring or select.epoll.fromfd(epoll).poll(5)
             print("child done" if seen else "nothing to see", flush=True)
             os._exit(0)
+        await quiet(loop)
         peer.send(b"for the parent")
         reader.send(b"x")
         os.wait()
