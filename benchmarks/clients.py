@@ -35,7 +35,6 @@ CLIENTS = ("redis", "redis-unix", "redis-pipeline", "redis-pipeline-unix", "asyn
 LOOPS = (
     "asyncio",
     "ours-asyncio",
-    "ours-asyncio+factory",
     "ours-asyncio+epoll",
     "uvloop",
     "ours-uvloop",

@@ -27,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("uring", "epoll"), default="uring", help="ours only: which engine")
     parser.add_argument("--sqpoll", action="store_true", help="ours only: let a kernel thread submit")
     parser.add_argument("--sqpoll-cpu", type=int, metavar="N", help="ours only: core of that thread")
-    parser.add_argument("--factory", action="store_true", help="ours only: loop_factory() instead of patch_loop()")
     parser.add_argument(
         "--option",
         action="append",
@@ -95,13 +94,7 @@ def kernel_tls(transport: asyncio.BaseTransport) -> dict[str, object]:
 def make_loop(args: argparse.Namespace) -> asyncio.AbstractEventLoop:
     package, _, base = args.loop.rpartition("-")
     base_module = importlib.import_module(base)
-    if package == "ours" and args.factory:
-        loop: asyncio.AbstractEventLoop = importlib.import_module("aiouringnet").loop_factory(
-            base_module.new_event_loop, **patch_options(args)
-        )()
-        asyncio.set_event_loop(loop)
-        return loop
-    loop = base_module.new_event_loop()
+    loop: asyncio.AbstractEventLoop = base_module.new_event_loop()
     if package == "aiofastnet":
         importlib.import_module(package).patch_loop(loop)
     elif package == "ours":

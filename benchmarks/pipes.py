@@ -22,7 +22,7 @@ import time
 import loops
 from servers import environment, parse_server
 
-DEFAULT_LOOPS = ("asyncio", "uvloop", "ours-asyncio", "ours-asyncio+factory", "ours-uvloop", "ours-uvloop+epoll")
+DEFAULT_LOOPS = ("asyncio", "uvloop", "ours-asyncio", "ours-uvloop", "ours-uvloop+epoll")
 PIECE = 65536
 SETTLE_SECONDS = 0.2
 ROLES = ("read", "write")
@@ -91,7 +91,6 @@ def measure(name: str, role: str, seconds: float) -> float:
     server = parse_server(name)
     command = [sys.executable, __file__, "--loop", server.loop, "--warm", "--role", role, "--window", str(seconds)]
     command += ["--engine", "epoll"] if "epoll" in server.modifiers else []
-    command += ["--factory"] if "factory" in server.modifiers else []
     read, write = os.pipe()
     reader, writer = (command, [*PEER, "write"]) if role == "read" else ([*PEER, "read"], command)
     processes = [

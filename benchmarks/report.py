@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 
 from cells import Cell, parse_cell
-from servers import MADE, OURS, PEERS, Server, parse_server
+from servers import OURS, PEERS, Server, parse_server
 
 METRICS = (
     "cpu_us",
@@ -148,7 +148,7 @@ TLS_SMALL_MANY, TLS_SMALL_ONE, TLS_MEDIUM, TLS_BULK = (
 EPOLL = tuple(f"{name}+epoll" for name in OURS)
 SQPOLL = tuple(f"{name}+sqpoll" for name in OURS)
 
-ALL_OF_OURS = (*OURS, MADE)
+ALL_OF_OURS = OURS
 
 TARGETS = (
     Target("small messages, many connections", SMALL_MANY, ALL_OF_OURS, "best peer", 0.88),
@@ -158,7 +158,7 @@ TARGETS = (
     Target("16 KiB", MEDIUM, ALL_OF_OURS, "c", 1.08),
     Target("256 KiB", BULK, ALL_OF_OURS, "best peer", 1.03),
     Target("uvicorn on uvloop", HTTP_MANY, ("ours-uvloop",), "best peer", 0.75),
-    Target("uvicorn on asyncio", HTTP_MANY, ("ours-asyncio", MADE), "best peer", 0.70),
+    Target("uvicorn on asyncio", HTTP_MANY, ("ours-asyncio",), "best peer", 0.70),
     Target("uvicorn, one connection", ("http-smallx1",), ALL_OF_OURS, "best peer", 1.03),
     Target("epoll engine against the ring", SMALL_MANY + MEDIUM + ("256Kx10",) + HTTP_MANY, EPOLL, "same", 1.06),
     Target("SQPOLL, Python thread", ("64x100:sleep",), SQPOLL, "uvloop", 0.25),

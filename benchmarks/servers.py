@@ -5,7 +5,6 @@ asyncio, uvloop, rloop, aiofastnet-asyncio, aiofastnet-uvloop; of the modifiers,
 ours-asyncio, ours-uvloop, each with modifiers:
     +epoll              the epoll engine instead of the ring
     +sqpoll             a kernel thread submits (it gets its own core, or the client's)
-    +factory            loop_factory() makes the loop, which on asyncio waits in the ring
     +buffer_size=8192   any option of patch_loop, like +tls=ssl
     +ktls               TLS by the kernel; the server does not run where the kernel does not send
     +tls12              TLS 1.2 at most: OpenSSL 3.0 leaves receiving with TLS 1.3 to the process
@@ -37,8 +36,7 @@ LIFE_SECONDS = 300  # a server ends by itself when the harness was killed before
 PEERS = LOOPS[:5]
 OURS = LOOPS[5:]
 TLS_MODIFIERS = ("ktls", "tls12")
-MADE = "ours-asyncio+factory"
-WITHOUT_SQPOLL = ("c", *PEERS, *OURS, MADE, *(f"{name}+epoll" for name in OURS))
+WITHOUT_SQPOLL = ("c", *PEERS, *OURS, *(f"{name}+epoll" for name in OURS))
 DEFAULT_SERVERS = (*WITHOUT_SQPOLL, *(f"{name}+sqpoll" for name in OURS))
 
 
@@ -95,10 +93,9 @@ def parse_server(text: str) -> Server:
             f"in Python {' and '.join(f'+{name}' for name in TLS_MODIFIERS)}"
         )
     for modifier in modifiers:
-        if modifier not in ("uring", "epoll", "sqpoll", "factory", *TLS_MODIFIERS) and "=" not in modifier:
+        if modifier not in ("uring", "epoll", "sqpoll", *TLS_MODIFIERS) and "=" not in modifier:
             raise ValueError(
-                f"server {text!r}: +{modifier} is none of +ktls, +tls12, +uring, +epoll, +sqpoll, +factory, "
-                "+option=value"
+                f"server {text!r}: +{modifier} is none of +ktls, +tls12, +uring, +epoll, +sqpoll, +option=value"
             )
     return server
 
@@ -119,7 +116,7 @@ def _arguments(server: Server, warm: bool, placement: Placement) -> list[str]:
     for modifier in server.modifiers:
         if modifier == "sqpoll":
             arguments += ["--sqpoll", "--sqpoll-cpu", str(placement.sqpoll_cpu)]
-        elif modifier in TLS_MODIFIERS or modifier == "factory":
+        elif modifier in TLS_MODIFIERS:
             arguments.append(f"--{modifier}")
         elif "=" in modifier:
             arguments += ["--option", modifier]

@@ -60,7 +60,7 @@ class Case:
         return child_env(AIOURINGNET_ENGINE=self.engine)
 
 
-# Whose selector asyncio's loops have: "ours", as loop_factory() makes them, or "loops-own", as patch_loop() finds them.
+# Where asyncio's loops wait: as applications have it ("ours"), or as a subclass of theirs would ("loops-own").
 SELECTORS = os.environ.get("AIOURINGNET_TEST_SELECTORS", "")
 
 DEBUGGED = ("asyncio-uring-debug", "uvloop-epoll-debug")
@@ -98,23 +98,28 @@ def why_no_base(base):
 # Loops
 
 
-def base_loop(case):
+class LoopsOwn(asyncio.SelectorEventLoop):
+    """A class that is not asyncio's own: patched, it waits as before."""
+
+
+def base_loop(case, own=False):
+    """`own`: one whose waits stay its own on asyncio, too."""
     if case.base == "uvloop":
         import uvloop
 
         loop = uvloop.new_event_loop()
     else:
-        loop = asyncio.SelectorEventLoop()
+        loop = LoopsOwn() if own else asyncio.SelectorEventLoop()
     loop.set_debug(case.debug)
     return loop
 
 
-def has_our_selector(case):
-    """Whether the test's loops have; its children's are the same.  Ours does nothing in debug mode."""
+def waits_as_its_own(case):
+    """Whether the test's loops do; its children's are the same.  In debug mode all do."""
     if SELECTORS:
-        return SELECTORS == "ours"
+        return SELECTORS == "loops-own"
     test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
-    return not case.debug and zlib.crc32(test.encode()) % 2 == 0
+    return case.debug or zlib.crc32(test.encode()) % 2 == 1
 
 
 def alone_after():
@@ -124,10 +129,8 @@ def alone_after():
 
 
 def new_loop(case, patched=True, **options):
-    loop = base_loop(case)
+    loop = base_loop(case, own=waits_as_its_own(case))
     if patched:
-        if has_our_selector(case):
-            loop = engines.with_selector(loop)
         if case.sqpoll:
             options.setdefault("sqpoll", True)
         alone.alone_after = alone_after()

@@ -18,7 +18,6 @@ import faulthandler
 import gc
 import importlib
 import json
-import selectors
 import sys
 import unittest
 
@@ -127,9 +126,6 @@ def patch_loops_of(cls, engines_seen):
     original_init, original_close = cls.__init__, cls.close
 
     def __init__(self, *args, **kwargs):
-        if cls is asyncio.SelectorEventLoop and (not args or type(args[0]) is selectors.EpollSelector) and not kwargs:
-            # As loop_factory() makes them; those with another kind of selector are as patch_loop() finds them.
-            args = (engines.Selector(),)
         original_init(self, *args, **kwargs)
         aiouringnet.patch_loop(self)
 

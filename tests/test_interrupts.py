@@ -296,10 +296,10 @@ def wire_on(endpoint):
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
 @pytest.mark.matrix(base="asyncio", debug=False, sqpoll=True)
 def test_an_interrupt_that_takes_the_wake_with_it_leaves_a_loop_that_works(case, errors, patched):
-    """An edge-triggered wake is not told twice; the selector is asyncio's own."""
+    """An edge-triggered wake is not told twice; it is asyncio's selector that waits."""
     selector = selectors.EpollSelector()
     selector._selector = epoll = Interrupted(selector._selector)
-    loop = asyncio.SelectorEventLoop(selector)
+    loop = helpers.LoopsOwn(selector)
     loop.set_exception_handler(lambda _, context: errors.append(context))
     if patched:
         aiouringnet.patch_loop(loop, engine=case.engine, sqpoll=case.sqpoll)

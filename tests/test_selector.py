@@ -1,4 +1,4 @@
-"""Loops with our selector wait in their engine; all else that they watch, and their timers, are as before."""
+"""Patched loops of asyncio wait in their engine; all else that they watch, and their timers, are as before."""
 
 import asyncio
 import concurrent.futures
@@ -34,7 +34,7 @@ def _ours_in_every_test(monkeypatch):
 
 
 def is_ours(loop):
-    return type(loop._selector) is not selectors.EpollSelector
+    return "select" in vars(loop._selector)
 
 
 @contextlib.contextmanager
@@ -78,49 +78,124 @@ def made_by_a_policy():
         asyncio.set_event_loop_policy(before)
 
 
+def patched_while_it_runs():
+    loop = asyncio.SelectorEventLoop()
+
+    async def patch():
+        aiouringnet.patch_loop()
+
+    loop.run_until_complete(patch())
+    return loop
+
+
+def patched_after_its_first_connection():
+    """A library has made that, by aiouringnet.create_connection(loop, ...)."""
+    loop = asyncio.SelectorEventLoop()
+
+    async def main():
+        server = await aiouringnet.create_server(loop, Echo, "127.0.0.1", 0)
+        assert aiouringnet.status(loop)["details"]["waits_in"] == "loop"
+        server.close()
+        aiouringnet.patch_loop()
+
+    loop.run_until_complete(main())
+    return loop
+
+
 MAKERS = {
     "loop_factory": lambda: aiouringnet.loop_factory()(),
     "new_event_loop": aiouringnet.new_event_loop,
     "a base factory": lambda: aiouringnet.loop_factory(asyncio.SelectorEventLoop)(),
     "a policy": made_by_a_policy,
+    "patch_loop": lambda: aiouringnet.patch_loop(asyncio.SelectorEventLoop()),
+    "patch_loop while it runs": patched_while_it_runs,
+    "patch_loop behind a connection": patched_after_its_first_connection,
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*policy:DeprecationWarning", "ignore:.*policies:DeprecationWarning")
 @pytest.mark.parametrize("made_by", MAKERS)
-def test_loops_that_we_make_have_it(case, monkeypatch, made_by):
+def test_patched_loops_wait_in_their_engine(case, monkeypatch, made_by):
     if made_by == "a policy" and sys.version_info >= (3, 16):
         pytest.skip("this Python has no policies")
     monkeypatch.setenv("AIOURINGNET_ENGINE", case.engine)
     loop = MAKERS[made_by]()
+    selector = loop._selector
     try:
-        assert type(loop).__name__ == asyncio.SelectorEventLoop.__name__ and is_ours(loop)
+        assert type(loop).__name__ == asyncio.SelectorEventLoop.__name__
         assert helpers.run_on(loop, echoed(loop)) == b"".join(NUMBERS)
         # In the ring only where the kernel does not take that for a wait for a disk.
         in_ring = case.engine == "uring" and "NO_IOWAIT" in engines.probe()["features"]
         assert aiouringnet.status(loop)["details"]["waits_in"] == ("ring" if in_ring else "selector")
         assert (aiouringnet.stats(loop)["waits"] > 0) == in_ring
+        assert loop._selector is selector and is_ours(loop)
     finally:
         loop.close()
+    assert "select" not in vars(selector)
 
 
-def test_loops_that_others_make_keep_theirs(case, monkeypatch):
+class Own(asyncio.SelectorEventLoop):
+    pass
+
+
+class OwnSelector(selectors.EpollSelector):
+    pass
+
+
+def counted(selector, counts):
+    """Its select() is somebody's who measures how long loops wait."""
+
+    def select(timeout=None):
+        counts.append(timeout)
+        return before(timeout)
+
+    before, selector.select = selector.select, select
+    return selector
+
+
+OTHERS = {
+    "a class of its own": Own,
+    "another selector": lambda: asyncio.SelectorEventLoop(selectors.PollSelector()),
+    "a selector of a class of its own": lambda: asyncio.SelectorEventLoop(OwnSelector()),
+    "a selector that somebody counts": lambda: asyncio.SelectorEventLoop(counted(selectors.EpollSelector(), [])),
+}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_other_loops_wait_as_they_did(case, monkeypatch, make):
     monkeypatch.setenv("AIOURINGNET_ENGINE", case.engine)
+    loop = make()
+    before = vars(loop._selector).get("select")
+    aiouringnet.patch_loop(loop)
+    assert helpers.run_on(loop, echoed(loop, NUMBERS[:10])) == b"".join(NUMBERS[:10])
+    assert aiouringnet.status(loop)["details"]["waits_in"] == "loop"
+    assert vars(loop._selector).get("select") is before
+    loop.close()
 
-    class Own(asyncio.SelectorEventLoop):
-        pass
 
-    chosen = asyncio.SelectorEventLoop
-    for make in (Own, lambda: chosen(selectors.PollSelector())):
-        loop = make()
-        before = loop._selector
-        aiouringnet.patch_loop(loop)
-        assert loop._selector is before
-        assert helpers.run_on(loop, echoed(loop, NUMBERS[:10])) == b"".join(NUMBERS[:10])
-        assert aiouringnet.status(loop)["details"]["waits_in"] == "loop"
-        loop.close()
-    loop = aiouringnet.loop_factory(Own)()
-    assert type(loop._selector) is selectors.EpollSelector
+def test_loops_of_a_program_that_replaces_every_wait_keep_that(case, monkeypatch):
+    monkeypatch.setenv("AIOURINGNET_ENGINE", case.engine)
+    calls, before = [], selectors.EpollSelector.select
+    monkeypatch.setattr(
+        selectors.EpollSelector, "select", lambda self, timeout=None: calls.append(timeout) or before(self, timeout)
+    )
+    loop = aiouringnet.new_event_loop()
+    assert helpers.run_on(loop, echoed(loop, NUMBERS[:10])) == b"".join(NUMBERS[:10])
+    assert aiouringnet.status(loop)["details"]["waits_in"] == "loop" and len(calls) > 10
+    loop.close()
+
+
+def test_who_wraps_the_wait_later_wraps_ours(make_loop):
+    loop = make_loop()
+    assert helpers.run_on(loop, echoed(loop, NUMBERS[:10])) == b"".join(NUMBERS[:10])
+    calls = []
+    selector = counted(loop._selector, calls)
+    assert helpers.run_on(loop, echoed(loop, NUMBERS[:10])) == b"".join(NUMBERS[:10])
+    assert calls and aiouringnet.status(loop)["details"]["waits_in"] != "loop"
+    theirs = selector.select
+    engines.active_engine(loop).close()
+    assert selector.select is theirs
+    assert helpers.run_on(loop, asyncio.sleep(0.01, "and on")) == "and on"
     loop.close()
 
 
@@ -141,10 +216,10 @@ def test_what_the_maker_of_a_loop_has_set_stays(case, monkeypatch):
 
     reading, writing = os.pipe()
     loop = aiouringnet.loop_factory(factory)()
-    assert loop is made[0] and is_ours(loop)
+    assert loop is made[0]
     os.write(writing, b"read")
     assert helpers.run_on(loop, echoed(loop, NUMBERS[:10])) == b"".join(NUMBERS[:10])
-    assert got == ["soon", b"read"] and tasks
+    assert got == ["soon", b"read"] and tasks and is_ours(loop)
     loop.remove_reader(reading)
     loop.close()
     os.close(reading), os.close(writing)
@@ -153,7 +228,7 @@ def test_what_the_maker_of_a_loop_has_set_stays(case, monkeypatch):
 def test_a_loop_that_keeps_its_own_transports_keeps_its_own_waits():
     loop = aiouringnet.loop_factory(engine="loop")()
     assert helpers.run_on(loop, echoed(loop, NUMBERS[:10])) == b"".join(NUMBERS[:10])
-    assert "select" not in vars(loop._selector)
+    assert not is_ours(loop)
     loop.close()
 
 

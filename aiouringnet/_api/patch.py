@@ -26,7 +26,7 @@ from aiouringnet._api.sendfile import sendfile
 from aiouringnet._api.serve import create_server, create_unix_server
 from aiouringnet._api.sock import SOCKET_CALLS
 from aiouringnet._api.start_tls import start_tls
-from aiouringnet._engine import active_engine, configure, options_of, promise_resumed, with_selector
+from aiouringnet._engine import active_engine, configure, loop_is_patched, options_of
 from aiouringnet._options import Options
 
 FUNCTIONS = (
@@ -60,6 +60,10 @@ def patch_loop(loop=None, **options):
     loop: the loop to patch; None for the running loop, or the current thread's.
     options: fields of aiouringnet.Options; those not named keep their value.
 
+    asyncio.SelectorEventLoop, but no subclass, waits in the ring from its
+    first connection on (Linux 6.15; else in its epoll set, by our call): its
+    selector stays, and has another select().
+
     Idempotent; options may be changed until the first connection is made.
     Raises ValueError or TypeError for bad options, RuntimeError for a closed
     loop, a loop that runs in another thread, for other options than those of
@@ -78,7 +82,7 @@ def patch_loop(loop=None, **options):
         configure(loop, _chosen(options_of(loop) if patched else None, options))
     if not patched:
         _patch(loop)
-        promise_resumed(loop)
+        loop_is_patched(loop)
     return loop
 
 
@@ -226,16 +230,13 @@ def loop_factory(base_factory=None, **options):
     base_factory: makes the loop to patch, asyncio.new_event_loop by default
     (uvloop.new_event_loop for uvloop).  options: as in patch_loop().  The loop
     becomes the thread's current one, as asyncio.Runner expects of a factory.
-
-    An asyncio.SelectorEventLoop, but no subclass, gets a selector of ours for
-    asyncio's own, and waits in the ring (Linux 6.15).
     """
     _chosen(None, options)  # a bad option is an error here, not where the loop is made
     if base_factory is not None and not callable(base_factory):
         raise TypeError(f"loop_factory() expects a function that makes an event loop, not {base_factory!r}")
 
     def new_event_loop():
-        loop = patch_loop(with_selector((base_factory or asyncio.new_event_loop)()), **options)
+        loop = patch_loop((base_factory or asyncio.new_event_loop)(), **options)
         # asyncio.Runner leaves that to the factory.
         asyncio.set_event_loop(loop)
         return loop
@@ -247,9 +248,8 @@ def new_event_loop():
     """A new patched loop: `uvicorn --loop aiouringnet:new_event_loop`.
 
     The base is asyncio's selector loop, or uvloop's with
-    AIOURINGNET_BASE_LOOP=uvloop in the environment.  asyncio's waits in the
-    ring, as loop_factory()'s does.  Raises ValueError for another name there,
-    ImportError when uvloop is not installed.
+    AIOURINGNET_BASE_LOOP=uvloop in the environment.  Raises ValueError for
+    another name there, ImportError when uvloop is not installed.
     """
     base = os.environ.get(BASE_LOOP_VARIABLE) or "asyncio"
     if base == "uvloop":
@@ -259,7 +259,7 @@ def new_event_loop():
     if base != "asyncio":
         raise ValueError(f"{BASE_LOOP_VARIABLE} must be 'asyncio' or 'uvloop', not {base!r}")
     # Not asyncio.new_event_loop(): an installed policy could lead back here.
-    return patch_loop(with_selector(asyncio.SelectorEventLoop()))
+    return patch_loop(asyncio.SelectorEventLoop())
 
 
 def install_policy(base_policy=None, **options):
@@ -304,7 +304,7 @@ def _policy_class():
             return f"<PatchingPolicy base={self._base!r}>"
 
         def new_event_loop(self):
-            return patch_loop(with_selector(self._base.new_event_loop()), **self._options)
+            return patch_loop(self._base.new_event_loop(), **self._options)
 
         def get_event_loop(self):
             loop = self._base.get_event_loop()

@@ -4,14 +4,12 @@ Imports without the compiled extensions: then, and off Linux, every loop's
 engine is None and callers use the loop's own implementation.
 """
 
-import asyncio
 import atexit
 import collections
 import errno
 import functools
 import logging
 import os
-import selectors
 import sys
 import weakref
 
@@ -22,7 +20,6 @@ import_error = None
 try:
     from aiouringnet._engine.epoll import Epoll
     from aiouringnet._engine.loop import NotWatched
-    from aiouringnet._engine.selecting import Selector
 except ImportError as exc:
     ring = Epoll = None
     import_error = exc
@@ -40,7 +37,7 @@ logger = logging.getLogger("aiouringnet")
 # the engine through its reader entry; the engine refers to the loop.
 _engines = weakref.WeakKeyDictionary()
 _options = weakref.WeakKeyDictionary()  # loop -> Options
-_telling = weakref.WeakSet()  # loops that call engine.resumed() whenever they begin to run
+_patched = weakref.WeakSet()  # loops that call engine.resumed() whenever they begin to run
 _refusals = weakref.WeakKeyDictionary()  # loop -> the Refusal that kept the ring from being made
 
 # What is kept of an exception, whose traceback would keep the loop.
@@ -68,29 +65,17 @@ def configure(loop, options):
     _options[loop] = options
 
 
-def with_selector(loop):
-    """The loop, which must be new; asyncio's own with asyncio's own selector waits in its engine from now on."""
-    before = getattr(loop, "_selector", None)
-    if Epoll is not None and type(loop) is asyncio.SelectorEventLoop and type(before) is selectors.EpollSelector:
-        # In its place and not by the constructor: whoever made the loop may have set it up already.
-        loop._selector = selector = Selector()
-        for key in before.get_map().values():
-            selector.register(key.fileobj, key.events, key.data)
-        before.close()
-    return loop
-
-
 def options_of(loop):
     """The options in force for a loop, Options' defaults unless configured."""
     return _options.get(loop) or Options()
 
 
-def promise_resumed(loop):
+def loop_is_patched(loop):
     """From now on the loop calls its engine's resumed() whenever it begins to run."""
-    _telling.add(loop)
+    _patched.add(loop)
     engine = active_engine(loop)
     if engine is not None:
-        engine.calls_resumed = True
+        engine.loop_is_patched()
 
 
 def active_engine(loop):
@@ -133,8 +118,8 @@ def engine_for(loop):
     engine = active_engine(loop)
     if engine is None and not keeps_its_own(loop):
         engine = _make(loop, options_of(loop))
-        if engine is not None:
-            engine.calls_resumed = loop in _telling
+        if engine is not None and loop in _patched:
+            engine.loop_is_patched()
         _engines[loop] = None if engine is None else weakref.ref(engine)
     return engine
 

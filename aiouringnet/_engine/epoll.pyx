@@ -30,7 +30,6 @@ cdef class Epoll(Engine):
         self.readiness = Readiness()
         self.closed = False
         self.watch(self.readiness.epoll_fd)
-        self.take_selector()
 
     cdef void on_wake(self) noexcept:
         if not self.wake_tuned:

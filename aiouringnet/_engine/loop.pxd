@@ -51,7 +51,7 @@ cdef class LoopBound:
     cdef int loop_epoll_fd          # where it is watched edge-triggered, -1: level-triggered, must be read
     cdef bint wake_tuned
     cdef bint is_libuv
-    cdef public bint calls_resumed  # the loop calls resumed() whenever it begins to run
+    cdef bint calls_resumed  # the loop calls resumed() whenever it begins to run
     cdef bint nests                 # a callback has run the loop
     cdef unsigned long long n_wakes
 

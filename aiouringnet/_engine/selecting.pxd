@@ -5,7 +5,8 @@ from aiouringnet._engine.loop cimport LoopBound
 
 cdef class Selecting(LoopBound):
     cdef int depth                  # passes under way: more than one where a callback runs the loop
-    cdef object selector            # the loop's, where it is ours; None: the loop watches us as any descriptor
+    cdef object selector            # the loop's, whose select() is ours; None: the loop watches us as any descriptor
+    cdef object selects             # that select()
     cdef dict keys                  # descriptor -> SelectorKey: the selector's
     cdef object ready               # loop._ready: callbacks that are due
     cdef int selector_fd            # the loop's epoll set
@@ -17,7 +18,6 @@ cdef class Selecting(LoopBound):
     cdef int calls_fd               # and what tells of them
     cdef unsigned long long n_waits
 
-    cdef int take_selector(self) except -1
     cdef void leave_selector(self) noexcept
     cdef list select_keys(self, object timeout)
     cdef bint came_up(self, Py_ssize_t timers) except -1

@@ -1,9 +1,10 @@
-"""Where a loop waits whose selector is ours: in the ring, and passes are made there and then.
+"""Where asyncio's own loop waits, once it is patched: in the ring, and passes are made there and then.
 
-loop_factory() makes asyncio's loop with a selector of ours, whose select() an
-engine takes over.  Then a wake takes no way round through the loop's epoll
-set, its eventfd and a callback: select() waits for completions, makes the
-pass, and returns as soon as that has brought the loop something to do.
+Its engine takes the place of its selector's select().  Then a wake takes no way
+round through the loop's epoll set, its eventfd and a callback: select() waits
+for completions, makes the pass, and returns as soon as that has brought the
+loop something to do.  A loop of another class, or with another selector, or
+whose select() somebody has replaced before, keeps what it has.
 
 What the loop watches beside us stays in its epoll set, of which the ring
 tells once (others_ready).  While that has events now and then (others_busy) we
@@ -24,6 +25,7 @@ from aiouringnet._engine.loop cimport airn_monotonic_ns, LoopBound
 from aiouringnet._engine.readiness cimport EPOLLIN, EPOLLOUT, epoll_event
 
 import os
+from asyncio import SelectorEventLoop
 from selectors import EVENT_READ, EVENT_WRITE, EpollSelector
 
 
@@ -41,30 +43,26 @@ cdef int WRITE = EVENT_WRITE
 cdef object select_any = EpollSelector.select
 
 
-class Selector(EpollSelector):
-    """asyncio's own, until an engine puts its select() in its place."""
-
-    def close(self):
-        self.__dict__.pop("select", None)
-        super().close()
-
-
 cdef class Selecting(LoopBound):
-    cdef int take_selector(self) except -1:
-        """Wait for the loop from now on, if it is one of ours."""
+    def loop_is_patched(self):
+        """The loop, or who calls this, does not wait in it now: its class is a subclass that patch_loop() has made."""
+        self.calls_resumed = True
         selector = getattr(self.loop, "_selector", None)
-        if isinstance(selector, Selector) and "select" not in selector.__dict__:
+        if (
+            type(self.loop).__bases__ == (SelectorEventLoop,) and type(selector) is EpollSelector
+            and EpollSelector.select is select_any and "select" not in selector.__dict__
+        ):
             self.keys = selector._fd_to_key
             self.ready = self.loop._ready
             self.selector_fd = selector.fileno()
             self.selector = selector
-            selector.select = self.select
-        return 0
+            self.selects = selector.select = self.select
 
     cdef void leave_selector(self) noexcept:
         if self.selector is not None:
-            self.selector.__dict__.pop("select", None)
-            self.selector = None
+            if self.selector.__dict__.get("select") is self.selects:
+                del self.selector.select
+            self.selector = self.selects = None
 
     def select(self, timeout=None):
         """selectors.BaseSelector.select(), and the passes that are due.  timeout: seconds, None for ever."""

@@ -23,8 +23,6 @@ sys.path.insert(0, str(TESTS))
 
 import helpers  # noqa: E402
 
-from aiouringnet import _engine as engines  # noqa: E402
-
 FIRST_PART = 1 / 3
 DRIFT = 0.01
 
@@ -57,15 +55,13 @@ def add_configuration(parser):
 
 
 def new_loop(configuration):
-    """A loop as the configuration says, as applications have it: our selector on asyncio."""
+    """A loop as the configuration says."""
     base, engine = configuration.split("-")
     case = helpers.Case(base, "epoll" if engine == "epoll" else "uring", sqpoll=engine == "sqpoll")
     if engine == "stock":
         return helpers.base_loop(case)
     os.environ["AIOURINGNET_ENGINE"] = case.engine
     loop = helpers.base_loop(case)
-    if base == "asyncio":
-        loop = engines.with_selector(loop)
     helpers.aiouringnet.patch_loop(loop, **({"sqpoll": True} if case.sqpoll else {}))
     return loop
 

@@ -15,8 +15,9 @@ import tempfile
 import time
 import weakref
 
+import helpers
+
 import aiouringnet
-from aiouringnet import _engine as engines
 from aiouringnet._engine import alone
 from random_protocols.acts import ACTS, starts_tls_wildly
 from random_protocols.ends import Boom, Flow, Interrupt, drawn_weights, wire_between
@@ -127,9 +128,7 @@ class Round:
 
             loop = uvloop.new_event_loop()
         else:
-            loop = asyncio.SelectorEventLoop()
-            if self.patched and not self.debug and self.seed is not None and self.seed % 2:
-                loop = engines.with_selector(loop)
+            loop = asyncio.SelectorEventLoop() if (self.seed or 0) % 2 else helpers.LoopsOwn()
         # The round waits for its thread, which keeps what it has done last for a moment.
         self.executor = concurrent.futures.ThreadPoolExecutor(1)
         loop.set_default_executor(self.executor)

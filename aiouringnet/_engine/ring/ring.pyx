@@ -103,7 +103,6 @@ cdef class Ring(Waiting):
             raise
         self.closed = False
         self.watch(self.event_fd)
-        self.take_selector()
 
     # --- streams, listeners, connections ------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Waiting in the ring, for a loop whose selector is ours (selecting.pyx).
+"""Waiting in the ring, for a loop that waits in its engine (selecting.pyx).
 
 One io_uring_enter(2) runs the deferred work and ends with the first completion,
 while the eventfd stays masked.  It needs DEFER_TASKRUN, and a kernel that does
