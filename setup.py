@@ -25,6 +25,7 @@ MODULES = [
     "aiouringnet._engine.engine",
     "aiouringnet._engine.epoll",
     "aiouringnet._engine.files",
+    "aiouringnet._engine.gathering",
     "aiouringnet._engine.interface",
     "aiouringnet._engine.listener",
     "aiouringnet._engine.loop",

@@ -17,6 +17,7 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strlen
 
+from aiouringnet._engine.interface cimport LONG_BATCH
 from aiouringnet._engine.listener cimport name_of, sockaddr_storage
 
 from aiouringnet._engine.address import pack_address
@@ -176,7 +177,11 @@ cdef class Area:
                 self.headers[i].msg_hdr.msg_controllen = CONTROL_BYTES if with_control else 0
         for i in range(self.used):
             self.headers[i].msg_hdr.msg_namelen = sizeof(sockaddr_storage)
-        n = recvmmsg(fd, self.headers, self.slots, MSG_DONTWAIT, NULL)
+        if self.used < LONG_BATCH:
+            n = recvmmsg(fd, self.headers, self.slots, MSG_DONTWAIT, NULL)
+        else:
+            with nogil:
+                n = recvmmsg(fd, self.headers, self.slots, MSG_DONTWAIT, NULL)
         # One more than it says has been tried.
         self.used = min(max(n, 0) + 1, self.slots)
         return n if n >= 0 else -errno

@@ -30,7 +30,7 @@ from aiouringnet._engine.datagram_area cimport (
     NAME_BYTES, NAME_NONE, NAME_PYTHON, NAME_SMALL, Name, iovec, mmsghdr, msghdr,
 )
 from aiouringnet._engine.engine cimport WRITES_AT_ONCE
-from aiouringnet._engine.interface cimport Flow
+from aiouringnet._engine.interface cimport Flow, LONG_BATCH
 
 from os import strerror
 
@@ -263,7 +263,11 @@ cdef class DatagramOutput(Flow):
             return error[0] <= 0
         self.engine.n_direct_sends += 1
         # What it says of the one that it stopped at, it says when that is the first.
-        n = sendmmsg(self.fd, messages, n, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n < LONG_BATCH:
+            n = sendmmsg(self.fd, messages, n, MSG_DONTWAIT | MSG_NOSIGNAL)
+        else:
+            with nogil:
+                n = sendmmsg(self.fd, messages, n, MSG_DONTWAIT | MSG_NOSIGNAL)
         error[0] = 0 if n >= 0 else errno
         for i in range(max(n, 0)):
             self.engine.n_bytes_out += messages[i].msg_len

@@ -2,7 +2,7 @@
 
 from cpython.object cimport PyObject
 
-from aiouringnet._engine.alone cimport Alone
+from aiouringnet._engine.gathering cimport Gathering
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
 from aiouringnet._engine.readiness cimport Readiness
 
@@ -13,7 +13,7 @@ cdef enum:
     WRITES_AT_ONCE = 4
 
 
-cdef class Engine(Alone):
+cdef class Engine(Gathering):
     cdef readonly object options
     cdef readonly object transports  # descriptor -> transport: asyncio's table of its loop, or Descriptors
     # Contexts (of context variables) that are current in a callback of the innermost pass, borrowed: the one in
@@ -33,8 +33,6 @@ cdef class Engine(Alone):
     cdef int fetches_spared         # for its sake in a row
     cdef bint early_pass            # the next one comes right behind the tasks that data has woken: they may write
     cdef int early_worth            # how often they did lately, 0..EARLY_WORTH_MAX
-    cdef list dirty, dirty_spare    # streams with something to send
-    cdef list layers, layers_spare  # layers with something to pass on to their streams
     cdef list resync                # streams whose reading state changed
     cdef list over_budget           # streams that have used up their read_budget of this pass
     cdef bint silent                # no protocol is called now: the loop does not run
@@ -47,7 +45,7 @@ cdef class Engine(Alone):
     cdef object area                # datagrams: an Area, made when somebody has a socket of them
     cdef Readiness readiness        # None for a ring that works
     cdef Py_ssize_t n_urgent
-    cdef unsigned long long n_passes, n_flushes, n_direct_sends, n_direct_reads, n_bytes_in, n_bytes_out, n_streams
+    cdef unsigned long long n_passes, n_flushes, n_direct_reads, n_bytes_in, n_bytes_out, n_streams
 
     cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept
     cdef void renew_readiness(self) noexcept
@@ -62,10 +60,6 @@ cdef class Engine(Alone):
     cdef void alarm(self) noexcept
     cdef bint is_nested(self) noexcept
     cdef bint sends_now(self, Flow stream) noexcept
-    cdef void gather_layers(self) noexcept
-    cdef void flush_direct(self) noexcept
-    cdef list take_dirty(self)
-    cdef void give_back(self, list batch) noexcept
     cdef bint account(self, Flow stream, size_t size) noexcept
     cdef bint out_of_time(self, size_t size) noexcept
     cdef object set_guard(self)

@@ -18,7 +18,7 @@ from cython cimport final
 from cpython.ref cimport Py_XDECREF
 from libc.stdlib cimport free
 
-from aiouringnet._engine.alone cimport Alone
+from aiouringnet._engine.gathering cimport Gathering
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
 from aiouringnet._engine.loop cimport airn_context, airn_monotonic_ns, airn_show_flag, current_thread, fork_generation
 from aiouringnet._engine.ownership cimport airn_append
@@ -35,7 +35,7 @@ cdef enum:
     EARLY_WORTH_MAX = 8
     # How long a pass may take before the loop's other callbacks get their turn, in nanoseconds, and after how much
     # work (see out_of_time()) the clock is looked at: reading it takes 25 ns, serving one message some thousand.
-    PASS_NS = 1000000
+    PASS_NS = 400000
     CLOCK_EVERY = 8
     BYTES_OF_WORK = 14  # bytes received that count as much as a completion, as a power of two
     FETCHES_SPARED = 8  # in a row: for so many wakes others may have to wait
@@ -52,7 +52,7 @@ cdef dict modules = sys.modules
 cdef dict GATHERING = {"auto": GATHER_AUTO, "always": GATHER_ALWAYS, "never": GATHER_NEVER}
 
 
-cdef class Engine(Alone):
+cdef class Engine(Gathering):
     kind = "none"
 
     def __init__(self, loop, options):
@@ -66,10 +66,6 @@ cdef class Engine(Alone):
         self.gathering = GATHERING[getattr(options, "gather", "auto")]
         self.pass_context = self.entered = <PyObject*>self  # which is no context
         self.over_budget = []
-        self.dirty = []
-        self.dirty_spare = []
-        self.layers = []
-        self.layers_spare = []
         self.resync = []
         self.read_budget = options.read_budget
         self.early_worth = EARLY_WORTH_MAX // 2
@@ -282,47 +278,6 @@ cdef class Engine(Alone):
             stream.burst_ns = now
             stream.written = 0
         return stream.written < WRITES_AT_ONCE
-
-    cdef void gather_layers(self) noexcept:
-        """Let layers pass on what was written to them: to streams, which become dirty, or to other layers."""
-        cdef list batch
-        cdef Layer layer
-        while self.layers:
-            batch = self.layers
-            # None while a callback may come back here.
-            self.layers = [] if self.layers_spare is None else self.layers_spare
-            self.layers_spare = None
-            for item in batch:
-                layer = <Layer>item     # so that no subclass has to be told from others
-                layer.gathering = False
-                layer.gather()
-            batch.clear()
-            self.layers_spare = batch
-
-    cdef void flush_direct(self) noexcept:
-        """Send every dirty stream's queue with a call of its own."""
-        cdef list batch
-        cdef Flow stream
-        if self.layers:
-            self.gather_layers()
-        batch = self.take_dirty()
-        for item in batch:
-            stream = <Flow>item     # see gather_layers()
-            stream.dirty = False
-            stream.flush()
-        self.give_back(batch)
-
-    @final
-    cdef list take_dirty(self):
-        cdef list batch = self.dirty
-        self.dirty = [] if self.dirty_spare is None else self.dirty_spare
-        self.dirty_spare = None
-        return batch
-
-    @final
-    cdef void give_back(self, list batch) noexcept:
-        batch.clear()
-        self.dirty_spare = batch
 
     # --- a pass ---------------------------------------------------------------
 

@@ -8,6 +8,16 @@ cdef enum:
     END_TOLD = -2       # Stream.end: the sink knows
 
 
+# Other threads want the interpreter, too.  Who waits for it is woken when it is let go, and needs some ten microseconds
+# to take it; if it is gone by then, he has lost his claim to it for another five milliseconds (take_gil() in CPython).
+# So it is let go where the kernel is busy for long, and only there: around calls that copy so many bytes, or that send
+# so often.
+cdef enum:
+    LONG_BYTES = 65536
+    LONG_SENDS = 4
+    LONG_BATCH = 16     # datagrams of one call
+
+
 # A bint of one byte, for what programs have ten thousands of.
 ctypedef unsigned char flag
 
@@ -19,6 +29,15 @@ cdef struct Room:
     int kind                        # ROOM_*
     Py_buffer view                  # ROOM_VIEW
     PyObject* spare                 # ROOM_BYTES, ROOM_LENT: the bytes object, owned
+
+
+# A call of send(2) that is made together with others'.
+cdef struct Send:
+    int fd
+    int error
+    const char* data
+    size_t size
+    ssize_t sent
 
 cdef enum:
     ROOM_VIEW                       # a BufferedProtocol's own buffer
@@ -46,6 +65,7 @@ cdef class Handle:
 # What a pass knows of a stream: what it is there for, and its share of the pass.
 cdef class Flow(Handle):
     # (Eight bytes of flags here: those of a stream are spread over its bases so that none is padded.)
+    cdef flag reads_much            # its last direct read got LONG_BYTES or more
     cdef flag reading               # the sink wants data
     cdef flag closed                # close() was called: nothing is delivered, nor sent
     cdef flag resyncing             # in engine.resync
@@ -58,6 +78,12 @@ cdef class Flow(Handle):
 
     # It was dirty: what was written until now is to go
     cdef void flush(self) noexcept
+    # The first send that flush() would make; false where that takes more than send(2)
+    cdef bint lend_send(self, Send* send) noexcept
+    # It was made: what was sent is taken from the queue
+    cdef void sent_so_much(self, Send* send) noexcept
+    # It has failed; called when all that was sent with it has been taken
+    cdef void send_failed(self, int error) noexcept
     # Its reading state has changed, or it was put off: what was held, and what the socket has, is to be delivered
     cdef void resync(self) noexcept
     # Whether that was the last operation in flight of a closed one: its sink is told

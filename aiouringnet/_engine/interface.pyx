@@ -40,6 +40,15 @@ cdef class Flow(Handle):
     cdef void flush(self) noexcept:
         pass
 
+    cdef bint lend_send(self, Send* send) noexcept:
+        return False
+
+    cdef void sent_so_much(self, Send* send) noexcept:
+        pass
+
+    cdef void send_failed(self, int error) noexcept:
+        pass
+
     cdef void resync(self) noexcept:
         pass
 

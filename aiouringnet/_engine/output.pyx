@@ -41,7 +41,7 @@ from posix.types cimport off_t
 
 from aiouringnet._engine.engine cimport WRITES_AT_ONCE
 from aiouringnet._engine.files cimport FileRange
-from aiouringnet._engine.interface cimport Flow
+from aiouringnet._engine.interface cimport Flow, LONG_BYTES, Send
 from aiouringnet._engine.poll cimport POLLOUT, poll, pollfd
 
 from asyncio import SendfileNotAvailableError
@@ -227,6 +227,22 @@ cdef class Output(Flow):
         ):
             self.sink.on_sent()
 
+    cdef bint lend_send(self, Send* send) noexcept:
+        if self.count != 1 or self.sending or self.closed or self.ktls or self.opening:
+            return False
+        send.fd = self.fd
+        send.data = self.chunks[self.head].data
+        send.size = self.chunks[self.head].size
+        return True
+
+    cdef void sent_so_much(self, Send* send) noexcept:
+        self.consume(send.sent)
+
+    cdef void send_failed(self, int error) noexcept:
+        # (What is to be tried again, flush() tries.)
+        if error != EAGAIN and error != EINTR and error != EINPROGRESS and not self.closed:
+            self.sink.on_error(error, True)
+
     cdef bint send_direct(self) noexcept:
         """Send the queue as far as the socket takes it; True when all went.
 
@@ -269,7 +285,11 @@ cdef class Output(Flow):
             self.engine.n_direct_sends += 1
             if self.count == 1:
                 asked = self.chunks[self.head].size
-                sent = c_send(self.fd, self.chunks[self.head].data, asked, MSG_DONTWAIT | MSG_NOSIGNAL)
+                if asked < LONG_BYTES:
+                    sent = c_send(self.fd, self.chunks[self.head].data, asked, MSG_DONTWAIT | MSG_NOSIGNAL)
+                else:
+                    with nogil:
+                        sent = c_send(self.fd, self.chunks[self.head].data, asked, MSG_DONTWAIT | MSG_NOSIGNAL)
             else:
                 n = min(self.count, MAX_IOVECS)
                 asked = 0
@@ -280,7 +300,11 @@ cdef class Output(Flow):
                 memset(&message, 0, sizeof(message))
                 message.msg_iov = vector
                 message.msg_iovlen = n
-                sent = c_sendmsg(self.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+                if asked < LONG_BYTES:
+                    sent = c_sendmsg(self.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+                else:
+                    with nogil:
+                        sent = c_sendmsg(self.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
             if sent >= 0:
                 self.consume(sent)
                 if <size_t>sent < asked:
@@ -306,7 +330,8 @@ cdef class Output(Flow):
             asked = FILE_BYTES - total
             if 0 < file.remaining < <long long>asked:
                 asked = file.remaining
-            n = c_sendfile(self.fd, file.fd, &file.offset, asked)
+            with nogil:
+                n = c_sendfile(self.fd, file.fd, &file.offset, asked)
             if n > 0:
                 total += n
                 file.sent += n

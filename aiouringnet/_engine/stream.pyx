@@ -27,7 +27,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, errno
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.interface cimport END_TOLD, EOF_HELD, Room, Sink
+from aiouringnet._engine.interface cimport END_TOLD, EOF_HELD, LONG_BYTES, Room, Sink
 from aiouringnet._engine.output cimport Output, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLIN, POLLPRI, POLLRDHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
@@ -207,8 +207,13 @@ cdef class Stream(Output):
                         self.put_off()
                     break
                 size = min(room.size, <Py_ssize_t>engine.read_budget - <Py_ssize_t>self.taken)
-                n = c_recv(self.fd, room.data, size, MSG_DONTWAIT)
+                if self.reads_much:
+                    with nogil:
+                        n = c_recv(self.fd, room.data, size, MSG_DONTWAIT)
+                else:
+                    n = c_recv(self.fd, room.data, size, MSG_DONTWAIT)
                 error = errno
+                self.reads_much = n >= LONG_BYTES
                 if n > 0:
                     total += n
                     engine.n_bytes_in += n
