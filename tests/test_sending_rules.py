@@ -10,8 +10,9 @@ import sys
 import helpers
 import pytest
 from helpers import Recorder, pattern
-from wire import Boom, over, recorder, serve, wire  # noqa: F401
+from wire import PEER_IS_GONE, Boom, over, recorder, serve, wire  # noqa: F401
 
+import aiouringnet
 from aiouringnet import _engine as engines
 
 
@@ -144,6 +145,41 @@ async def test_auto_gathers_while_several_connections_have_something_to_answer(l
             assert await w.receive(8) == b"headbody"
     # Where the passes had several to serve, nothing left at once.  (A busy machine may have split one.)
     assert at_once.count(b"") > len(at_once) / 2
+
+
+@pytest.mark.matrix(sqpoll=True)
+async def test_what_leaves_together_reaches_each_whole(loop, wire):
+    """In one iteration: in one piece or several, to a full socket, to peers that have gone, into a pipe."""
+    aiouringnet.patch_loop(loop, gather="always")
+    wires = [await wire() for _ in range(150)]
+    full, gone = wires[20], wires[70:72]
+    read, write = os.pipe()
+    pipe, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, open(write, "wb", 0))
+    full.transport.write(bytes(20 << 20))
+    for w in gone:
+        w.transport.pause_reading()
+        w.reset()
+    await awake()
+    for size in (10, 3000, 70_000):
+        sent = {}
+        for number, w in enumerate(wires):
+            sent[w] = pattern(size, seed=number)
+            half = size // (1 + number % 3)
+            w.transport.write(sent[w][:half])
+            if half < size:
+                w.transport.write(sent[w][half:])
+            if w is full:
+                pipe.write(b"%7d" % size)
+        assert await loop.run_in_executor(None, os.read, read, 100) == b"%7d" % size
+        for w in wires:
+            if w is not full and w not in gone:
+                assert await w.receive(size) == sent[w]
+        for w in gone:
+            assert isinstance(await w.protocol.lost, PEER_IS_GONE)
+    await full.receive(20 << 20)
+    assert await full.receive(73_010) == b"".join(pattern(size, seed=20) for size in (10, 3000, 70_000))
+    pipe.close()
+    os.close(read)
 
 
 @pytest.mark.matrix(sqpoll=True)

@@ -1,9 +1,11 @@
 """Loops in several threads, loops that move, and transports that another thread calls."""
 
 import asyncio
+import concurrent.futures
 import gc
 import random
 import sys
+import sysconfig
 import threading
 import warnings
 
@@ -11,7 +13,7 @@ import helpers
 import pytest
 from helpers import Recorder, pattern
 from in_flight import Everything, engine_of, exchange
-from wire import over, resource_warnings_ignored, serve, wire  # noqa: F401
+from wire import over, recorder, resource_warnings_ignored, serve, wire  # noqa: F401
 
 pytestmark = pytest.mark.pairs(endpoint="unix")
 
@@ -281,3 +283,44 @@ def test_a_loop_is_closed_by_another_thread_than_it_ran_in(make_loop):
         del loop, engine, thread
         everything.forget()
         everything.every_peer_sees_the_end()
+
+
+# --------------------------------------------------------------------------
+# Other threads while connections are busy
+
+
+@pytest.fixture
+def _nobody_is_made_to_give_way():
+    """A thread gets the interpreter only where who has it lets it go."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(before)
+
+
+BUSY = {"small": (20, 64), "bulk": (2, 1 << 20)}
+
+
+@pytest.mark.skipif(bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="there threads wait for no interpreter")
+@pytest.mark.parametrize("what", BUSY)
+@pytest.mark.matrix(debug=False)
+@pytest.mark.usefixtures("_nobody_is_made_to_give_way")
+async def test_other_threads_get_on_while_connections_are_busy(loop, endpoint, what):
+    """A loop that never sleeps: each message is answered at once, at both ends."""
+    count, size = BUSY[what]
+    async with await endpoint.serve(
+        loop, recorder(data_received=lambda protocol, data: protocol.transport.write(data))
+    ):
+        clients = []
+        for _ in range(count):
+            transport, _ = await endpoint.connect(
+                loop, recorder(data_received=lambda protocol, data: protocol.transport.write(data))
+            )
+            transport.write(bytes(size))
+            clients.append(transport)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            for number in range(20):
+                assert await asyncio.wait_for(loop.run_in_executor(pool, abs, -number), 10) == number
+            for transport in clients:
+                transport.abort()
+        await asyncio.gather(*(accepted.lost for accepted in endpoint.accepted))

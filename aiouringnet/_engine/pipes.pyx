@@ -25,7 +25,7 @@ from posix.fcntl cimport fcntl
 from posix.stat cimport S_ISFIFO, fstat, struct_stat
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.interface cimport EOF_HELD, Room, Sink
+from aiouringnet._engine.interface cimport EOF_HELD, Room, Send, Sink
 from aiouringnet._engine.output cimport Output
 from aiouringnet._engine.poll cimport POLLIN, POLLRDHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
@@ -215,6 +215,9 @@ cdef class Pipe(Stream):
 
     cdef bint has_edges(self, bint* has_end) noexcept:
         return False  # not as all kinds of files have them
+
+    cdef bint lend_send(self, Send* send) noexcept:
+        return False  # it is written to
 
     cdef Py_ssize_t read_direct(self) noexcept:
         return self.file_end.read(self)

@@ -4,6 +4,7 @@ io_uring's own reads and writes of a pipe would need a buffer each while they
 wait, and a worker thread where the file has to block.
 """
 
+from aiouringnet._engine.interface cimport Send
 from aiouringnet._engine.output cimport SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLOUT
 from aiouringnet._engine.ring.completions cimport TAG_WRITABLE, user_data
@@ -20,6 +21,9 @@ cdef class RingPipe(RingStream):
 
     cdef bint has_edges(self, bint* has_end) noexcept:
         return False
+
+    cdef bint lend_send(self, Send* send) noexcept:
+        return False  # it is written to
 
     cdef Py_ssize_t read_direct(self) noexcept:
         return self.file_end.read(self)
