@@ -372,6 +372,7 @@ cdef class Engine(Gathering):
         self.pass_context = pass_context
         self.entered = entered
         self.leave()
+        self.let_others_run(self.flush_scheduled)
         if self.interrupt is not None:
             exception = self.interrupt
             self.interrupt = None

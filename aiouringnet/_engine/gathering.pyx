@@ -67,6 +67,7 @@ cdef class Gathering(Alone):
                 streams[n] = <PyObject*>batch[at]
                 n += (<Flow>streams[n]).lend_send(&sends[n])
                 at += 1
+            self.was_let_go()
             with nogil:
                 for i in range(n):
                     sends[i].sent = c_send(sends[i].fd, sends[i].data, sends[i].size, MSG_DONTWAIT | MSG_NOSIGNAL)

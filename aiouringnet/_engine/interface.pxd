@@ -8,13 +8,11 @@ cdef enum:
     END_TOLD = -2       # Stream.end: the sink knows
 
 
-# Other threads want the interpreter, too.  Who waits for it is woken when it is let go, and needs some ten microseconds
-# to take it; if it is gone by then, he has lost his claim to it for another five milliseconds (take_gil() in CPython).
-# So it is let go where the kernel is busy for long, and only there: around calls that copy so many bytes, or that send
-# so often.
+# Calls that copy so many bytes, or send or receive so often, let other threads have the interpreter: see loop.pyx.
 cdef enum:
     LONG_BYTES = 65536
-    LONG_SENDS = 4
+    LONG_SENDS = 2
+    LONG_RECEIVES = 8
     LONG_BATCH = 16     # datagrams of one call
 
 

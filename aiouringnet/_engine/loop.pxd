@@ -51,9 +51,16 @@ cdef class LoopBound:
     cdef int loop_epoll_fd          # where it is watched edge-triggered, -1: level-triggered, must be read
     cdef bint wake_tuned
     cdef bint is_libuv
-    cdef bint calls_resumed  # the loop calls resumed() whenever it begins to run
+    cdef bint calls_resumed         # the loop calls resumed() whenever it begins to run
     cdef bint nests                 # a callback has run the loop
+    # Since when passes follow each other and no other thread has had the interpreter for long; 0: not at all
+    cdef long long kept_since_ns
     cdef unsigned long long n_wakes
+
+    # Other threads have had the interpreter
+    @final
+    cdef inline void was_let_go(self) noexcept:
+        self.kept_since_ns = 0
 
     # Whether this is a child that was forked from the engine's process: nothing of it may be touched
     @final
@@ -80,6 +87,8 @@ cdef class LoopBound:
     cdef void log_debug(self, str text, tuple arguments, object exc=*) noexcept
     cdef void settle(self, object future, object exc) noexcept
     cdef void interrupted(self, object exception) noexcept
+    # Other threads
+    cdef void let_others_run(self, bint goes_on) noexcept
     # Being woken
     cdef void watch(self, int fd) except *
     cdef bint watch_instead(self, Readiness ready) noexcept

@@ -9,6 +9,13 @@ Python is called from noexcept code by call_soon() and report() alone, or within
 try that hands SystemExit and KeyboardInterrupt to interrupted(): what was begun
 is finished, and the pass raises them when it ends.
 
+Other threads want the interpreter, too.  Who waits for it is woken when it is let
+go, and needs some ten microseconds to take it; if it is gone by then, he has lost
+his claim to it for another five milliseconds (take_gil() in CPython).  Loops let
+it go for less each time they look at their descriptors, so that a busy one may
+keep others from it for seconds.  So we let it go where the kernel is busy for
+long (LONG_BYTES, LONG_SENDS), and where that was not for a while, we linger.
+
 The loop watches one descriptor of ours.  Only its reader entry refers to the
 Waker that it calls, and that to the engine.
 """
@@ -33,8 +40,20 @@ cdef extern from *:
             airn_this_thread = __atomic_add_fetch(&airn_threads, 1, __ATOMIC_RELAXED);
         return airn_this_thread;
     }
+
+    /* Whether the interpreter has other threads: one may wait for it.  (No state but our own is looked into.) */
+    static inline int airn_has_threads(void)
+    {
+    #ifdef Py_GIL_DISABLED
+        return 0;
+    #else
+        PyThreadState *own = PyThreadState_Get();
+        return PyInterpreterState_ThreadHead(PyInterpreterState_Get()) != own || PyThreadState_Next(own) != NULL;
+    #endif
+    }
     """
     unsigned long airn_thread_id() noexcept nogil
+    bint airn_has_threads() noexcept
     int PyContext_Enter(object) except -1
     int PyContext_Exit(object) except -1
 
@@ -47,7 +66,13 @@ cdef extern from "sys/epoll.h" nogil:
     int EPOLL_CTL_ADD, EPOLL_CTL_MOD
 
 
+cdef extern from "sched.h" nogil:
+    int sched_yield()
+
+
 cdef enum:
+    KEPT_NS = 1000000   # for so long a busy loop keeps the interpreter from other threads
+    LINGER_NS = 40000   # and for so long it lets it go then
     TRIES = 3           # of a call into Python that an interrupt has hit
 
 cdef object logger = logging.getLogger("asyncio")
@@ -228,6 +253,24 @@ cdef class LoopBound:
         if self.interrupt is None:
             self.interrupt = exception
         self.need_pass()
+
+    # --- other threads -----------------------------------------------------
+
+    cdef void let_others_run(self, bint goes_on) noexcept:
+        """Behind a pass; `goes_on`: the loop does not wait before the next one."""
+        cdef long long now
+        if not goes_on:
+            self.kept_since_ns = 0
+            return
+        now = airn_monotonic_ns()
+        if self.kept_since_ns == 0:
+            self.kept_since_ns = now
+        elif now - self.kept_since_ns >= KEPT_NS:
+            self.kept_since_ns = 0
+            if airn_has_threads():
+                with nogil:
+                    while airn_monotonic_ns() - now < LINGER_NS:
+                        sched_yield()
 
     # --- being woken -------------------------------------------------------
 

@@ -208,6 +208,7 @@ cdef class Stream(Output):
                     break
                 size = min(room.size, <Py_ssize_t>engine.read_budget - <Py_ssize_t>self.taken)
                 if self.reads_much:
+                    engine.was_let_go()
                     with nogil:
                         n = c_recv(self.fd, room.data, size, MSG_DONTWAIT)
                 else:

@@ -9,7 +9,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.interface cimport Flow, Handle, LONG_SENDS
+from aiouringnet._engine.interface cimport Flow, Handle, LONG_RECEIVES, LONG_SENDS
 from aiouringnet._engine.output cimport Output
 from aiouringnet._engine.ring.completions cimport BATCH, CANCEL_FAILED, hand_out, user_data
 from aiouringnet._engine.ring.liburing cimport *
@@ -153,7 +153,8 @@ cdef class Queues(Engine):
                 # Linux 7.2 leaves it set, with nothing to run, behind a multishot receive that has run out of buffers.
                 taskrun = airn_forget_taskrun(&self.ring)
                 # (What was completed last is about what is going to be: receiving takes the kernel its time, too.)
-                if airn_unsubmitted(&self.ring) >= LONG_SENDS or self.batch_end >= LONG_SENDS:
+                if airn_unsubmitted(&self.ring) >= LONG_SENDS or self.batch_end >= LONG_RECEIVES:
+                    self.was_let_go()
                     with nogil:
                         code = io_uring_submit_and_get_events(&self.ring)
                 else:
