@@ -201,11 +201,15 @@ build_python() { # version, options of configure...: $place/python
 }
 
 pure_environment() { # Python: $place/venv, by another Python's pip, since this one may be very slow
-    local pip
-    if [ ! -x "$place/venv/bin/pytest" ]; then
+    local python
+    if [ ! -e "$place/venv/complete" ]; then
         quietly venv "$1" -m venv --without-pip --clear "$place/venv"
-        pip=$(command -v python3) && "$pip" -m pip --version >/dev/null 2>&1 || die "there is no python3 with pip"
-        quietly 'pip install' "$pip" -m pip --python "$place/venv/bin/python" install -q "${PURE[@]}"
+        python=$(command -v python3) && "$python" -m pip --version >/dev/null 2>&1 || die "there is no python3 with pip"
+        # (pip's --python would have this one run pip.)
+        quietly 'pip install' "$python" -m pip install -q --target "$(echo "$place"/venv/lib/python3.*/site-packages)" \
+            --python-version "$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" --only-binary :all: \
+            --implementation py --abi none --platform any "${PURE[@]}"
+        : >"$place/venv/complete"
     fi
     copy_checkout "$place/checkout"
 }
