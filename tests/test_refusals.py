@@ -4,13 +4,17 @@ A short version of endurance/refusals.py, which refuses every call at every plac
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import helpers
 import pytest
+
+import aiouringnet
 
 REFUSALS = Path(__file__).with_name("endurance") / "refusals.py"
 
@@ -55,6 +59,9 @@ MENDED = {
     ],
 }  # fmt: skip
 
+PYTHONS = re.compile(r"_?Py[A-Z_]")
+OPENSSLS = re.compile(r'b"((?:BIO|ERR|OpenSSL|SSL)_\w+)"')
+
 
 def run(*arguments):
     done = subprocess.run(
@@ -67,6 +74,34 @@ def run(*arguments):
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
     return done.stdout
+
+
+def symbols(path, which):
+    """Names in its dynamic symbol table."""
+    said = subprocess.run(["nm", "-D", which, path], check=True, capture_output=True, text=True).stdout
+    return {line.split()[-1].partition("@")[0] for line in said.splitlines()}
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm, which tells what our modules call")
+def test_every_call_can_be_refused_or_is_known_to_need_none(tmp_path, monkeypatch):
+    """So that no new code makes a call that is never refused, and nobody notices."""
+    monkeypatch.syspath_prepend(REFUSALS.parent)
+    import refusals
+
+    package = Path(aiouringnet.__file__).parent
+    called = set()
+    for path in package.rglob("*" + sysconfig.get_config_var("EXT_SUFFIX")):
+        called |= symbols(path, "--undefined-only")
+    called = {name for name in called if not PYTHONS.match(name)}
+    assert {"epoll_ctl", "timerfd_settime"} <= called
+    for path in (package / "_tls").glob("*.pyx"):
+        called |= set(OPENSSLS.findall(path.read_text()))
+    assert "SSL_read_ex" in called
+    refused = symbols(refusals.build_shim(tmp_path), "--defined-only") | {"BIO_new"}
+    unrefused = {name for names in refusals.UNREFUSED.values() for name in names}
+    assert called - refused - unrefused == set()
+    # What can be is, and with something.
+    assert (called & refused) - unrefused - set(refusals.ERRNOS) == set()
 
 
 def test_what_was_wrong_once():

@@ -71,8 +71,14 @@ ERRNOS = {
     "setsockopt": ("ENOMEM", "ENOPROTOOPT", "EINVAL", "ENOENT"),
     "getsockopt": ("ENOBUFS", "ENOPROTOOPT"),
     "shutdown": (),
+    "getsockname": ("ENOBUFS",),
     "sockatmark": ("EINVAL", "ENOTTY"),
     "socketpair": ("EMFILE", "ENFILE", "ENOMEM"),
+    "timerfd_create": ("EMFILE", "ENFILE", "ENODEV", "ENOMEM"),
+    "timerfd_settime": ("EPERM",),  # a filter's: it has no other
+    "fstat64": ("EIO", "ENOMEM", "EOVERFLOW"),
+    "stat64": ("EACCES", "EIO", "ELOOP", "ENOENT", "ENOMEM", "EOVERFLOW"),
+    "unlink": ("EACCES", "EBUSY", "EIO", "ENOENT", "ENOMEM", "EPERM", "EROFS"),
     "lseek64": ("ESPIPE", "EOVERFLOW"),
     "madvise": ("ENOMEM", "EAGAIN"),
     "mmap64": ("ENOMEM", "EPERM"),
@@ -106,6 +112,35 @@ ERRNOS = {
     "BIO_new": ("SSL",),
 }
 TLS_ERRORS = {"SSL": 1, "SYSCALL": 5}
+# What our modules call besides, and that is never refused: why not.
+UNREFUSED = {
+    "it is no call of the kernel, and has nothing to fail at": (
+        "__errno_location", "__stack_chk_fail", "__tls_get_addr", "explicit_bzero", "free", "inet_ntop", "inet_pton",
+        "io_uring_free_probe", "memchr", "memcmp", "memcpy", "memmove", "memset", "pthread_mutex_init",
+        "pthread_mutex_lock", "pthread_mutex_unlock", "strchr", "strcmp", "strlen", "strnlen", "strrchr",
+    ),
+    "it only asks, and is told": (
+        "clock_gettime", "ERR_clear_error", "ERR_error_string_n", "ERR_peek_error", "ERR_peek_last_error",
+        "OpenSSL_version_num", "SSL_get_SSL_CTX", "SSL_get_error", "SSL_get_key_update_type", "SSL_get_options",
+        "SSL_has_pending", "SSL_in_init", "SSL_pending",
+    ),
+    "it sets what is there": (
+        "BIO_clear_flags", "BIO_get_data", "BIO_set_data", "BIO_set_flags", "BIO_set_init", "BIO_up_ref", "SSL_ctrl",
+        "SSL_set_bio",
+    ),
+    "it gives back, and whether that was taken makes no difference": (
+        "BIO_free", "io_uring_queue_exit", "io_uring_unregister_buf_ring", "munmap",
+    ),
+    "it waits, and may wait for less": ("usleep",),
+    "it is called once, when a module is imported": (
+        "BIO_get_new_index", "BIO_meth_new", "BIO_meth_set_create", "BIO_meth_set_ctrl", "BIO_meth_set_read_ex",
+        "BIO_meth_set_write_ex", "__register_atfork", "dladdr", "dlopen", "dlsym",
+    ),
+    "it asks one of our BIOs, and sends nothing": ("SSL_sendfile",),
+    "the compiler and the linker put it there": (
+        "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__cxa_finalize", "__gmon_start__",
+    ),
+}  # fmt: skip
 # What a program must not notice.
 GOES_ON = {"EINTR", "EAGAIN", "ECANCELED"}
 
@@ -168,17 +203,23 @@ class Case:
 # The process that runs programs
 
 
+def build_shim(folder):
+    """What is preloaded: where it is."""
+    shim = os.path.join(folder, "refusing.so")
+    compiler = shutil.which(os.environ.get("CC", "cc")) or "gcc"
+    subprocess.run(
+        [compiler, "-O2", "-Wall", "-shared", "-fPIC", "-fvisibility=hidden", HERE / "refusing.c", "-o", shim,
+         "-luring", "-ldl"],
+        check=True,
+    )  # fmt: skip
+    return shim
+
+
 def preloaded():
     """Runs this file again with refusing.c preloaded."""
     folder = tempfile.mkdtemp(prefix="aiouringnet-refusing-")
     try:
-        shim = os.path.join(folder, "refusing.so")
-        compiler = shutil.which(os.environ.get("CC", "cc")) or "gcc"
-        subprocess.run(
-            [compiler, "-O2", "-Wall", "-shared", "-fPIC", "-fvisibility=hidden", HERE / "refusing.c", "-o", shim,
-             "-luring", "-ldl"],
-            check=True,
-        )  # fmt: skip
+        shim = build_shim(folder)
         path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", str(HERE.parent.parent))])
         env = os.environ | {
             "LD_PRELOAD": shim, SHIM: shim, "PYTHONPATH": path, "PYTHONMALLOC": "debug", "PYTHONHASHSEED": "0",

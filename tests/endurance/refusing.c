@@ -20,6 +20,8 @@
 #include <sys/mman.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/timerfd.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -245,9 +247,17 @@ REFUSABLE(int, setsockopt, (int fd, int level, int name, const void *data, sockl
 REFUSABLE(int, getsockopt, (int fd, int level, int name, void *data, socklen_t *size), (fd, level, name, data, size),
 	  (void)value)
 REFUSABLE(int, shutdown, (int fd, int how), (fd, how), (void)value)
+REFUSABLE(int, getsockname, (int fd, struct sockaddr *name, socklen_t *size), (fd, name, size), (void)value)
 REFUSABLE(int, sockatmark, (int fd), (fd), (void)value)
 REFUSABLE(int, socketpair, (int family, int type, int protocol, int pair[2]), (family, type, protocol, pair),
 	  (void)value)
+REFUSABLE(int, timerfd_create, (int clock, int flags), (clock, flags), (void)value)
+REFUSABLE(int, timerfd_settime,
+	  (int fd, int flags, const struct itimerspec *times, struct itimerspec *before), (fd, flags, times, before),
+	  (void)value)
+REFUSABLE(int, fstat64, (int fd, struct stat64 *status), (fd, status), (void)value)
+REFUSABLE(int, stat64, (const char *path, struct stat64 *status), (path, status), (void)value)
+REFUSABLE(int, unlink, (const char *path), (path), (void)value)
 REFUSABLE(off64_t, lseek64, (int fd, off64_t offset, int whence), (fd, offset, whence), (void)value)
 REFUSABLE(int, madvise, (void *address, size_t size, int advice), (address, size, advice), (void)value)
 
