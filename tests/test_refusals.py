@@ -53,6 +53,10 @@ MENDED = {
     "no memory to keep what was written for the pass": ["uvloop-epoll/closing/memory/6/ENOMEM/0/1/40"],
     # The engine took it for one that went on.
     "no memory at the beginning of a pass": ["asyncio-epoll-ours/upgrade/memory/19/ENOMEM/0/1/40"],
+    # It was taken for another's, and left.
+    "a pipe that cannot be asked whether it is still ours": [
+        "uvloop-uring/pipes/fstat64/*/ENOMEM/2/1/30", "asyncio-epoll/pipes/fstat64/*/EIO/2/1/-1",
+    ],
     # It waited for an answer to what had not been sent.
     "a close_notify that cannot be made": [
         "asyncio-epoll/secure/SSL_shutdown/*/SSL/1/1/1", "uvloop-uring/secure/SSL_shutdown/*/SYSCALL/1/2/10",

@@ -81,7 +81,9 @@ cdef class End:
 
     cdef bint is_of(self, int fd) noexcept:
         cdef struct_stat status
-        return fstat(fd, &status) == 0 and status.st_ino == self.inode and status.st_dev == self.device
+        if fstat(fd, &status) < 0:
+            return errno != EBADF  # else it could not be found out (no memory, a filter)
+        return status.st_ino == self.inode and status.st_dev == self.device
 
     cdef void check(self, Stream pipe) noexcept:
         """Before its number is watched: let go of it where it is another's."""
