@@ -57,6 +57,10 @@ MENDED = {
     "a pipe that cannot be asked whether it is still ours": [
         "uvloop-uring/pipes/fstat64/*/ENOMEM/2/1/30", "asyncio-epoll/pipes/fstat64/*/EIO/2/1/-1",
     ],
+    # What urgent data or a passed descriptor stops was looked for by nobody.
+    "a timer for looks that cannot be set": [
+        "uvloop-epoll/alone/timerfd_settime/*/EPERM/1/1/-1", "uvloop-uring/alone/timerfd_settime/*/EPERM/1/1/-1",
+    ],
     # It waited for an answer to what had not been sent.
     "a close_notify that cannot be made": [
         "asyncio-epoll/secure/SSL_shutdown/*/SSL/1/1/1", "uvloop-uring/secure/SSL_shutdown/*/SYSCALL/1/2/10",

@@ -17,7 +17,8 @@ the sender's time).  Urgent data and a Unix socket's passed descriptors, at whic
 recv() stops, have none, and to ask after each read costs what there is to be had:
 they are looked for when traffic has stopped for LOOK_MS; where something is found
 nobody is alone for a long time.  (By a timerfd: while a timer of the loop is set,
-each time that it goes to sleep takes the kernel 3 us longer.)
+each time that it goes to sleep takes the kernel 3 us longer.  Where none can be
+had it is watched level-triggered, and where it cannot be set read until it is empty.)
 
     from            to
     (none)          alone           met(): it alone got data, `alone_after` times in a row

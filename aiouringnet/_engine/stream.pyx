@@ -182,8 +182,10 @@ cdef class Stream(Output):
         cdef bint until_eagain = self.until_eagain
         cdef bint alone = engine.alone is self and engine.alone_fd >= 0
         if alone:
-            # Watched level-triggered: what is left is told again.
-            until_eagain = engine.alone_edge and (engine.alone_again or until_eagain and self.tcp)
+            # Watched level-triggered: what is left is told again.  Else a look finds it, if its timer could be set.
+            until_eagain = engine.alone_edge and (
+                engine.alone_again or not engine.look_is_set or until_eagain and self.tcp
+            )
         self.readable = False
         if self.reading and sink.reads_itself:
             error = sink.on_readable()

@@ -369,6 +369,106 @@ class Forgotten(End):
         pass
 
 
+class Peer:
+    """A socket that no loop knows: whoever it talks to has all the traffic."""
+
+    def __init__(self, world, address, kind=socket.SOCK_STREAM):
+        self.world = world
+        self.sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET, kind)
+        self.sock.connect(address)
+        self.sock.setblocking(False)
+
+    async def receive(self, size=1 << 16, patience_s=STEP_S):
+        deadline = self.world.loop.time() + patience_s
+        while True:
+            try:
+                return self.sock.recv(size)
+            except BlockingIOError:
+                if self.world.loop.time() > deadline:
+                    raise asyncio.TimeoutError from None
+            await asyncio.sleep(0.0005)
+
+    async def expect(self, wanted):
+        """All of this comes back, or there is an end."""
+        data = b""
+        while len(data) < len(wanted):
+            try:
+                chunk = await self.receive()
+            except asyncio.TimeoutError:
+                if not self.world.errors and any(end.made > end.ended for end in self.world.ends):
+                    self.world.complaints.append(f"{len(data)} of {len(wanted)} bytes, and no error")
+                raise
+            if not chunk:
+                raise ConnectionAbortedError(f"an end after {len(data)} of {len(wanted)} bytes")
+            data += chunk
+            if not wanted.startswith(data):
+                self.world.complaints.append("other data than was sent")
+
+    async def ask(self, times):
+        for number in range(times):
+            data = helpers.pattern(SMALL, number)
+            self.sock.send(data)
+            await self.expect(data)
+
+
+async def alone(world):
+    """One has all the traffic: also urgent data and descriptors that are passed, at which a read stops."""
+    for kind in ("tcp", "unix"):
+        server, _ = await listen(world, kind, world.end)
+        peer = None
+        try:
+            with world.may_fail():
+                peer = Peer(world, server.sockets[0].getsockname())
+                for _ in range(2):
+                    await peer.ask(8)
+                    peer.sock.send(b"before")
+                    if kind == "tcp":
+                        peer.sock.send(b"!", socket.MSG_OOB)
+                    else:
+                        socket.send_fds(peer.sock, [b" "], [peer.sock.fileno()])
+                    peer.sock.send(b"behind")
+                    await peer.expect(b"beforebehind" if kind == "tcp" else b"before behind")
+                await peer.ask(1)
+                peer.sock.shutdown(socket.SHUT_WR)
+                if await peer.receive():
+                    world.complaints.append("data that nobody has sent")
+        finally:
+            if peer is not None:
+                peer.sock.close()
+            server.close()
+        await world.all_over()
+        await idle(world)
+    await alone_with_datagrams(world)
+
+
+async def alone_with_datagrams(world):
+    end, peer = DatagramEnd(world, echo=True), None
+    try:
+        with world.may_fail():
+            transport, _ = await world.loop.create_datagram_endpoint(lambda: end, local_addr=("127.0.0.1", 0))
+            peer = Peer(world, transport.get_extra_info("sockname"), socket.SOCK_DGRAM)
+            sent = [helpers.pattern(SMALL, number) for number in range(20)]
+            lost = 0
+            for data in sent:
+                peer.sock.send(data)
+                try:
+                    received = await peer.receive(patience_s=0.1)
+                except asyncio.TimeoutError:
+                    lost += 1
+                    if lost > 3:
+                        break
+                else:
+                    if received not in sent:
+                        world.complaints.append("another datagram than was sent")
+            await idle(world)
+    finally:
+        if peer is not None:
+            peer.sock.close()
+        if end.transport is not None:
+            end.transport.abort()
+            await end.lost
+
+
 # --- datagrams, pipes, sockets --------------------------------------------------
 
 
@@ -376,6 +476,7 @@ class DatagramEnd(asyncio.DatagramProtocol):
     def __init__(self, world, echo):
         self.world, self.echo = world, echo
         self.received = []
+        self.transport = None
         self.ended = 0
         self.lost = world.loop.create_future()
 
@@ -552,7 +653,7 @@ async def beginning(world):
 PROGRAMS = {
     program.__name__: program
     for program in (
-        beginning, tcp, unix, many, secure, slow_reader, upgrade, files, closing, datagrams, pipes, sockets,
+        beginning, tcp, unix, many, secure, slow_reader, upgrade, files, closing, alone, datagrams, pipes, sockets,
     )
 }  # fmt: skip
 
