@@ -56,6 +56,17 @@ def checkout(folder, ignored=generated):
     return folder
 
 
+def shipped(folder):
+    """The files of a fresh checkout, all of which the sdist has; of a developer's, those that git knows."""
+    paths = [path for name in FOLDERS for path in (folder / name).rglob("*")] + [folder / name for name in FILES]
+    files = {str(path.relative_to(folder)) for path in paths if path.is_file()}
+    if (helpers.ROOT / ".git").exists() and shutil.which("git"):
+        known = subprocess.run(["git", "ls-files", "-z"], cwd=helpers.ROOT, capture_output=True, text=True)
+        if known.returncode == 0:
+            files &= set(known.stdout.split("\0"))
+    return files
+
+
 def isolation():
     """For pip: use this environment's build tools where it has them, else fetch them."""
     have = all(importlib.util.find_spec(name) for name in ("Cython", "setuptools", "wheel"))
@@ -85,14 +96,15 @@ def run(args, cwd, **env):
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """The sdist of a fresh checkout, and what was said when it was made."""
+    """The sdist of a fresh checkout, what was said when it was made, and the checkout's files."""
     needs_build_tools()
     folder = checkout(tmp_path_factory.mktemp("checkout"))
+    files = shipped(folder)
     out = tmp_path_factory.mktemp("sdist")
     done = run(["-c", f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"], folder)
     assert done.returncode == 0, done.stdout
     [path] = out.glob("*.tar.gz")
-    return path, done.stdout
+    return path, done.stdout, files
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +157,8 @@ def test_the_sdist_has_all_that_a_build_and_a_test_run_need(sdist):
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {*SOURCES, *python_modules(), "setup.py", "pyproject.toml", "LICENSE", "HISTORY.rst"}
     wanted |= {f"tests/{name}" for name in ("conftest.py", "helpers.py", "run.sh", "setup.sh", Path(__file__).name)}
-    wanted |= {f"tests/{path.name}" for path in (helpers.ROOT / "tests").glob("*.*")}
-    wanted |= {f"examples/{path.name}" for path in (helpers.ROOT / "examples").glob("*.py")}
-    wanted |= {f"benchmarks/{path.name}" for path in (helpers.ROOT / "benchmarks").glob("*.*")}
-    assert wanted - names == set()
+    assert wanted - sdist[2] == set()
+    assert sdist[2] - names == set()
     assert [name for name in names if name.endswith((".so", ".pyc")) or GENERATED_C.match(name)] == []
 
 
