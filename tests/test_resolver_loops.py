@@ -562,7 +562,6 @@ def test_close_reaches_loops_in_other_threads(loop, make_loop, make_resolver, se
 
 
 @one_base
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_starts_anew(loop, make_resolver, server):
     """On a loop of its own, and on the parent's; the parent's questions stay the parent's."""
     server.records["www.test", "A"] = ["192.0.2.1"]
