@@ -277,12 +277,21 @@ class Hung(KeyboardInterrupt):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    limit_s = _limit_s(item)
-    faulthandler.dump_traceback_later(limit_s + HARD_LIMIT_EXTRA_S, exit=True, file=_stderr_fd)
+    _limit_hard(item)
     try:
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    _limit_hard(item)  # once more, since pytest takes the first back when a test fails
+    return (yield)
+
+
+def _limit_hard(item):
+    faulthandler.dump_traceback_later(_limit_s(item) + HARD_LIMIT_EXTRA_S, exit=True, file=_stderr_fd)
 
 
 @pytest.hookimpl(wrapper=True)
