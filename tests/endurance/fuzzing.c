@@ -1,5 +1,6 @@
 /*
- * libFuzzer in a shared library, for fuzz_records.py: what inputs are changed by, and randomness that repeats itself.
+ * libFuzzer in a shared library, for fuzz_records.py: what inputs are changed by, randomness that repeats itself, and
+ * keys that are derived in no time.
  *
  * An input is a header and instructions, four bytes each (fuzzed_inputs.py). libFuzzer's own changes, of single
  * bytes, would move all that follows by one; so an instruction is what is added, taken out, repeated and moved here, and
@@ -137,3 +138,60 @@ const struct {
     int (*pseudorand)(unsigned char *buffer, int size);
     int (*status)(void);
 } same_again = {NULL, give, NULL, NULL, give, is_there};
+
+/* --- OpenSSL's key derivation: openssl/kdf.h ------------------------------------ */
+
+/*
+ * HKDF and TLS 1.2's PRF, as libssl calls them, are a sixth of what an input takes, and not what it is about. Here both
+ * ends get keys that depend on all that they would depend on, and can be guessed.
+ */
+struct parameter { /* OSSL_PARAM of openssl/core.h */
+    const char *name;
+    unsigned int type;
+    const void *data;
+    size_t size, returned;
+};
+
+static char derivation;
+
+void *EVP_KDF_fetch(void *library, const char *algorithm, const char *properties)
+{
+    (void)library, (void)algorithm, (void)properties;
+    return &derivation;
+}
+
+void *EVP_KDF_CTX_new(void *function)
+{
+    return function;
+}
+
+void EVP_KDF_free(void *function)
+{
+    (void)function;
+}
+
+void EVP_KDF_CTX_free(void *context)
+{
+    (void)context;
+}
+
+int EVP_KDF_derive(void *context, unsigned char *key, size_t size, const struct parameter *parameters)
+{
+    uint64_t state = size, word;
+    size_t at, n;
+    (void)context;
+    for (; parameters->name; parameters++) {
+        n = parameters->data ? parameters->size : 0;
+        state = next_of(&state) ^ n;
+        for (at = 0; at < n; at += sizeof word) {
+            word = 0;
+            memcpy(&word, (const char *)parameters->data + at, n - at < sizeof word ? n - at : sizeof word);
+            state = next_of(&state) ^ word;
+        }
+    }
+    for (at = 0; at < size; at += sizeof word) {
+        word = next_of(&state);
+        memcpy(key + at, &word, size - at < sizeof word ? size - at : sizeof word);
+    }
+    return 1;
+}
