@@ -100,8 +100,7 @@ class Input:
             self.machine.step()
             if self.options & HASTY and not self.kind & CLIENT:
                 # The peer is faster than the upgrade.
-                self.peer.ends.append(End(self.keys[0], False))
-                self.peer.advance()
+                self.peer.add(End(self.keys[0], False))
                 self.peer.send()
                 self.machine.step()
             self.upgrade(None, transport, bool(self.kind & CLIENT))
@@ -135,8 +134,7 @@ class Input:
             )
         self.remember(transport)
         StreamTransport(self.machine.engine, sock, transport)
-        self.peer.ends.append(End(server if self.kind & CLIENT else client, bool(self.kind & CLIENT)))
-        self.peer.advance()
+        self.peer.add(End(server if self.kind & CLIENT else client, bool(self.kind & CLIENT)))
 
     def on_connected(self, waiter, side, transport):
         if waiter.cancelled() or waiter.exception() is not None:
@@ -168,8 +166,7 @@ class Input:
         side.task = asyncio.Task(upgrade, loop=self.loop, eager_start=True)
         side.task.add_done_callback(lambda task: self.on_upgraded(task, before, side))
         if before is not None or not self.peer.ends:
-            self.peer.ends.append(End(server if as_client else client, as_client))
-            self.peer.advance()
+            self.peer.add(End(server if as_client else client, as_client))
 
     def on_upgraded(self, task, before, side):
         side.task = None
@@ -440,7 +437,7 @@ class Input:
                 self.settle()
                 for end in reversed(list(self.peer.ends)):
                     # The layer beneath goes with the one above.
-                    del self.peer.ends[self.peer.ends.index(end) + 1 :]
+                    self.peer.drop_above(end)
                     self.peer.say_goodbye()
                     self.read_on()
                 expect(self.is_over(), "both have said goodbye, and it is not over")
