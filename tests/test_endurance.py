@@ -87,6 +87,11 @@ def test_inputs_that_reached_something_of_their_own_still_break_no_rule(configur
     assert f'"inputs": {len(few.read_text().split())}' in said
 
 
+@configurations("asyncio-uring")
+def test_an_application_of_the_fuzzer_that_gives_up_too_late_closes_what_it_got(configuration, fuzz_records):
+    run("fuzz_records", configuration, "--replay", "29000400140000000200000008000000")
+
+
 @pytest.mark.slow
 @pytest.mark.limit(900)
 @configurations("asyncio-uring")

@@ -222,7 +222,8 @@ class Process:
         self.trace.unlink(missing_ok=True)
         for answer in answers_in(said.decode()):
             if "fault" in answer:
-                self.fuzzing.wrong.append(f"--replay {answer['input']}: {answer['fault']}")
+                before = " ".join(answer["before"])
+                self.fuzzing.wrong.append(f"--replay {answer['input']}: {answer['fault']}\n  after {before}")
             else:
                 print(", ".join(f"{name} {value}" for name, value in answer.items()), flush=True)
         if status:

@@ -6,6 +6,7 @@ standard output, a line of JSON each, and it goes on; the last input is in the f
 
 import argparse
 import asyncio
+import collections
 import ctypes
 import faulthandler
 import gc
@@ -30,6 +31,7 @@ from aiouringnet import _engine as engines
 from aiouringnet._tls import openssl
 
 MOST_FAULTS = 10
+REMEMBERED = 20  # inputs before the one that is wrong
 HOUSEKEEPING = 500  # inputs between two collections of garbage
 SAMPLING = 5000  # inputs between two samples
 COMPARED_INPUTS, COMPARED_ROUNDS, COMPARED_BYTES = 300, 5, 4096
@@ -104,6 +106,7 @@ class Machine:
         self.exact = 0  # and where all that was sent had to arrive
         self.samples = []
         self.faults = {}  # what is wrong -> the first input that shows it
+        self.before = collections.deque(maxlen=REMEMBERED)  # inputs
 
     def start(self, function):
         """Call it with the loop running, and outside of any task."""
@@ -164,7 +167,7 @@ class Machine:
         what = re.sub(r"0x[0-9a-f]+|\d+", "#", what.strip())
         if what not in self.faults:
             self.faults[what] = data
-            say(fault=what, input=data.hex())
+            say(fault=what, input=data.hex(), before=[before.hex() for before in self.before])
 
     # --- inputs ---
 
@@ -190,6 +193,7 @@ class Machine:
             raise SystemExit
         left = run.objects
         del run
+        self.before.append(data)
         if any(ref() is not None for ref in left):
             self.collected += 1
             gc.collect()

@@ -342,7 +342,7 @@ class Side:
         self.task = None  # that upgrades the connection
         self.received = self.written = 0
         self.reading_paused = self.asked = self.writing_paused = False
-        self.closed = False
+        self.given_up = self.closed = False
         self.lost_with = None
 
     # --- callbacks ---

@@ -178,6 +178,8 @@ class Input:
         if exc is None and task.result() is not None:
             side.transport = task.result()
             self.remember(side.transport)
+            if side.given_up:
+                side.close(0, 0, 0)
 
     def new_side(self, made):
         self.sides.append(Side(self, made))
@@ -240,9 +242,9 @@ class Input:
         if side.transport is not None:
             action(side, *arguments)
         elif action is Side.close and side.task is not None:
-            # Whoever waits for the connection gives up.
-            side.closed = True
-            side.task.cancel()
+            # Whoever waits for the connection gives up, or closes what has just been made and is about to be told.
+            side.given_up = True
+            side.closed = side.task.cancel()
 
     def execute(self, instruction):
         what, a, b, c = instruction
