@@ -88,8 +88,8 @@ def test_inputs_that_reached_something_of_their_own_still_break_no_rule(configur
 
 
 @configurations("asyncio-uring")
-def test_an_application_of_the_fuzzer_that_gives_up_too_late_closes_what_it_got(configuration, fuzz_records):
-    run("fuzz_records", configuration, "--replay", "29000400140000000200000008000000")
+def test_an_application_of_the_fuzzer_that_gives_up_too_late_or_twice_gets_no_connection(configuration, fuzz_records):
+    run("fuzz_records", configuration, "--replay", "29000400140000000200000008000000", "0f0000005cec84445cec8444")
 
 
 @pytest.mark.slow

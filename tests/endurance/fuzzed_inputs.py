@@ -244,7 +244,7 @@ class Input:
         elif action is Side.close and side.task is not None:
             # Whoever waits for the connection gives up, or closes what has just been made and is about to be told.
             side.given_up = True
-            side.closed = side.task.cancel()
+            side.closed = side.task.cancel() or side.closed
 
     def execute(self, instruction):
         what, a, b, c = instruction
