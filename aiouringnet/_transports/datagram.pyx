@@ -109,6 +109,12 @@ cdef class DatagramTransport(DatagramSink):
         self.loop.call_soon(self._begin, waiter, context=self.context)
 
     @property
+    # Of asyncio.Transport, which this is to isinstance(): NotImplementedError.
+    can_write_eof = asyncio.Transport.can_write_eof
+    write = asyncio.Transport.write
+    write_eof = asyncio.Transport.write_eof
+    writelines = asyncio.Transport.writelines
+
     def __class__(self):
         return Transport
 
