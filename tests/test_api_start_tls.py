@@ -1,6 +1,7 @@
 """start_tls, and TLS from the start, on our transports: a patched loop loses nothing."""
 
 import asyncio
+import contextvars
 import gc
 import socket
 import ssl
@@ -19,6 +20,8 @@ pytestmark = [
     tls.needs_openssl,
     pytest.mark.matrix(debug=False),
 ]
+
+VARIABLE = contextvars.ContextVar("VARIABLE", default="unset")
 
 needs_writer_start_tls = pytest.mark.skipif(sys.version_info < (3, 11), reason="StreamWriter.start_tls came with 3.11")
 
@@ -152,6 +155,38 @@ async def test_streams_are_upgraded(loop, endpoint, contexts):
     await writer.wait_closed()
     server.close()
     await server.wait_closed()
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["plain", "within TLS"])
+async def test_the_protocols_context_is_the_upgraders_on_uvloop_its_own(loop, endpoint, contexts, case, within):
+    server_context, client_context = contexts
+    seen = []
+
+    class Looks(helpers.Recorder):
+        def data_received(self, data):
+            seen.append(VARIABLE.get())
+            super().data_received(data)
+
+    async def connect():
+        VARIABLE.set("the connection's")
+        return await endpoint.connect(
+            loop, Looks, **({"ssl": client_context, "server_hostname": "localhost"} if within else {})
+        )
+
+    server = await endpoint.serve(loop, lambda: Upgrading(server_context), ssl=server_context if within else None)
+    transport, protocol = await loop.create_task(connect())
+    VARIABLE.set("the upgrader's")
+    transport.write(b"upgrade")
+    assert await protocol.received(8) == b"go ahead"
+    secure = await loop.start_tls(transport, protocol, client_context, server_hostname="localhost")
+    del seen[:]
+    secure.write(b"hello")
+    assert await protocol.received(13) == b"go aheadhello"
+    assert set(seen) == {"the upgrader's" if case.base == "asyncio" else "the connection's"}
+    secure.close()
+    await protocol.lost
+    await endpoint.accepted[0].lost
+    server.close()
 
 
 async def test_tls_runs_within_tls(loop, endpoint, contexts):

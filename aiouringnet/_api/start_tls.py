@@ -1,8 +1,12 @@
 """Upgrading a connection to TLS."""
 
+import contextvars
+import functools
+
 from aiouringnet._api.call import expect_loop, loops_own
 from aiouringnet._api.ours import OURS, SSLStreamTransport
 from aiouringnet._api.signatures import like, understood
+from aiouringnet._engine.bases import is_asyncios
 from aiouringnet._tls import record_layer
 
 try:
@@ -37,8 +41,11 @@ async def _upgrade(loop, transport, protocol, sslcontext, **options):
         # What asyncio makes of it, and its callers ask for.
         return None
     waiter = loop.create_future()
-    tls = SSLStreamTransport(
-        transport._engine, record_layer(loop), protocol, sslcontext, waiter, call_connection_made=False, **options
+    # From now on the protocol is called in the caller's context, on uvloop still in its own.
+    context = contextvars.copy_context() if is_asyncios(loop) else transport._copy_context()
+    tls = context.run(
+        functools.partial(SSLStreamTransport, call_connection_made=False, **options),
+        *(transport._engine, record_layer(loop), protocol, sslcontext, waiter),
     )
     # Nothing is delivered before connection_made().
     transport.pause_reading()

@@ -144,6 +144,9 @@ cdef class SSLStreamTransport(Lifecycle):
     def _engine(self):
         return self.engine
 
+    def _copy_context(self):
+        return self.context.copy()
+
     @property
     def _sslcontext(self):
         return self.sslcontext

@@ -36,6 +36,7 @@ from aiouringnet._transports.common cimport called_soon_threadsafe, drop_empty_d
 from aiouringnet._transports.context cimport enter, leave
 from aiouringnet._transports.input cimport CLOSING, DONE, LOST, OPEN
 
+from aiouringnet._engine.bases import is_asyncios
 from aiouringnet._engine.recv_meta import ask_for, why_no_segments
 from aiouringnet._transports import public
 from aiouringnet._transports.slow import timed
@@ -231,8 +232,8 @@ cdef class DatagramTransport(DatagramSink):
         if self.state == DONE:
             return
         try:
-            # One that asyncio tells within sendto(), in its caller's context.
-            entered = self.engine.depth > 0 and self.enter_context(&before)
+            # One that is told within sendto() has its caller's context, on asyncio.
+            entered = (self.engine.depth > 0 or not is_asyncios(self.loop)) and self.enter_context(&before)
             try:
                 if self.timed:
                     timed(self.loop, self.protocol.error_received, exc)
@@ -273,7 +274,7 @@ cdef class DatagramTransport(DatagramSink):
         cdef bint entered
         try:
             # resume_writing() comes from the loop, pause_writing() from within sendto().
-            entered = name == "resume_writing" and self.enter_context(&before)
+            entered = (name == "resume_writing" or not is_asyncios(self.loop)) and self.enter_context(&before)
             try:
                 if self.timed:
                     timed(self.loop, getattr(self.protocol, name))

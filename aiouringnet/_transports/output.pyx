@@ -7,6 +7,7 @@ from cpython.object cimport PyObject
 from aiouringnet._engine.interface cimport Layer
 from aiouringnet._transports.input cimport CLOSING, LOST, StreamInput
 
+from aiouringnet._engine.bases import is_asyncios
 from aiouringnet._transports.slow import timed
 
 
@@ -89,7 +90,7 @@ cdef class StreamOutput(StreamInput):
         self.protocol_paused = True
         self.stream.expect_sent()
         self.pausing = True
-        self.call_flow_control("pause_writing", False)
+        self.call_flow_control("pause_writing", not is_asyncios(self.loop))
         self.pausing = False
 
     cdef void resume_writing(self) noexcept:

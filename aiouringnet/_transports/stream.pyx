@@ -186,6 +186,9 @@ cdef class StreamTransport(StreamOutput):
     def _engine(self):
         return self.engine
 
+    def _copy_context(self):
+        return self.context.copy()
+
     @property
     def _sock(self):
         return self.sock
