@@ -108,6 +108,7 @@ async def test_a_factory_that_raises_leaves_no_socket(loop):
         assert await helpers.garbage_of(lambda: loop.create_datagram_endpoint(factory, ("127.0.0.1", 0))) == 0
 
 
+@pytest.mark.matrix(base="asyncio")
 async def test_a_socket_that_its_owner_closes(loop):
     for _number in range(3):
         sock = socket.socket(type=socket.SOCK_DGRAM)

@@ -4,11 +4,14 @@ import asyncio
 import gc
 import os
 import socket
+import sys
 import time
 
 import helpers
 import pytest
+from datagrams import Datagrams
 from helpers import Recorder, pattern
+from wire import resource_warnings_ignored
 
 
 def pair(kind):
@@ -28,7 +31,7 @@ KINDS = ["tcp", "unix"]
 
 @pytest.mark.parametrize("when", ["idle", "after data", "paused", "bulk"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.matrix(debug=False, sqpoll=True)
+@pytest.mark.matrix(base="asyncio", debug=False, sqpoll=True)
 async def test_the_peer_sees_the_end_when_the_owner_closes_the_socket(loop, kind, when):
     """Left by `with`: nobody calls transport.close()."""
     ours, peer = pair(kind)
@@ -52,7 +55,7 @@ async def test_the_peer_sees_the_end_when_the_owner_closes_the_socket(loop, kind
     peer.close()
 
 
-@pytest.mark.matrix(debug=False, sqpoll=True)
+@pytest.mark.matrix(base="asyncio", debug=False, sqpoll=True)
 async def test_the_number_of_a_socket_that_its_owner_has_closed_may_be_anothers(loop):
     """Neither's stream gets what is the other's."""
     for _ in range(3):
@@ -80,6 +83,68 @@ async def test_the_number_of_a_socket_that_its_owner_has_closed_may_be_anothers(
         other.close()
         await new_protocol.lost
         peer.close()
+
+
+# --------------------------------------------------------------------------
+# uvloop keeps a socket open while it uses that
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.matrix(base="uvloop", debug=False)
+async def test_on_uvloop_the_owner_may_leave_the_socket_to_its_transport(loop, kind):
+    ours, peer = pair(kind)
+    with ours:
+        transport, protocol = await loop.create_connection(Recorder, sock=ours)
+    assert ours.fileno() != -1
+    peer.sendall(b"there")
+    assert await protocol.received(5) == b"there"
+    transport.write(b"back")
+    assert peer.recv(4) == b"back"
+    transport.close()
+    assert await protocol.lost is None
+    await helpers.eventually(lambda: ours.fileno() == -1)
+    assert peer.recv(1) == b""
+    peer.close()
+
+
+@pytest.mark.matrix(base="uvloop", debug=False)
+async def test_on_uvloop_the_owner_may_leave_a_listening_socket_to_its_server(loop):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+        server = await loop.create_server(Recorder, sock=listening)
+    transport, protocol = await loop.create_connection(Recorder, *address)
+    server.close()
+    await server.wait_closed() if sys.version_info < (3, 12) else None
+    assert listening.fileno() == -1
+    transport.abort()
+    await protocol.lost
+
+
+@pytest.mark.matrix(base="uvloop", debug=False)
+async def test_on_uvloop_the_owner_may_leave_a_datagram_socket_to_its_endpoint(loop):
+    with socket.socket(type=socket.SOCK_DGRAM) as ours, socket.socket(type=socket.SOCK_DGRAM) as peer:
+        ours.bind(("127.0.0.1", 0))
+        transport, protocol = await loop.create_datagram_endpoint(Datagrams, sock=ours)
+        ours.close()
+        peer.sendto(b"there", transport.get_extra_info("sockname"))
+        await protocol.got(1)
+        transport.close()
+        await protocol.lost
+        await helpers.eventually(lambda: ours.fileno() == -1)
+
+
+@pytest.mark.matrix(base="uvloop", debug=False)
+def test_on_uvloop_a_socket_is_closed_with_the_loop_at_the_latest(make_loop):
+    loop = make_loop()
+    ours, peer = pair("unix")
+    left = loop.run_until_complete(loop.create_connection(Recorder, sock=ours))
+    ours.close()
+    assert ours.fileno() != -1
+    loop.close()
+    assert ours.fileno() == -1
+    peer.close()
+    with resource_warnings_ignored():
+        del left
 
 
 # --------------------------------------------------------------------------
@@ -164,6 +229,8 @@ async def at_rest(loop):
 def with_duplicates(make_loop):
     loop = make_loop()
     for way in WAYS:
+        if way is nobody_ends_the_transport and not isinstance(loop, asyncio.BaseEventLoop):
+            continue  # uvloop keeps the socket open
         for kind in KINDS:
             print(way.__name__, kind, flush=True)
             for _ in range(3):

@@ -200,6 +200,20 @@ async def test_a_written_file_that_its_owner_closes(loop):
     peer.close()
 
 
+@pytest.mark.matrix(base="uvloop")
+async def test_on_uvloop_a_socket_stays_open_when_its_owner_closes_it(loop):
+    ours, peer = ends("socket")
+    transport, protocol = await loop.connect_read_pipe(Reads, ours)
+    ours.close()
+    with other_end(peer):
+        await write_all(peer, b"there")
+        assert await protocol.got(5) == b"there"
+        transport.close()
+        assert await protocol.lost is None
+        await helpers.eventually(lambda: ours.fileno() == -1)
+
+
+@pytest.mark.matrix(base="asyncio")
 async def test_a_socket_that_its_owner_closes(loop):
     ours, peer = ends("socket")
     transport, protocol = await loop.connect_read_pipe(Reads, ours)

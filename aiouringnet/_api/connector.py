@@ -18,7 +18,7 @@ import socket
 import sys
 import types
 
-from aiouringnet._api.handed_in import tell_when_closed
+from aiouringnet._api.handed_in import hand_in
 from aiouringnet._api.ours import (
     DatagramTransport,
     ReadPipeTransport,
@@ -271,7 +271,7 @@ class Connector:
     def _pipe_transport(self, cls, pipe, protocol, waiter, extra):
         transport = cls(self.engine, pipe, protocol, waiter, extra)
         if isinstance(pipe, socket.socket):
-            tell_when_closed(pipe, transport)
+            hand_in(self.loop, pipe, transport)
         return transport
 
     def _owned_by(self, sock, transport):
@@ -279,7 +279,7 @@ class Connector:
             transport._opens_to(self._address)
         self._unowned = None
         if sock is self._handed_in:
-            tell_when_closed(sock, transport)
+            hand_in(self.loop, sock, transport)
 
     def _start_serving(
         self,
@@ -311,7 +311,7 @@ class Connector:
 
         self._listeners[sock] = listener = self.engine.listen(sock, accept_in_context)
         if sock is self._handed_in:
-            tell_when_closed(sock, listener)
+            hand_in(self.loop, sock, listener)
 
     def _accept(self, protocol_factory, server, conn, peername):
         # Where this raises, the engine says so and closes the socket.

@@ -5,22 +5,32 @@ it, its peer sees the end, and the transport hears nothing more.  An operation
 in a ring holds the file itself, so the peer would wait for ever; and in any
 engine the descriptor's number is soon another's.  So whoever does I/O on the
 socket is told just before it closes.
+
+On uvloop such a socket stays open until nothing uses it any more, and so
+programs leave it to the transport as soon as they have handed it in.
 """
 
 import functools
 import weakref
 
-# socket -> a weak reference to what does I/O on it, which has a method _socket_closes()
+from aiouringnet._engine.bases import is_asyncios
+
+# socket -> weak references to what does I/O on it, which has the methods _socket_closes() and _uses_socket(), and to
+# the loop if that keeps the socket open
 _users = weakref.WeakKeyDictionary()
 
 
-def tell_when_closed(sock, user):
-    """Call user._socket_closes() when `sock` is closed or detached, however long that takes."""
+def hand_in(loop, sock, user):
+    """Call user._socket_closes() when `sock` is closed or detached, however long that takes.
+
+    On a loop that keeps sockets open close() waits for the user's own, which
+    comes when user._uses_socket() is false.
+    """
     try:
         sock.__class__ = _telling_class(type(sock))
     except TypeError:
         return  # not one of the socket module's, or made with slots of its own
-    _users[sock] = weakref.ref(user)
+    _users[sock] = weakref.ref(user), None if is_asyncios(loop) else weakref.ref(loop)
 
 
 @functools.lru_cache(maxsize=64)
@@ -34,8 +44,9 @@ def _telling_class(base):
         _aiouringnet_tells = True
 
         def _real_close(self, *args, **kwargs):
-            _tell(self)
-            super()._real_close(*args, **kwargs)
+            if not _keeps(self):
+                _tell(self)
+                super()._real_close(*args, **kwargs)
 
         def detach(self):
             _tell(self)
@@ -46,8 +57,21 @@ def _telling_class(base):
     return Telling
 
 
+def _keeps(sock):
+    user, keeper = _users.get(sock, (None, None))
+    user = None if keeper is None else user()
+    return user is not None and user._uses_socket()
+
+
+def loop_has_closed(loop):
+    """Close what the loop kept open."""
+    for sock, (_, keeper) in list(_users.items()):
+        if keeper is not None and keeper() is loop and sock._closed:
+            sock.close()
+
+
 def _tell(sock):
-    user = _users.pop(sock, None)
+    user, _ = _users.pop(sock, (None, None))
     user = None if user is None else user()
     if user is not None:
         user._socket_closes()

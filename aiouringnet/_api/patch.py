@@ -19,6 +19,7 @@ import weakref
 from aiouringnet._api.call import PATCHED, expect_loop, loops_own
 from aiouringnet._api.connect import connect_accepted_socket, create_connection, create_unix_connection
 from aiouringnet._api.datagrams import create_datagram_endpoint
+from aiouringnet._api.handed_in import loop_has_closed
 from aiouringnet._api.ours import ensure_no_transport
 from aiouringnet._api.pipes import connect_read_pipe, connect_write_pipe
 from aiouringnet._api.resolving import end_lookups, resolving_methods
@@ -216,6 +217,7 @@ def _close(base):
         # It ends with the loop's entry for it, unless something keeps that: an exception whose traceback is kept, say.
         if engine is not None:
             engine.close()
+            loop_has_closed(self)
 
     return close
 

@@ -104,6 +104,9 @@ cdef class Listener(Handle):
         """Its owner does that: the port is free when it has."""
         self.close()
 
+    def _uses_socket(self):
+        return not self.closed and not self.engine.closed
+
     def _stop(self):
         if not self.engine.usable():
             return

@@ -10,6 +10,7 @@ cdef class Line:
 
     cdef void append(self, Waiter waiter) noexcept
     cdef void remove(self, Waiter waiter) noexcept
+    cdef int let_go(self) except -1
     cdef int wake_first(self) except -1
 
 
@@ -33,6 +34,9 @@ cdef class Waiter:
     # sock_sendall()
     cdef object view                # of what is sent, which must not change its size until then
     cdef Py_ssize_t sent
+    cdef object kept                # the socket, on a loop that keeps it open meanwhile
+
+    cdef int let_go(self) except -1
 
 
 cdef class SocketCalls:
@@ -40,6 +44,7 @@ cdef class SocketCalls:
     cdef Engine engine
     cdef object loop
     cdef bint is_asyncio            # whether the loop's debug mode is where asyncio has it
+    cdef bint is_asyncios           # whether a socket may be lost while a call waits: bases.py
     cdef bint makes_plain_futures
     cdef object table               # the dict within the engine's `transports`, where that is asyncio's table
     cdef bint closed

@@ -14,6 +14,9 @@ fail and succeed.  (To spare the one that fails, where the last read has emptied
 the socket, does not pay: in its time the answer comes.)  What is reported and
 nobody waits for is watched no longer, until somebody does.  The entry is that of
 a socket object: another one with the same number gets its own.
+
+A socket that its owner closes while a call waits stays open on uvloop until the
+call has ended, as uvloop has it: by the socket module's own count of its users.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -28,6 +31,7 @@ from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN,
 
 import os
 import socket
+from aiouringnet._engine.bases import is_asyncios
 from asyncio import BaseEventLoop, Future
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
@@ -113,6 +117,13 @@ cdef class Line:
             self.last = before
         waiter.next = None
 
+    cdef int let_go(self) except -1:
+        cdef Waiter waiter = self.first
+        while waiter is not None:
+            waiter.let_go()
+            waiter = waiter.next
+        return 0
+
     cdef int wake_first(self) except -1:
         cdef Waiter waiter = self.first
         if waiter is not None and not waiter.future.done():
@@ -138,6 +149,15 @@ cdef class Waiter:
         line.remove(self)
         if first and line.first is not None and not self.future.get_loop().is_closed():
             line.wake_first()
+        self.let_go()
+
+    cdef int let_go(self) except -1:
+        """Of the socket, which is closed now if its owner has wanted that meanwhile."""
+        sock = self.kept
+        if sock is not None:
+            self.kept = None
+            sock._decref_socketios()
+        return 0
 
 
 # What the functions below return for what is not served here: by its future, which is None.
@@ -156,6 +176,7 @@ cdef class SocketCalls:
         self.loop = engine.loop
         self.watched = {}
         self.is_asyncio = getattr(type(self.loop), "get_debug", None) is BaseEventLoop.get_debug
+        self.is_asyncios = is_asyncios(self.loop)
         self.makes_plain_futures = getattr(type(self.loop), "create_future", None) is BaseEventLoop.create_future
         if type(engine.transports) is WeakValueDictionary:
             self.table = engine.transports.data
@@ -175,6 +196,9 @@ cdef class SocketCalls:
             self.closed = True
             calls_by_loop.pop(<size_t><PyObject*>self.loop, None)
             self.readiness.close()
+            for watched in self.watched.values():
+                (<Watched>watched).reading.let_go()
+                (<Watched>watched).writing.let_go()
             self.watched.clear()
             self.engine.socket_calls = None
 
@@ -289,6 +313,9 @@ cdef class SocketCalls:
                 waiter.line.remove(waiter)
             waiter.line = line
             line.append(waiter)
+        if waiter.kept is None and not self.is_asyncios:
+            sock._io_refs += 1
+            waiter.kept = sock
         return waiter
 
 

@@ -109,13 +109,13 @@ cdef class DatagramTransport(DatagramSink):
         engine.transports[self.fileno] = self
         self.loop.call_soon(self._begin, waiter, context=self.context)
 
-    @property
     # Of asyncio.Transport, which this is to isinstance(): NotImplementedError.
     can_write_eof = asyncio.Transport.can_write_eof
     write = asyncio.Transport.write
     write_eof = asyncio.Transport.write_eof
     writelines = asyncio.Transport.writelines
 
+    @property
     def __class__(self):
         return Transport
 
@@ -586,6 +586,10 @@ cdef class DatagramTransport(DatagramSink):
         elif self.state < LOST:
             self.unregister()
             self.socket.descriptor_closes()
+
+    def _uses_socket(self):
+        """Whether it is still to be closed here."""
+        return self.sock is not None and not self.engine.closed
 
     cdef void close_socket(self) noexcept:
         sock = self.sock

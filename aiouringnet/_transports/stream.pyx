@@ -548,6 +548,10 @@ cdef class StreamTransport(StreamOutput):
                 (<Layer>self.layer).descriptor_closes()
             self.stream.descriptor_closes()
 
+    def _uses_socket(self):
+        """Whether it is still to be closed here."""
+        return self.sock is not None and not self.engine.closed
+
     cdef void close_socket(self) noexcept:
         sock = self.sock
         if sock is not None:

@@ -303,3 +303,7 @@ cdef class WritePipeTransport(StreamOutput):
             self.loop.call_soon_threadsafe(self._socket_closes)
         elif self.state < LOST:
             self.stream.descriptor_closes()
+
+    def _uses_socket(self):
+        """Whether it is still to be closed here."""
+        return self.sock is not None and not self.engine.closed
