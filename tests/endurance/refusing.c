@@ -402,8 +402,10 @@ EXPORT void *realloc(void *block, size_t size)
 
 /* --- io_uring -------------------------------------------------------------- */
 
+/* Under a name of their own in C, since one liburing declares a signal set where a later one has any argument. */
 #define REFUSABLE_RING(name, parameters, arguments) \
-	EXPORT int name parameters \
+	EXPORT int refusable_##name parameters __asm__(#name); \
+	int refusable_##name parameters \
 	{ \
 		int value; \
 		REAL(name); \
@@ -419,8 +421,8 @@ REFUSABLE_RING(io_uring_register_buf_ring, (struct io_uring *ring, struct io_uri
 REFUSABLE_RING(io_uring_register_eventfd, (struct io_uring *ring, int fd), (ring, fd))
 REFUSABLE_RING(io_uring_ring_dontfork, (struct io_uring *ring), (ring))
 REFUSABLE_RING(io_uring_enter2,
-	       (unsigned fd, unsigned submitted, unsigned least_n, unsigned flags, sigset_t *set, size_t size),
-	       (fd, submitted, least_n, flags, set, size))
+	       (unsigned fd, unsigned submitted, unsigned least_n, unsigned flags, void *argument, size_t size),
+	       (fd, submitted, least_n, flags, argument, size))
 
 EXPORT struct io_uring_probe *io_uring_get_probe_ring(struct io_uring *ring)
 {
