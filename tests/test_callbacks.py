@@ -1,6 +1,5 @@
 """Callbacks run in their connection's context, and what they raise is reported and disturbs nobody else."""
 
-import asyncio
 import contextlib
 import contextvars
 import socket
@@ -129,32 +128,6 @@ def test_an_interrupt_in_a_callback_leaves_the_loop_usable(loop, endpoint, serve
 async def drain(loop, sock):
     while await loop.sock_recv(sock, MIB):
         pass
-
-
-@pytest.mark.parametrize("make", ["create_connection", "connect_read_pipe", "create_datagram_endpoint"])
-@pytest.mark.matrix(debug=False)
-async def test_what_has_come_before_comes_right_behind_whoever_connected(loop, make):
-    """In the same iteration of the loop, as in asyncio: some rely on it when one connection follows another."""
-    kind = socket.SOCK_DGRAM if "datagram" in make else socket.SOCK_STREAM
-    ours, peer = socket.socketpair(type=kind)
-    peer.send(b"there")
-    seen = []
-
-    class Receives(asyncio.Protocol, asyncio.DatagramProtocol):
-        data_received = seen.append
-
-        def datagram_received(self, data, addr):
-            seen.append(data)
-
-    arguments = (ours,) if "pipe" in make else ()
-    transport, _ = await getattr(loop, make)(Receives, *arguments, **({} if arguments else {"sock": ours}))
-    assert not seen
-    loop.call_soon(seen.append, "the next iteration")
-    await helpers.eventually(lambda: len(seen) == 2)
-    assert seen == [b"there", "the next iteration"]
-    transport.close()
-    await asyncio.sleep(0.01)
-    peer.close()
 
 
 # --------------------------------------------------------------------------

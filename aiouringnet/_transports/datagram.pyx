@@ -132,15 +132,10 @@ cdef class DatagramTransport(DatagramSink):
             if waiter is None:
                 self._start_reading()
             else:
+                # Whoever created the endpoint has the transport in hand before the first datagram arrives.
                 if not waiter.done():
                     waiter.set_result(None)
-                self.loop.call_soon(self._first_read)
-
-    def _first_read(self):
-        # Whoever created the endpoint has the transport in hand before what has come already, as in asyncio.
-        self._start_reading()
-        if self.engine.usable():
-            self.engine.make_pass()
+                self.loop.call_soon(self._start_reading)
 
     def _start_reading(self):
         if not self.paused and self.state == OPEN:

@@ -61,13 +61,7 @@ cdef class ReadPipeTransport(StreamInput):
         return ReadTransport
 
     def _begin(self, waiter):
-        call_connection_made(self, self, self._first_read, waiter)
-
-    def _first_read(self):
-        # What has come already comes right behind whoever waited, as in asyncio, not an iteration later.
-        self._start_reading()
-        if self.engine.usable():
-            self.engine.make_pass()
+        call_connection_made(self, self, self._start_reading, waiter)
 
     def _start_reading(self):
         if not self.paused and self.state == OPEN:

@@ -138,13 +138,7 @@ cdef class StreamTransport(StreamOutput):
                 # before the first data arrives.
                 if not waiter.done():
                     waiter.set_result(None)
-                self.loop.call_soon(self._first_read)
-
-    def _first_read(self):
-        # What has come already comes right behind whoever waited, as in asyncio, not an iteration later.
-        self._start_reading()
-        if self.engine.usable():
-            self.engine.make_pass()
+                self.loop.call_soon(self._start_reading)
 
     def _start_reading(self):
         if not self.paused and self.state == OPEN:
