@@ -109,12 +109,6 @@ cdef class DatagramTransport(DatagramSink):
         engine.transports[self.fileno] = self
         self.loop.call_soon(self._begin, waiter, context=self.context)
 
-    # Of asyncio.Transport, which this is to isinstance(): NotImplementedError.
-    can_write_eof = asyncio.Transport.can_write_eof
-    write = asyncio.Transport.write
-    write_eof = asyncio.Transport.write_eof
-    writelines = asyncio.Transport.writelines
-
     @property
     def __class__(self):
         return Transport
