@@ -147,6 +147,41 @@ async def test_auto_gathers_while_several_connections_have_something_to_answer(l
     assert at_once.count(b"") > len(at_once) / 2
 
 
+@pytest.mark.parametrize("who", ["protocol", "task"])
+async def test_of_two_that_are_asked_together_the_first_has_its_answer_when_the_second_is_served(loop, wire, who):
+    """Its peer works on that meanwhile, and need not wait for us, nor we for it."""
+
+    def answer(protocol):
+        other = two[two[0].protocol is protocol]
+        protocol.transport.write(b"the answer")
+        had.append(bool(other.answered and other.receive_at_once()))
+        two[two[0] is other].answered = True
+
+    async def later(protocol):
+        answer(protocol)
+
+    def on_data(protocol, data):
+        if who == "task":
+            loop.create_task(later(protocol))
+        else:
+            answer(protocol)
+
+    had = []
+    two = [await wire(recorder(data_received=on_data)) for _ in range(2)]
+    await awake()
+    for _ in range(5):
+        had.clear()
+        for w in two:
+            w.answered = False
+            w.peer.send(b"request")
+        while len(had) < 2:
+            await asyncio.sleep(0)
+        assert had == [False, True]
+        await asyncio.sleep(0.01)
+        for w in two:
+            w.receive_at_once()
+
+
 @pytest.mark.matrix(sqpoll=True)
 async def test_what_leaves_together_reaches_each_whole(loop, wire):
     """In one iteration: in one piece or several, to a full socket, to peers that have gone, into a pipe."""

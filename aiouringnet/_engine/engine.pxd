@@ -11,6 +11,7 @@ cdef enum:
     # So many writes of a stream leave at once after it has got data, or within so many nanoseconds (BURST_NS), as with
     # a response's head and body; more of them are gathered.
     WRITES_AT_ONCE = 4
+    FEW = 2         # streams whose answers are not gathered: see SEVERAL_NS
 
 
 cdef class Engine(Gathering):
@@ -26,7 +27,7 @@ cdef class Engine(Gathering):
     cdef unsigned int fed           # streams that have got data in this pass
     # A poller hands over one stream's data at a time: several have some if another was the one before
     cdef bint by_turns
-    cdef bint fed_several           # the last pass with data had it for several: gathering pays
+    cdef bint fed_several           # a pass has had data for more than a few, none since for one alone
     cdef long long fed_ns           # when that pass ended
     cdef int gathering              # GATHER_*
     cdef bint spares_fetch          # this wake was for the stream that is alone, it seems
@@ -60,6 +61,7 @@ cdef class Engine(Gathering):
     cdef void alarm(self) noexcept
     cdef bint is_nested(self) noexcept
     cdef bint sends_now(self, Flow stream) noexcept
+    cdef bint few_answer(self) noexcept
     cdef bint account(self, Flow stream, size_t size) noexcept
     cdef bint out_of_time(self, size_t size) noexcept
     cdef object set_guard(self)

@@ -40,7 +40,10 @@ cdef enum:
     BYTES_OF_WORK = 14  # bytes received that count as much as a completion, as a power of two
     FETCHES_SPARED = 8  # in a row: for so many wakes others may have to wait
     BURST_NS = 1000000  # see WRITES_AT_ONCE
-    # For so long after several connections have got data their answers are gathered, in nanoseconds.
+    # For so long after several connections have got data their answers are gathered, in nanoseconds.  With no more than
+    # FEW each answer leaves at once, and its peer works on it while the next is made: between two peers that never
+    # sleep, gathered ones had both wait for us, and us for them (streams on a Unix socket: 1.5 of the CPU, three times
+    # the p99).  With three, one call for all is cheaper.
     SEVERAL_NS = 5000000
     GATHER_AUTO = 0     # the option `gather`
     GATHER_ALWAYS
@@ -177,6 +180,8 @@ cdef class Engine(Gathering):
             handle = <Handle>ready.take(&events)
             if handle is not None and handle.watched:
                 handle.on_ready(events)
+            if ready.next < ready.end <= FEW and self.few_answer():
+                self.flush_direct()
             if self.out_of_time(0) or self.forked():
                 return True
         if ready.stale:
@@ -279,6 +284,15 @@ cdef class Engine(Gathering):
             stream.written = 0
         return stream.written < WRITES_AT_ONCE
 
+    @final
+    cdef bint few_answer(self) noexcept:
+        """Whether what a callback has just written leaves before the next one, of as few, is called."""
+        return (
+            (self.dirty or self.layers) and len(self.dirty) <= FEW and len(self.layers) <= FEW
+            and self.gathering != GATHER_ALWAYS and not self.forked() and not self.closed
+            and airn_monotonic_ns() - self.fed_ns > SEVERAL_NS
+        )
+
     # --- a pass ---------------------------------------------------------------
 
     @final
@@ -292,7 +306,7 @@ cdef class Engine(Gathering):
             if stream.taken == 0:
                 self.fed += 1
                 if self.by_turns and self.last_fed != NULL and self.last_fed != <void*>stream:
-                    self.fed = 2
+                    self.fed = FEW + 1
                 self.met(stream)
                 self.last_fed = <void*>stream
                 stream.written = 0  # what follows answers it
@@ -365,10 +379,11 @@ cdef class Engine(Gathering):
         self.work()
         if guard is not None:
             self.cancel_guard(guard)
-        if self.fed:
-            self.fed_several = self.fed > 1
-            if self.fed_several:
-                self.fed_ns = airn_monotonic_ns()
+        if self.fed > FEW:
+            self.fed_several = True
+            self.fed_ns = airn_monotonic_ns()
+        elif self.fed == 1:
+            self.fed_several = False
         self.pass_context = pass_context
         self.entered = entered
         self.leave()

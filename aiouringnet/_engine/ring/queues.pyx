@@ -8,7 +8,7 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.engine cimport Engine, FEW
 from aiouringnet._engine.interface cimport Flow, Handle, LONG_RECEIVES, LONG_SENDS
 from aiouringnet._engine.output cimport Output
 from aiouringnet._engine.ring.completions cimport BATCH, CANCEL_FAILED, hand_out, user_data
@@ -218,6 +218,8 @@ cdef class Queues(Engine):
             self.batch_next += 1
             n += 1
             hand_out(self, &self.batch[self.batch_next - 1])
+            if self.batch_next < self.batch_end <= FEW and self.poller is None and self.few_answer():
+                self.flush_direct()
             if self.out_of_time(0) or self.forked():
                 break
         if self.returned and not self.forked():
