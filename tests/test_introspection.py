@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 
 import helpers
@@ -55,6 +56,38 @@ async def test_extra_info_of_a_unix_connection(loop, endpoint, serve):
     transport.close()
     await protocol.lost
     await endpoint.accepted[0].lost
+
+
+@pytest.mark.parametrize("asked", ["while it is open", "when it is closed", "both times", "never"])
+@pytest.mark.matrix(debug=False)
+async def test_the_socket_of_an_accepted_connection(loop, endpoint, serve, asked):
+    """Python's object for it is made when it is asked for, and has the one descriptor that there is."""
+    await serve(Recorder)
+    peer = endpoint.peer()
+    await helpers.eventually(lambda: endpoint.accepted)
+    transport = await endpoint.accepted[0].made
+    descriptor = transport._sock_fd
+    family = peer.family
+    if asked in ("while it is open", "both times"):
+        sock = transport.get_extra_info("socket")
+        assert sock.fileno() == transport._sock.fileno() == descriptor
+        assert (sock.family, sock.type) == (family, socket.SOCK_STREAM)
+        assert sock.getsockname() == transport.get_extra_info("sockname") == peer.getpeername()
+        assert sock.gettimeout() == 0 and not os.get_inheritable(descriptor)
+        assert transport.get_extra_info("socket") is sock
+    transport.write(b"through it")
+    peer.setblocking(False)
+    assert await loop.sock_recv(peer, 100) == b"through it"
+    peer.close()
+    await endpoint.accepted[0].lost
+    await helpers.eventually(lambda: transport._sock is None)
+    with pytest.raises(OSError):
+        os.fstat(descriptor)
+    assert transport.get_extra_info("sockname") == endpoint.address
+    if asked in ("when it is closed", "both times"):
+        sock = transport.get_extra_info("socket")
+        assert sock.fileno() == -1 and sock.family == family
+        assert transport.get_extra_info("socket") is sock
 
 
 @pytest.mark.matrix(debug=False)

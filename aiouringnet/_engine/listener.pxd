@@ -1,3 +1,5 @@
+from cython cimport final
+
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Handle
 
@@ -8,9 +10,19 @@ cdef extern from "sys/socket.h" nogil:
 
 # A socket address in Python's form, None for one that is not known
 cdef object name_of(sockaddr_storage* address, unsigned int size)
+cdef bint has_names(int family) noexcept
 
 cdef enum:
     MORE_WAITS = -1     # Listener.accept_ready(): it has stopped before the queue was empty
+
+
+# Of Python's sockets it has fileno() and close().
+@final
+cdef class Accepted:
+    cdef int fd, family, kind, proto
+
+    cpdef close(self)
+    cdef object whole(self)
 
 
 # A listening socket.

@@ -63,6 +63,11 @@ cdef tuple NOT_ACCEPTING = (EBADF, EINVAL, ENOTSOCK, EOPNOTSUPP)
 ACCEPT_RETRY_DELAY = 1.0  # seconds, asyncio.constants.ACCEPT_RETRY_DELAY
 
 
+cdef bint has_names(int family) noexcept:
+    """Whether name_of() knows a family's addresses."""
+    return family == AF_INET_ or family == AF_INET6_ or family == AF_UNIX_
+
+
 cdef object name_of(sockaddr_storage* address, unsigned int size):
     """A socket address in Python's form, None for one that is not known."""
     cdef char text[INET6_ADDRSTRLEN]
@@ -81,6 +86,42 @@ cdef object name_of(sockaddr_storage* address, unsigned int size):
             return path[:size]  # abstract, unix(7)
         return fsdecode(path[:strnlen(path, size)])
     return None
+
+
+cdef class Accepted:
+    """An accepted connection's socket, which becomes Python's when somebody wants that: to make it takes longer."""
+
+    def __cinit__(self):
+        self.fd = -1
+
+    def __dealloc__(self):
+        self.close()
+
+    def fileno(self):
+        return self.fd
+
+    cpdef close(self):
+        cdef int fd = self.fd
+        self.fd = -1
+        if fd >= 0:
+            c_close(fd)
+
+    cdef object whole(self):
+        """Python's socket, which has the descriptor from now on.
+
+        Where that is closed, a closed one; or None, if none can be made.
+        """
+        cdef int fd = self.fd
+        if fd < 0:
+            try:
+                sock = socket.socket(self.family, self.kind, self.proto)
+            except OSError:
+                return None
+            sock.close()
+        else:
+            sock = socket.socket(self.family, self.kind | SOCK_NONBLOCK, self.proto, fileno=fd)
+            self.fd = -1
+        return sock
 
 
 cdef class Listener(Handle):
@@ -117,13 +158,21 @@ cdef class Listener(Handle):
 
     cdef void accepted(self, int fd, sockaddr_storage* address, unsigned int size) noexcept:
         """Hand over a new connection's descriptor, which does not block."""
+        cdef Accepted accepted = None
         conn = None
         try:
-            conn = socket.socket(self.family, self.kind | SOCK_NONBLOCK, self.proto, fileno=fd)
+            accepted = Accepted.__new__(Accepted)
+            accepted.fd = fd
+            accepted.family = self.family
+            accepted.kind = self.kind
+            accepted.proto = self.proto
+            conn = accepted if has_names(self.family) else accepted.whole()
             self.on_accept(conn, name_of(address, size))
         except BaseException as exc:
-            if conn is None:
+            if accepted is None:
                 c_close(fd)
+            elif conn is None:
+                accepted.close()
             elif self.engine.transports.get(fd) is None:
                 conn.close()
             # Else an interrupt has come just after the transport was made: it goes on, or dies and closes the socket.

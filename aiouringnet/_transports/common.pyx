@@ -6,10 +6,9 @@ from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndS
 from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.listener cimport name_of, sockaddr_storage
+from aiouringnet._engine.listener cimport has_names, name_of, sockaddr_storage
 
 import asyncio
-from socket import AF_INET, AF_INET6, AF_UNIX
 
 from aiouringnet._transports.public import Protocol, aiofn_is_buffered_protocol, tells_what_it_holds
 
@@ -25,7 +24,6 @@ cdef extern from "Python.h":
     void Py_CLEAR(PyObject*)
 
 
-cdef tuple KNOWN_FAMILIES = (int(AF_INET), int(AF_INET6), int(AF_UNIX))
 cdef object plain_protocol = asyncio.Protocol
 cdef object buffered_protocol = asyncio.BufferedProtocol
 cdef object public_protocol = Protocol
@@ -65,7 +63,7 @@ cdef object own_address(object sock):
         fd = sock.fileno()
         if fd < 0 or c_getsockname(fd, <void*>&address, &size) < 0:
             return None
-        if address.ss_family not in KNOWN_FAMILIES:
+        if not has_names(address.ss_family):
             return sock.getsockname()
         return PyByteArray_FromStringAndSize(<char*>&address, min(size, <unsigned int>sizeof(address)))
     except Exception:

@@ -33,6 +33,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SI
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.files cimport FileRange
 from aiouringnet._engine.interface cimport Layer
+from aiouringnet._engine.listener cimport Accepted
 from aiouringnet._engine.stream cimport Stream
 from aiouringnet._transports.common cimport (
     called_soon_threadsafe,
@@ -70,6 +71,10 @@ cdef bint SERVER_TAKES_TRANSPORT = sys.version_info >= (3, 13)
 
 # How asyncio's loop.sendfile() treats a transport: os.sendfile() on its socket.
 cdef object TRY_NATIVE = asyncio.constants._SendfileMode.TRY_NATIVE
+
+
+cdef object whole(object sock):
+    return (<Accepted>sock).whole() if type(sock) is Accepted else sock
 
 
 class Transport(transports._FlowControlMixin, public.Transport):
@@ -185,6 +190,7 @@ cdef class StreamTransport(StreamOutput):
 
     @property
     def _sock(self):
+        self.sock = whole(self.sock)
         return self.sock
 
     @property
@@ -238,7 +244,7 @@ cdef class StreamTransport(StreamOutput):
                 self.engine.check()
                 self.stream.offer()
             if self.transport_socket is None or type(self.transport_socket) is not TransportSocket:
-                sock = self.transport_socket if self.sock is None else self.sock
+                sock = whole(self.transport_socket) if self.sock is None else self._sock
                 self.transport_socket = None if sock is None else TransportSocket(sock)
             value = self.transport_socket
         elif name == "peername":
@@ -253,13 +259,10 @@ cdef class StreamTransport(StreamOutput):
 
     cdef object get_sockname(self):
         """Asked for once, when somebody wants it or the socket is about to close: idle connections are many."""
+        if self.sockname is None and self.sock is not None:
+            self.sockname = own_address(self.sock)
         if type(self.sockname) is bytearray:
             self.sockname = name_in(self.sockname)
-        elif self.sockname is None and self.sock is not None:
-            try:
-                self.sockname = self.sock.getsockname()
-            except OSError:
-                pass
         return self.sockname
 
     def set_protocol(self, protocol):
