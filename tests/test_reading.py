@@ -4,6 +4,8 @@ import asyncio
 import os
 import random
 import socket
+import subprocess
+import sys
 import time
 import tracemalloc
 
@@ -244,10 +246,35 @@ async def test_data_behind_a_passed_descriptor_arrives(loop, wire):
         w.protocol.data.clear()
 
 
-@over("tcp")
-async def test_data_around_an_urgent_byte_arrives(loop, wire):
-    """recv() of a TCP socket stops at the urgent mark."""
+@over("unix")
+async def test_data_of_several_writers_arrives_where_each_is_told_apart(loop, wire):
+    """With SO_PASSCRED recv() of a Unix socket stops where another process goes on."""
     w = await wire()
+    w.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    for bulk in (False, True):
+        if bulk:
+            await w.send(pattern(100_000))
+            await w.protocol.received(100_000)
+            w.protocol.data.clear()
+        w.peer.send(b"mine ")
+        child = f"import socket; socket.socket(fileno={w.peer.fileno()}).send(b'its ')"
+        subprocess.run([sys.executable, "-S", "-c", child], pass_fds=[w.peer.fileno()], check=True)
+        w.peer.send(b"mine")
+        assert await asyncio.wait_for(w.protocol.received(13), 5) == b"mine its mine"
+        w.protocol.data.clear()
+
+
+@over("tcp", "unix")
+async def test_data_around_an_urgent_byte_arrives(loop, endpoint, wire):
+    """recv() stops at the urgent mark; of a Unix socket, too, since Linux 5.15."""
+    w = await wire()
+    if endpoint.kind == "unix":
+        one, other = socket.socketpair()
+        with one, other:
+            try:
+                one.send(b"!", socket.MSG_OOB)
+            except OSError as exc:
+                pytest.skip(f"this kernel has no urgent data on Unix sockets: {exc}")
     for bulk in (False, True):
         if bulk:
             await w.send(pattern(100_000))

@@ -47,8 +47,8 @@ class Interrupted:
         return events
 
 
-def over(kind):
-    return pytest.mark.parametrize("endpoint", [kind], indirect=True)
+def over(*kinds):
+    return pytest.mark.parametrize("endpoint", kinds, indirect=True)
 
 
 class Boom(Exception):

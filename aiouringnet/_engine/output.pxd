@@ -7,6 +7,22 @@ from aiouringnet._engine.files cimport FileRange
 from aiouringnet._engine.interface cimport Flow, Sink, flag
 
 
+cdef extern from "sys/uio.h" nogil:
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+
+cdef extern from "sys/socket.h" nogil:
+    struct msghdr:
+        void* msg_name
+        unsigned int msg_namelen
+        iovec* msg_iov
+        size_t msg_iovlen
+        void* msg_control
+        size_t msg_controllen
+        int msg_flags
+
+
 # One piece of queued output.  `owner` is a strong reference to an immutable
 # bytes object; `data` points into it.
 cdef struct Chunk:

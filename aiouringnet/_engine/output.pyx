@@ -48,20 +48,7 @@ from asyncio import SendfileNotAvailableError
 from os import strerror
 
 
-cdef extern from "sys/uio.h" nogil:
-    struct iovec:
-        void* iov_base
-        size_t iov_len
-
 cdef extern from "sys/socket.h" nogil:
-    struct msghdr:
-        void* msg_name
-        unsigned int msg_namelen
-        iovec* msg_iov
-        size_t msg_iovlen
-        void* msg_control
-        size_t msg_controllen
-        int msg_flags
     ssize_t c_send "send"(int fd, const void* data, size_t size, int flags)
     ssize_t c_sendmsg "sendmsg"(int fd, const msghdr* message, int flags)
     int c_shutdown "shutdown"(int fd, int how)

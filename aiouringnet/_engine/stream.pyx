@@ -25,18 +25,21 @@ edge-triggered; a ring overrides the methods of that section while it works.
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, errno
+from libc.string cimport memset
 
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport END_TOLD, EOF_HELD, LONG_BYTES, Room, Sink
-from aiouringnet._engine.output cimport Output, SOCKET_FULL
+from aiouringnet._engine.output cimport iovec, msghdr, Output, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLIN, POLLPRI, POLLRDHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 
 
 cdef extern from "sys/socket.h" nogil:
     ssize_t c_recv "recv"(int fd, void* data, size_t size, int flags)
+    ssize_t c_recvmsg "recvmsg"(int fd, msghdr* message, int flags)
     int c_setsockopt "setsockopt"(int fd, int level, int name, const void* value, unsigned int size)
-    int MSG_DONTWAIT, MSG_PEEK
+    int c_getsockopt "getsockopt"(int fd, int level, int name, void* value, unsigned int* size)
+    int AF_UNIX, MSG_CTRUNC, MSG_DONTWAIT, MSG_PEEK, SO_DOMAIN, SOL_SOCKET
 
 cdef extern from "netinet/in.h" nogil:
     int IPPROTO_TCP
@@ -58,17 +61,39 @@ cdef bint has_input(int fd) noexcept:
     return poll(&state, 1, 0) != 0
 
 
+cdef ssize_t receive(int fd, char* data, size_t size, bint tells, bint* more) noexcept nogil:
+    """recv(2); if it `tells`, recvmsg(2), and `more` is set where passed descriptors or credentials have stopped it."""
+    cdef iovec vector
+    cdef msghdr message
+    cdef ssize_t n
+    if not tells:
+        return c_recv(fd, data, size, MSG_DONTWAIT)
+    vector.iov_base = data
+    vector.iov_len = size
+    memset(&message, 0, sizeof(message))
+    message.msg_iov = &vector
+    message.msg_iovlen = 1
+    n = c_recvmsg(fd, &message, MSG_DONTWAIT)
+    if n > 0 and message.msg_flags & MSG_CTRUNC:
+        more[0] = True
+    return n
+
+
 cdef class Stream(Output):
     cdef void attach(self, Engine engine, int fd, Sink sink) noexcept:
         """What opening a stream takes in either engine."""
         cdef int on = 1
+        cdef int family = -1
+        cdef unsigned int size = sizeof(family)
         self.engine = engine
         self.sink = sink
         self.fd = fd
         engine.n_streams += 1
         # On every TCP socket, whatever its `proto` says; a Unix socket answers EOPNOTSUPP.
         self.tcp = c_setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) == 0
-        self.until_eagain = not self.tcp
+        if not self.tcp and c_getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size) == 0:
+            self.is_unix = family == AF_UNIX
+        self.until_eagain = not (self.tcp or self.is_unix)
 
     # --- input -----------------------------------------------------------
 
@@ -168,9 +193,9 @@ cdef class Stream(Output):
         """Receive until the socket is empty or the budget is spent.
 
         A short read means that it is empty (epoll(7), question 9), except
-        for an `until_eagain` stream: where the peer's end or urgent data was
-        announced, which no further event does, or on a Unix socket, where
-        recv() stops at passed descriptors.  Returns the bytes received.
+        where it has stopped at passed descriptors (unix(7)), and for an
+        `until_eagain` stream: where the peer's end or urgent data was
+        announced, which no further event does.  Returns the bytes received.
         `readable` stays set when there may be more: the engine comes back.
         """
         cdef Engine engine = self.engine
@@ -181,6 +206,7 @@ cdef class Stream(Output):
         cdef int error
         cdef bint until_eagain = self.until_eagain
         cdef bint alone = engine.alone is self and engine.alone_fd >= 0
+        cdef bint tells = self.is_unix and not alone and not until_eagain
         if alone:
             # Watched level-triggered: what is left is told again.  Else a look finds it, if its timer could be set.
             until_eagain = engine.alone_edge and (
@@ -212,9 +238,9 @@ cdef class Stream(Output):
                 if self.reads_much:
                     engine.was_let_go()
                     with nogil:
-                        n = c_recv(self.fd, room.data, size, MSG_DONTWAIT)
+                        n = receive(self.fd, room.data, size, tells, &until_eagain)
                 else:
-                    n = c_recv(self.fd, room.data, size, MSG_DONTWAIT)
+                    n = receive(self.fd, room.data, size, tells, &until_eagain)
                 error = errno
                 self.reads_much = n >= LONG_BYTES
                 if n > 0:
