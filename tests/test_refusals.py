@@ -51,6 +51,11 @@ MENDED = {
     ],
     # What was compiled of the handler needed memory itself.
     "no memory to keep what was written for the pass": ["uvloop-epoll/closing/memory/6/ENOMEM/0/1/40"],
+    # connection_lost() was never called, or no pass was made again.
+    "no memory to schedule the end of a connection": [
+        "asyncio-epoll-ours/beginning/memory/15/ENOMEM/2/1/1", "asyncio-epoll-ours/beginning/memory/15/ENOMEM/0/1/40",
+        "asyncio-epoll-ours/beginning/memory/16/ENOMEM/0/1/40",
+    ],
     # The engine took it for one that went on.
     "no memory at the beginning of a pass": ["asyncio-epoll-ours/upgrade/memory/19/ENOMEM/0/1/40"],
     # It was taken for another's, and left.

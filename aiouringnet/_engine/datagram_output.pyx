@@ -31,6 +31,7 @@ from aiouringnet._engine.datagram_area cimport (
 )
 from aiouringnet._engine.engine cimport WRITES_AT_ONCE
 from aiouringnet._engine.interface cimport Flow, LONG_BATCH
+from aiouringnet._engine.scarcity cimport method
 
 from os import strerror
 
@@ -321,7 +322,7 @@ cdef class DatagramOutput(Flow):
 
     cdef void wait_some_time(self) noexcept:
         self.waiting = FOR_TIME
-        self.engine.call_later(ASK_AGAIN_S, self._ask_again)
+        self.engine.call_later(ASK_AGAIN_S, method(self, "_ask_again"))
 
     def _ask_again(self):
         if self.waiting == FOR_TIME and not self.closed and self.engine.usable():

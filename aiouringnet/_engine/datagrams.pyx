@@ -19,6 +19,7 @@ from aiouringnet._engine.datagram_area cimport Area
 from aiouringnet._engine.datagram_output cimport DatagramOutput, DatagramSink, FOR_ROOM, NOT_WAITING
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT
+from aiouringnet._engine.scarcity cimport method
 
 from socket import AF_INET, AF_INET6, AF_UNIX
 
@@ -319,7 +320,7 @@ cdef class Datagrams(DatagramOutput):
             if self.waiting == FOR_ROOM:
                 self.wait_some_time()
             if self.reading and not self.watched & EPOLLIN and engine.alone is not self:
-                engine.call_later(WATCH_AGAIN_S, self._watch_again)
+                engine.call_later(WATCH_AGAIN_S, method(self, "_watch_again"))
                 self.fail(error)
         elif error:
             self.waiting = NOT_WAITING

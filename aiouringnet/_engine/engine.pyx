@@ -23,6 +23,7 @@ from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
 from aiouringnet._engine.loop cimport airn_context, airn_monotonic_ns, airn_show_flag, current_thread, fork_generation
 from aiouringnet._engine.ownership cimport airn_append
 from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
+from aiouringnet._engine.scarcity cimport method
 
 import sys
 from asyncio import _get_running_loop
@@ -242,15 +243,7 @@ cdef class Engine(Gathering):
         if self.selector is not None:
             self.owed = True
         else:
-            flush = None
-            try:
-                flush = self._flush
-            except MemoryError:
-                pass
-            if flush is None:
-                self.flush_scheduled = False
-            else:
-                self.call_soon(flush)
+            self.call_soon(method(self, "_flush"))
             if not self.flush_scheduled:
                 self.alarm()
 

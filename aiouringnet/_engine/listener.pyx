@@ -7,6 +7,7 @@ from libc.errno cimport (
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Handle
 from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN
+from aiouringnet._engine.scarcity cimport method
 
 import socket
 from asyncio.trsock import TransportSocket
@@ -226,7 +227,7 @@ cdef class Listener(Handle):
                 "exception": OSError(error, strerror(error)),
                 "socket": TransportSocket(self.sock),
             })
-            self.engine.call_later(ACCEPT_RETRY_DELAY, self._resume)
+            self.engine.call_later(ACCEPT_RETRY_DELAY, method(self, "_resume"))
         else:
             self.closed = True
             self.engine.report({

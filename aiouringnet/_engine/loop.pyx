@@ -23,6 +23,7 @@ Waker that it calls, and that to the engine.
 from libc.string cimport memset
 
 from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN, Readiness, epoll_event
+from aiouringnet._engine.scarcity cimport ALLOCATION_TRIES, await_memory
 
 import logging
 from asyncio import _get_running_loop
@@ -181,8 +182,8 @@ cdef class LoopBound:
         A KeyboardInterrupt in the middle leaves open whether it is scheduled:
         it is scheduled again, so `callback` may be called twice.
         """
-        cdef int _tries
-        for _tries in range(TRIES):
+        cdef int tries, others = 0
+        for tries in range(ALLOCATION_TRIES if callback is not None else 0):
             try:
                 if context is None and argument is None:
                     self.loop.call_soon(callback)
@@ -191,29 +192,43 @@ cdef class LoopBound:
                 else:
                     self.loop.call_soon(callback, argument, context=context)
                 return
+            except MemoryError:
+                pass
             except (SystemExit, KeyboardInterrupt) as exc:
                 self.interrupt = exc
+                others += 1
             except BaseException:
                 if self.loop.is_closed():
                     return
+                others += 1
+            if others == TRIES:
+                break
+            await_memory(tries)
         # It is not to be had: a later pass is scheduled anew.
         self.flush_scheduled = False
 
     cdef void call_later(self, double delay_s, object callback, object argument=None) noexcept:
         """loop.call_later(), as call_soon() is the loop's."""
-        cdef int _tries
-        for _tries in range(TRIES):
+        cdef int tries, others = 0
+        for tries in range(ALLOCATION_TRIES if callback is not None else 0):
             try:
                 if argument is None:
                     self.loop.call_later(delay_s, callback)
                 else:
                     self.loop.call_later(delay_s, callback, argument)
                 return
+            except MemoryError:
+                pass
             except (SystemExit, KeyboardInterrupt) as exc:
                 self.interrupt = exc
+                others += 1
             except BaseException:
                 if self.loop.is_closed():
                     return
+                others += 1
+            if others == TRIES:
+                break
+            await_memory(tries)
 
     cdef void report(self, dict context) noexcept:
         """loop.call_exception_handler(context)."""

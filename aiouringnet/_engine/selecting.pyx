@@ -23,6 +23,7 @@ from libc.errno cimport EINTR, errno
 
 from aiouringnet._engine.loop cimport airn_monotonic_ns, LoopBound
 from aiouringnet._engine.readiness cimport EPOLLIN, EPOLLOUT, epoll_event
+from aiouringnet._engine.scarcity cimport method
 
 import os
 from asyncio import SelectorEventLoop
@@ -83,7 +84,8 @@ cdef class Selecting(LoopBound):
                     if self.owed or not self.flush_scheduled:
                         self.owed = False
                         self.flush_scheduled = True
-                        self.call_soon(self._flush)
+                        self.call_soon(method(self, "_flush"))
+                        self.owed = not self.flush_scheduled
                     return self.look_at_others()
                 timers = len(self.loop._scheduled)
                 self.make_pass()
@@ -111,13 +113,13 @@ cdef class Selecting(LoopBound):
         """As with any selector: what is ready is for the loop's callbacks."""
         if self.usable():
             if self.owed:
-                self.owed = False
-                self.call_soon(self._flush)
+                self.call_soon(method(self, "_flush"))
+                self.owed = not self.flush_scheduled
             elif not self.flush_scheduled:
                 self.unquiet()
                 if self.owed:
-                    self.owed = False
-                    self.call_soon(self._flush)
+                    self.call_soon(method(self, "_flush"))
+                    self.owed = not self.flush_scheduled
             if self.ready:
                 timeout = 0
         return select_any(self.selector, timeout)

@@ -13,6 +13,7 @@ from cpython.bytes cimport PyBytes_GET_SIZE
 from libc.string cimport memcpy
 
 from aiouringnet._engine.interface cimport Layer
+from aiouringnet._engine.scarcity cimport method
 from aiouringnet._tls.connection cimport FLUSHING, MAX_ANSWER_BYTES, OPEN, OVER, RAISED
 from aiouringnet._tls.input cimport TLSInput
 from aiouringnet._tls.offload cimport RECORD_BYTES
@@ -166,7 +167,7 @@ cdef class TLSOutput(TLSInput):
             size += self.protocol.get_local_write_buffer_size()
         if size <= self.low if self.protocol_paused else size > self.high:
             if self.engine.silent:
-                self.engine.call_soon(self._control_writing)
+                self.engine.call_soon(method(self, "_control_writing"))
                 return 0
             self.protocol_paused = not self.protocol_paused
             self.call_flow_control("pause_writing" if self.protocol_paused else "resume_writing")

@@ -32,6 +32,7 @@ from aiouringnet._engine.datagram_area cimport NAME_NONE, NAME_PYTHON, Name
 from aiouringnet._engine.datagram_output cimport DatagramSink
 from aiouringnet._engine.datagrams cimport Datagrams
 from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.scarcity cimport method
 from aiouringnet._transports.common cimport called_soon_threadsafe, drop_empty_dict, immutable, limits
 from aiouringnet._transports.context cimport enter, leave
 from aiouringnet._transports.input cimport CLOSING, DONE, LOST, OPEN
@@ -287,7 +288,7 @@ cdef class DatagramTransport(DatagramSink):
             return
         if self.protocol_paused and self.socket.queued <= self.low and not self.engine.closed:
             if self.engine.silent:
-                self.engine.call_soon(self._resume_writing)
+                self.engine.call_soon(method(self, "_resume_writing"))
             else:
                 self._resume_writing()
             if self.state >= LOST:
@@ -538,7 +539,7 @@ cdef class DatagramTransport(DatagramSink):
             return
         self.socket.close()
         # A context that is entered cannot be run in again, should this callback run the loop: a copy can.
-        self.engine.call_soon(self._call_connection_lost, None if self.in_context else self.context, exc)
+        self.engine.call_soon(method(self, "_call_connection_lost"), None if self.in_context else self.context, exc)
 
     cdef void unregister(self) noexcept:
         try:

@@ -5,6 +5,7 @@ import asyncio
 from cpython.object cimport PyObject
 
 from aiouringnet._engine.interface cimport Layer
+from aiouringnet._engine.scarcity cimport method
 from aiouringnet._transports.input cimport CLOSING, LOST, StreamInput
 
 from aiouringnet._engine.bases import is_asyncios
@@ -36,7 +37,7 @@ cdef class StreamOutput(StreamInput):
             return
         if self.protocol_paused and self.stream.queued <= self.low and not over:
             if self.engine.silent:
-                self.engine.call_soon(self._resume_writing)
+                self.engine.call_soon(method(self, "_resume_writing"))
             elif not self.asks or self.unsent() <= self.low:
                 self.resume_writing()
             if self.state >= LOST:

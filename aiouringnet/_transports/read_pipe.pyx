@@ -9,6 +9,7 @@ from asyncio import transports
 from errno import EIO
 
 from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.scarcity cimport method
 from aiouringnet._engine.stream cimport Stream
 from aiouringnet._transports.common cimport called_soon_threadsafe, drop_empty_dict
 from aiouringnet._transports.input cimport DONE, LOST, OPEN, StreamInput
@@ -109,7 +110,7 @@ cdef class ReadPipeTransport(StreamInput):
         if self.state != OPEN:
             return
         # Told in the loop's next iteration, as by asyncio.
-        self.engine.call_soon(self._call_eof_received, None if self.in_context else self.context)
+        self.engine.call_soon(method(self, "_call_eof_received"), None if self.in_context else self.context)
         self.force_close(None)
 
     def _call_eof_received(self):
@@ -193,7 +194,7 @@ cdef class ReadPipeTransport(StreamInput):
     cdef void force_close(self, object exc) noexcept:
         if begins_to_close(self):
             # A context that is entered cannot be run in again, should this callback run the loop: a copy can.
-            self.engine.call_soon(self._call_connection_lost, None if self.in_context else self.context, exc)
+            self.engine.call_soon(method(self, "_call_connection_lost"), None if self.in_context else self.context, exc)
 
     def _call_connection_lost(self, exc=None):
         end_connection(self, exc)

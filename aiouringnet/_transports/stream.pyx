@@ -34,6 +34,7 @@ from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.files cimport FileRange
 from aiouringnet._engine.interface cimport Layer
 from aiouringnet._engine.listener cimport Accepted
+from aiouringnet._engine.scarcity cimport method
 from aiouringnet._engine.stream cimport Stream
 from aiouringnet._transports.common cimport (
     called_soon_threadsafe,
@@ -501,7 +502,7 @@ cdef class StreamTransport(StreamOutput):
             return
         self.stream.close()
         # A context that is entered cannot be run in again, should this callback run the loop: a copy can.
-        self.engine.call_soon(self._call_connection_lost, None if self.in_context else self.context, exc)
+        self.engine.call_soon(method(self, "_call_connection_lost"), None if self.in_context else self.context, exc)
 
     cdef void unregister(self) noexcept:
         try:

@@ -9,6 +9,7 @@ from asyncio import transports
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 
 from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.scarcity cimport method
 from aiouringnet._engine.stream cimport Stream
 from aiouringnet._transports.common cimport called_soon_threadsafe, drop_empty_dict, immutable, limits
 from aiouringnet._transports.input cimport CLOSING, DONE, LOST, OPEN
@@ -267,7 +268,7 @@ cdef class WritePipeTransport(StreamOutput):
     cdef void force_close(self, object exc) noexcept:
         self.stream.offer_last()
         if begins_to_close(self):
-            self.engine.call_soon(self._call_connection_lost, None if self.in_context else self.context, exc)
+            self.engine.call_soon(method(self, "_call_connection_lost"), None if self.in_context else self.context, exc)
         elif self.detached:
             self.let_go_of_own()
 

@@ -7,6 +7,7 @@ from aiouringnet._engine.poll cimport POLLOUT
 from aiouringnet._engine.ring.completions cimport TAG_CONNECT, user_data
 from aiouringnet._engine.ring.liburing cimport *
 from aiouringnet._engine.ring.queues cimport Queues
+from aiouringnet._engine.scarcity cimport method
 
 import socket
 
@@ -55,7 +56,7 @@ cdef class RingConnection(Connection):
             fd = self.own_fd
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            engine.call_soon(self._submit)
+            engine.call_soon(method(self, "_submit"))
             return
         if self.awaiting:
             io_uring_prep_poll_add(sqe, fd, POLLOUT)

@@ -10,6 +10,7 @@ from aiouringnet._engine.readiness cimport EPOLLOUT, Readiness
 from aiouringnet._engine.ring.completions cimport TAG_POLL, user_data
 from aiouringnet._engine.ring.liburing cimport *
 from aiouringnet._engine.ring.queues cimport Queues
+from aiouringnet._engine.scarcity cimport method
 
 
 GATE_RETRY_S = 0.05
@@ -26,7 +27,7 @@ cdef class Gated(Stream):
             engine.begin(self)
         else:
             engine.n_retries += 1
-            engine.call_later(GATE_RETRY_S, (<Gate>engine.gate).retry, self)
+            engine.call_later(GATE_RETRY_S, method(engine.gate, "retry"), self)
 
     cdef void leave_gate(self) noexcept:
         self.engine.keep(self)
@@ -85,7 +86,7 @@ cdef class Gate(Handle):
             return
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            engine.call_soon(self._arm)
+            engine.call_soon(method(self, "_arm"))
             return
         io_uring_prep_poll_add(sqe, self.ready.epoll_fd, POLLIN)
         sqe.user_data = user_data(self, TAG_POLL)

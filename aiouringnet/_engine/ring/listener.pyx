@@ -5,6 +5,7 @@ from aiouringnet._engine.poll cimport POLLIN
 from aiouringnet._engine.ring.completions cimport TAG_ACCEPT, user_data
 from aiouringnet._engine.ring.liburing cimport *
 from aiouringnet._engine.ring.queues cimport Queues
+from aiouringnet._engine.scarcity cimport method
 
 
 cdef extern from "errno.h" nogil:
@@ -22,7 +23,7 @@ cdef class RingListener(Listener):
             return
         sqe = engine.get_sqe(&engine.ring)
         if sqe == NULL:
-            engine.call_soon(self._resume)
+            engine.call_soon(method(self, "_resume"))
             return
         io_uring_prep_poll_add(sqe, self.fd, POLLIN)
         sqe.user_data = user_data(self, TAG_ACCEPT)

@@ -39,6 +39,7 @@ from aiouringnet._engine.ring.pipes cimport RingPipe
 from aiouringnet._engine.ring.sqpoll cimport Poller
 from aiouringnet._engine.ring.stream cimport RingStream
 from aiouringnet._engine.ring.waiting cimport Waiting
+from aiouringnet._engine.scarcity cimport method
 from aiouringnet._engine.stream cimport Stream
 
 import os
@@ -276,7 +277,7 @@ cdef class Ring(Waiting):
         call for each message.
         """
         if not self.doubts:
-            self.call_later(DOUBT_S, self._look_for_urgent)
+            self.call_later(DOUBT_S, method(self, "_look_for_urgent"))
         if airn_append(self.doubts, stream):
             (<RingStream>stream).doubted = True
         else:
