@@ -48,8 +48,8 @@ Options of the test command
         runs other projects' suites whole, not just what of them uses the network,
         see test_other_suites.py; and all three each other where else they meet in pairs.
     --patience FACTOR
-        lets each test take so much longer before it counts as hung, where programs
-        are slow: under the sanitizer, in a virtual machine.
+        lets each test take so much longer before it counts as hung, and whatever it waits
+        for, where programs are slow: under the sanitizer, in a virtual machine, beside others.
 
 Fixtures
 
@@ -313,9 +313,13 @@ def pytest_runtest_call(item):
         signal.signal(signal.SIGALRM, before)
 
 
-def _limit_s(item):
+def _limit_of(item):
     mark = item.get_closest_marker("limit")
-    return helpers.patience * (mark.args[0] if mark else CALL_LIMIT_S)
+    return mark.args[0] if mark else CALL_LIMIT_S
+
+
+def _limit_s(item):
+    return helpers.patience * _limit_of(item)
 
 
 # --------------------------------------------------------------------------
@@ -329,7 +333,7 @@ def pytest_pyfunc_call(pyfuncitem):
     if not inspect.iscoroutinefunction(function) or "loop" not in pyfuncitem.funcargs:
         return None
     wanted = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    helpers.run_on(pyfuncitem.funcargs["loop"], function(**wanted), _limit_s(pyfuncitem) - 1)
+    helpers.run_on(pyfuncitem.funcargs["loop"], function(**wanted), _limit_of(pyfuncitem) - 1)
     return True
 
 

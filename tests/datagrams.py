@@ -83,7 +83,7 @@ class Place:
     def peer(self, address=None):
         """An ordinary socket, bound, that does not block for ever."""
         sock = socket.socket(self.family, socket.SOCK_DGRAM)
-        sock.settimeout(5)
+        sock.settimeout(5 * helpers.patience)
         sock.bind(address or self.address())
         return sock
 

@@ -183,7 +183,7 @@ class Everything:
 
     def every_peer_sees_the_end(self):
         for peer in self.peers:
-            peer.settimeout(5)
+            peer.settimeout(5 * helpers.patience)
             with contextlib.suppress(ConnectionResetError):
                 while peer.recv(MIB):
                     pass

@@ -31,7 +31,7 @@ def listening(family=socket.AF_INET, backlog=5):
     with socket.socket(family) as sock:
         sock.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
         sock.listen(backlog)
-        sock.settimeout(10)
+        sock.settimeout(10 * helpers.patience)
         yield sock, sock.getsockname()[:2]
 
 
@@ -259,8 +259,8 @@ async def test_happy_eyeballs_do_not_wait_for_a_bad_address(loop, failing):
     with silent() as dead, listening() as (_, address):
         first = refused()[0] if failing else dead
         resolves_to(loop, info(first), info(address))
-        transport, protocol = await asyncio.wait_for(
-            aiouringnet.create_connection(loop, helpers.Recorder, "service.test", 1, happy_eyeballs_delay=0.05), 5
+        transport, protocol = await helpers.within(
+            aiouringnet.create_connection(loop, helpers.Recorder, "service.test", 1, happy_eyeballs_delay=0.05)
         )
         assert transport.get_extra_info("peername") == address
         await finish(transport, protocol)

@@ -20,7 +20,7 @@ def connect(server, index=0):
     """A plain socket that is connected to one of the server's."""
     bound = server.sockets[index]
     sock = socket.socket(bound.family)
-    sock.settimeout(10)
+    sock.settimeout(10 * helpers.patience)
     sock.connect(bound.getsockname())
     return sock
 
@@ -322,7 +322,7 @@ async def test_clients_can_be_ended(loop, endpoint, how):
             assert await answered(loop, sock)
         server.close()
         getattr(server, how)()
-        await asyncio.wait_for(server.wait_closed(), 5)
+        await helpers.within(server.wait_closed())
         for sock in (first, second):
             assert sock.recv(1) == b""
 
@@ -346,10 +346,10 @@ async def test_clients_that_are_closed_get_what_was_written(loop, endpoint, how,
         waiter = loop.create_task(server.wait_closed())
         if not whole:
             # Without anybody reading.
-            await asyncio.wait_for(waiter, 5)
+            await helpers.within(waiter)
         got = await loop.run_in_executor(None, until_the_end, sock)
         assert (got == data) is whole and data.startswith(got)
-    await asyncio.wait_for(waiter, 5)
+    await helpers.within(waiter)
 
 
 def until_the_end(sock):
@@ -378,7 +378,7 @@ async def test_a_server_can_be_closed_by_its_own_protocol(loop, endpoint, where)
         assert await answered(loop, sock)
         assert not server.is_serving() and refuses(endpoint)
         assert await answered(loop, sock, b"still there")
-    await asyncio.wait_for(server.wait_closed(), 5)
+    await helpers.within(server.wait_closed())
     await endpoint.accepted[0].lost
 
 
@@ -479,7 +479,7 @@ async def test_a_burst_of_connections_is_served(loop, endpoint):
         assert await loop.run_in_executor(None, helpers.receive_exactly, sock, 3) == b"%03d" % number
         sock.close()
     server.close()
-    await asyncio.wait_for(server.wait_closed(), 5)
+    await helpers.within(server.wait_closed())
 
 
 def test_a_loop_that_closes_leaves_no_server_behind(make_loop, endpoint):

@@ -303,6 +303,6 @@ async def test_an_upgrade_after_the_peers_end_fails_at_once(loop, endpoint, cont
         await protocol.eof
     with pytest.raises(ConnectionResetError):
         upgrading = loop.start_tls(transport, protocol, contexts[1], server_hostname="localhost")
-        await asyncio.wait_for(upgrading, 5)
+        await helpers.within(upgrading)
     assert isinstance(await protocol.lost, ConnectionResetError)
     peer.close()

@@ -29,7 +29,7 @@ once = pytest.mark.matrix(base="asyncio", debug=False)
 @pytest.fixture
 def listener():
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        sock.settimeout(5)
+        sock.settimeout(5 * helpers.patience)
         yield sock
 
 

@@ -103,7 +103,7 @@ async def test_a_pair_without_names(loop):
         await protocol.got(1)
         assert protocol.received == [(b"to it", None)]
         transport.sendto(b"from it")
-        peer.settimeout(5)
+        peer.settimeout(5 * helpers.patience)
         assert peer.recv(100) == b"from it"
     await close(transport)
 
@@ -139,7 +139,7 @@ async def test_ipv6_addresses_have_their_scope(loop):
                 assert protocol.received[0][1] == peer.getsockname()
                 assert protocol.received[0][1][3] == near[3] != 0
                 there.sendto(b"back", peer.getsockname())
-                peer.settimeout(5)
+                peer.settimeout(5 * helpers.patience)
                 assert peer.recv(10) == b"back"
             await close(there)
         await close(transport, client)
@@ -186,7 +186,7 @@ async def test_many_peers_keep_their_addresses_apart(loop):
 async def test_broadcast(loop):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
         peer.bind(("", 0))
-        peer.settimeout(5)
+        peer.settimeout(5 * helpers.patience)
         there = ("127.255.255.255", peer.getsockname()[1])
         transport, protocol, _ = await endpoint(loop, Datagrams, ("127.0.0.1", 0))
         transport.sendto(b"refused", there)
@@ -348,7 +348,7 @@ async def test_a_refusal_comes_to_a_connected_endpoint(loop):
     # It goes on.
     with socket.socket(type=socket.SOCK_DGRAM) as peer:
         peer.bind(address)
-        peer.settimeout(5)
+        peer.settimeout(5 * helpers.patience)
         transport.sendto(b"now")
         assert peer.recv(10) == b"now"
         peer.sendto(b"yes", transport.get_extra_info("sockname"))
@@ -537,7 +537,7 @@ async def test_flow_control(loop):
             transport.sendto(b"x" * 92)
         assert protocol.log == ["made", "pause"]
         with peer:
-            peer.settimeout(5)
+            peer.settimeout(5 * helpers.patience)
             while transport.get_write_buffer_size() > 300:
                 assert "resume" not in protocol.log
                 peer.recv(200)

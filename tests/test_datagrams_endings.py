@@ -90,7 +90,7 @@ async def test_creating_is_cancelled(loop, when):
     with pytest.raises(asyncio.CancelledError):
         await task
     for protocol in made:
-        await asyncio.wait_for(protocol.lost, 5)
+        await helpers.within(protocol.lost)
 
 
 async def test_a_factory_that_raises_leaves_no_socket(loop):
@@ -172,7 +172,7 @@ def test_what_was_sent_before_the_loop_stops_leaves(make_loop):
     loop = make_loop(gather="always")
     with socket.socket(type=socket.SOCK_DGRAM) as peer:
         peer.bind(("127.0.0.1", 0))
-        peer.settimeout(5)
+        peer.settimeout(5 * helpers.patience)
 
         async def main():
             transport, _, _ = await endpoint(loop)
@@ -246,7 +246,7 @@ async def test_methods_on_another_thread_are_refused_or_handed_over(loop):
 
     await loop.run_in_executor(None, try_it)
     assert len(told) == 2 and all("thread" in text for text in told)
-    await asyncio.wait_for(protocol.lost, 5)
+    await helpers.within(protocol.lost)
 
 
 # --------------------------------------------------------------------------
@@ -258,7 +258,7 @@ async def test_until_connection_lost_a_closed_endpoint_still_sends(loop):
     transport, protocol, _ = await endpoint(loop)
     with socket.socket(type=socket.SOCK_DGRAM) as peer:
         peer.bind(("127.0.0.1", 0))
-        peer.settimeout(5)
+        peer.settimeout(5 * helpers.patience)
         transport.close()
         transport.sendto(b"late", peer.getsockname())
         transport.sendto(bytes(70000), peer.getsockname())
@@ -364,7 +364,7 @@ def end_with_open_endpoints(make_loop, port):
 def test_the_interpreter_ends_with_open_endpoints(case):
     with socket.socket(type=socket.SOCK_DGRAM) as peer:
         peer.bind(("127.0.0.1", 0))
-        peer.settimeout(5)
+        peer.settimeout(5 * helpers.patience)
         assert helpers.in_child(case, end_with_open_endpoints, peer.getsockname()[1]) == ""
         assert peer.recv(100) == b"last words"
 

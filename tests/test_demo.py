@@ -33,7 +33,9 @@ def show(folder, run):
     (folder / "run.py").write_text(run)
     env = helpers.child_env()
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(BENCHMARKS), env.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, folder / "demo.py"], env=env, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [sys.executable, folder / "demo.py"], env=env, capture_output=True, text=True, timeout=20 * helpers.patience
+    )
     assert done.stderr == ""
     return done.stdout.splitlines(), done.returncode
 

@@ -84,7 +84,7 @@ async def test_other_descriptors_can_be_watched(loop):
             loop.add_reader(left, readable.set)
             loop.add_writer(left.fileno(), writable.set)
             right.send(b"x")
-            await asyncio.wait_for(asyncio.gather(readable.wait(), writable.wait()), 5)
+            await helpers.within(asyncio.gather(readable.wait(), writable.wait()))
             loop.remove_reader(left)
             loop.remove_writer(left.fileno())
             readable.clear()

@@ -252,7 +252,7 @@ def run_module(**env):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=20 * helpers.patience,
     )
 
 

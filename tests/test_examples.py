@@ -27,7 +27,7 @@ def run(case, name, *args):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=20 * helpers.patience,
     )
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
@@ -38,7 +38,7 @@ def port_of(service):
 
 
 def get(port, path, data=None):
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data=data, timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data=data, timeout=10 * helpers.patience) as answer:
         return answer.status, answer.read()
 
 
@@ -97,9 +97,13 @@ def test_a_file_server_over_https_and_which_path_it_takes(case, tmp_path):
     options = ("--cert", certificate, "--key", key, "--root", str(tmp_path), "--port", port)
     client = tls.authority().context_client()
     with serve(case, "https_files", *options, ready=helpers.accepts(("127.0.0.1", port))) as service:
-        with urllib.request.urlopen(f"https://localhost:{port}/file", context=client, timeout=10) as answer:
+        with urllib.request.urlopen(
+            f"https://localhost:{port}/file", context=client, timeout=10 * helpers.patience
+        ) as answer:
             assert answer.read() == helpers.pattern(3_000_000)
-        with urllib.request.urlopen(f"https://localhost:{port}/.path", context=client, timeout=10) as answer:
+        with urllib.request.urlopen(
+            f"https://localhost:{port}/.path", context=client, timeout=10 * helpers.patience
+        ) as answer:
             path = json.loads(answer.read())
         said = run(case, "tls_path", "localhost", "--port", port, "--cafile", tls.authority().cafile)
         assert service.stop() == 0

@@ -248,7 +248,7 @@ async def test_what_comes_while_a_pass_is_cut_short_is_found(loop, wire):
             w.peer.send(b"?")
         # The loop is late: all of it is there when it looks.
         time.sleep(0.01)
-        assert await asyncio.wait_for(late.protocol.received(4), 3) == b"late"
+        assert await helpers.within(late.protocol.received(4), 3) == b"late"
         await helpers.eventually(lambda: len(served) == 20)
         late.protocol.data.clear()
         served.clear()

@@ -130,7 +130,7 @@ def exchange_under(shim, case, said="", **env):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=25,
+        timeout=25 * helpers.patience,
     )
     assert done.returncode == 0 and re.fullmatch(said, done.stderr), done.stderr
     kind, *flags = done.stdout.split()

@@ -267,7 +267,7 @@ async def test_paused_and_resumed_by_another_connection_in_the_same_pass(loop, w
             # Whoever was paused last is let go; otherwise nobody but the engine helps.
             for w in (wires["first"], wires["second"]):
                 w.transport.resume_reading()
-                assert await asyncio.wait_for(w.protocol.received(1), 5)
+                assert await helpers.within(w.protocol.received(1))
                 assert await w.protocol.received(sent["first" if w is wires["first"] else "second"])
 
 

@@ -236,7 +236,7 @@ def test_loops_in_several_threads_hammer_at_once(case, make_loop):
                 loop.set_exception_handler(lambda _, context: reported.append(context))
                 try:
                     if round_:
-                        helpers.run_on(loop, hammer(place, number, loop), 60 * helpers.patience)
+                        helpers.run_on(loop, hammer(place, number, loop), 60)
                 finally:
                     loop.close()
             outcomes.append(reported)
@@ -278,7 +278,7 @@ def test_engines_come_and_go_in_many_threads(case, make_loop):
 
     def run():
         try:
-            at_once.wait(10)
+            at_once.wait(10 * helpers.patience)
             for _ in range(8):
                 loop = helpers.new_loop(case)
                 try:

@@ -33,6 +33,6 @@ def test_nothing_is_found(package):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=120 * helpers.patience,
     )
     assert done.returncode == 0, done.stdout

@@ -22,7 +22,7 @@ def pair(kind):
         ours = socket.create_connection(listener.getsockname())
         peer, _ = listener.accept()
     for sock in (ours, peer):
-        sock.settimeout(5)
+        sock.settimeout(5 * helpers.patience)
     return ours, peer
 
 
@@ -46,7 +46,7 @@ async def test_the_peer_sees_the_end_when_the_owner_closes_the_socket(loop, kind
             await protocol.received(size)
         await asyncio.sleep(0.005)
     peer.setblocking(False)
-    assert await asyncio.wait_for(loop.sock_recv(peer, 1), 5) == b""
+    assert await helpers.within(loop.sock_recv(peer, 1)) == b""
     # As in asyncio the transport hears nothing more.
     await asyncio.sleep(0.005)
     assert "lost" not in protocol.log and "eof" not in protocol.log
@@ -213,7 +213,7 @@ async def closed_with_a_duplicate(loop, kind, way):
     transport.abort()
     await protocol.lost
     if way is not output_waits:
-        copy.settimeout(5)
+        copy.settimeout(5 * helpers.patience)
         assert copy.recv(100) == b"for the duplicate"
     for sock in (copy, peer, other):
         sock.close()
@@ -268,11 +268,11 @@ async def listener_with_a_duplicate(loop, kind, order):
     gc.collect()
     # It is the duplicate's.
     client = socket.socket(kept.family)
-    client.settimeout(5)
+    client.settimeout(5 * helpers.patience)
     client.connect(kept.getsockname())
     for _ in range(10):
         await asyncio.sleep(0.0005)
-    kept.settimeout(5)
+    kept.settimeout(5 * helpers.patience)
     conn, _ = kept.accept()
     conn.sendall(b"served by another")
     assert client.recv(100) == b"served by another"

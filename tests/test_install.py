@@ -90,7 +90,7 @@ def run(args, cwd, **env):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=BUILD_S,
+        timeout=BUILD_S * helpers.patience,
     )
 
 
@@ -216,11 +216,15 @@ def test_an_editable_install_works(tmp_path):
     # How fast what comes of it is, and what the compiler says, the wheel shows.
     env = {**os.environ, "CC": helpers.compiler(tmp_path, "-O0")}
     env |= {"PYTHONPATH": outer, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    done = subprocess.run([python, *pip], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=BUILD_S)
+    done = subprocess.run(
+        [python, *pip], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=BUILD_S * helpers.patience
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert any("aiouringnet" in name for name in os.listdir(site))
     env = {**os.environ, "PYTHONPATH": "", "AIOURINGNET_ENGINE": "auto"}
-    found = subprocess.run([python, "-c", USE], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        [python, "-c", USE], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60 * helpers.patience
+    )
     assert found.returncode == 0, found.stderr
     found = json.loads(found.stdout)
     assert found["file"].startswith(str(folder)) and found["liburing"] is not None

@@ -321,7 +321,7 @@ def test_an_interrupt_that_takes_the_wake_with_it_leaves_a_loop_that_works(case,
             size += 7
             epoll.armed = lost
             with contextlib.suppress(KeyboardInterrupt):
-                loop.run_until_complete(asyncio.wait_for(accepted[0].received(size), 5))
+                loop.run_until_complete(helpers.within(accepted[0].received(size)))
             # Nothing else comes that would wake it.
             helpers.run_on(loop, accepted[0].received(size), 5)
             struck += lost and not epoll.armed  # a pass may have come first

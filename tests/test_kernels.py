@@ -77,7 +77,7 @@ def run(command, folder):
         errors="replace",
     )
     try:
-        printed, _ = process.communicate(timeout=LIMIT_S)
+        printed, _ = process.communicate(timeout=LIMIT_S * helpers.patience)
     except BaseException:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

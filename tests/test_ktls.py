@@ -93,7 +93,7 @@ def meet(loop, proof):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffers_bytes)
             ours.connect(theirs.getsockname())
             peer, _ = theirs.accept()
-        peer.settimeout(10)
+        peer.settimeout(10 * helpers.patience)
         wrap = functools.partial(
             contexts["client" if role == "server" else "server"].wrap_socket,
             peer,
@@ -472,7 +472,7 @@ async def test_a_goodbye_that_nobody_can_hear_is_tried_once(loop, meet, version,
     await asyncio.sleep(0.05)
     later.clear()
     met.transport.resume_reading()
-    lost = await asyncio.wait_for(met.protocol.lost, 5)
+    lost = await helpers.within(met.protocol.lost)
     assert lost is None or isinstance(lost, (ConnectionResetError, BrokenPipeError))
     assert not [callback for _, callback, *_ in later if callback.__name__ == "_drained"]
 
@@ -487,7 +487,7 @@ async def test_the_goodbye_of_a_socket_that_its_owner_has_closed_goes_to_nobody(
         if number not in (stranger.fileno(), beyond.fileno()):
             os.dup2(stranger.fileno(), number)
         met.transport.close()
-        await asyncio.wait_for(met.protocol.lost, 5)
+        await helpers.within(met.protocol.lost)
         for sock in (stranger, beyond):
             sock.setblocking(False)
             with pytest.raises(BlockingIOError):

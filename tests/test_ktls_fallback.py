@@ -164,9 +164,7 @@ REFUSALS = [
 def refused(engine):
     """What the two versions' reports say of each refusal."""
     arguments = [word for call, number, _ in REFUSALS for word in (call, number)]
-    child = helpers.run_file(
-        "ktls_child.py", engine, *arguments, timeout_s=30 * helpers.patience, AIOURINGNET_ENGINE=engine
-    )
+    child = helpers.run_file("ktls_child.py", engine, *arguments, timeout_s=30, AIOURINGNET_ENGINE=engine)
     assert (child.returncode, child.stderr) == (0, "")
     reports = [json.loads(line) for line in child.stdout.splitlines()]
     return {

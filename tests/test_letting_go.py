@@ -493,7 +493,7 @@ def the_loop_ends_first(make_loop):
     peers = loop.run_until_complete(begin())
     loop.close()
     for number, peer in enumerate(peers):
-        peer.settimeout(5)
+        peer.settimeout(5 * helpers.patience)
         assert peer.recv(9) == (pattern(9) if number % 2 else b"last word")
     gc.collect()
     print("closed")
@@ -520,7 +520,7 @@ async def test_a_write_that_finds_the_one_before_it_refused_is_dropped(loop, wir
         for _ in range(3):
             w.transport.write(b"anybody there?")
             time.sleep(gap_s)
-        assert isinstance(await asyncio.wait_for(w.protocol.lost, 5), (ConnectionResetError, BrokenPipeError))
+        assert isinstance(await helpers.within(w.protocol.lost), (ConnectionResetError, BrokenPipeError))
 
 
 @pytest.mark.matrix(debug=False, engine=(), sqpoll=True)
@@ -589,7 +589,7 @@ async def test_a_connection_that_is_collected_while_its_server_closes(loop, endp
     monkeypatch.setattr(server._loop, "_stop_serving", stop_and_collect)
     server.close()
     assert made[0]() is None
-    await asyncio.wait_for(server.wait_closed(), 5)
+    await helpers.within(server.wait_closed())
     assert peer.recv(1) == b""
     peer.close()
 
@@ -608,7 +608,7 @@ async def test_connections_that_are_collected_together_wake_a_closed_server_once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         await helpers.eventually(lambda: gc.collect() is not None and not any(ref() for ref in made))
-    await asyncio.wait_for(server.wait_closed(), 5)
+    await helpers.within(server.wait_closed())
     for peer in peers:
         assert peer.recv(1) == b""
         peer.close()

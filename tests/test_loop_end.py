@@ -61,7 +61,7 @@ def test_what_was_written_before_the_loop_is_closed_leaves(make_loop):
     ours, peer = socket.socketpair()
     transport, _ = loop.run_until_complete(loop.create_connection(Recorder, sock=ours))
     transport.write(b"written while the loop does not run")
-    peer.settimeout(5)
+    peer.settimeout(5 * helpers.patience)
     with resource_warnings_ignored():
         loop.close()
         assert helpers.receive_exactly(peer, 35) == b"written while the loop does not run"
@@ -107,7 +107,7 @@ def test_transports_may_be_closed_after_their_loop(make_loop, collected):
         assert transport.get_extra_info("sockname") is not None
         del transport, _
         gc.collect()
-        peer.settimeout(5)
+        peer.settimeout(5 * helpers.patience)
         assert peer.recv(1) == b""
         peer.close()
 

@@ -269,7 +269,7 @@ def with_nest_asyncio(make_loop, when):
 
     class Asking(helpers.Echo):
         def data_received(self, data):
-            self.transport.write(loop.run_until_complete(asyncio.wait_for(ask(upstream, data), 5)))
+            self.transport.write(loop.run_until_complete(helpers.within(ask(upstream, data))))
 
     async def ask(server, question):
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
@@ -287,8 +287,8 @@ def with_nest_asyncio(make_loop, when):
         # A cell of a notebook, and a callback.
         assert loop.run_until_complete(ask(upstream, b"from a task")) == b"from a task"
         for _ in range(5):
-            assert await asyncio.wait_for(ask(server, b"from a callback"), 5) == b"from a callback"
-        assert asyncio.run(asyncio.wait_for(ask(server, b"twice"), 5)) == b"twice"
+            assert await helpers.within(ask(server, b"from a callback")) == b"from a callback"
+        assert asyncio.run(helpers.within(ask(server, b"twice"))) == b"twice"
         server.close(), upstream.close()
         cpu = time.process_time()
         await asyncio.sleep(0.1)

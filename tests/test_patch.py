@@ -173,12 +173,12 @@ def test_a_loop_that_runs_in_another_thread_cannot_be_patched(make_loop):
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
-        assert running.wait(5)
+        assert running.wait(5 * helpers.patience)
         with pytest.raises(RuntimeError, match="runs in another thread"):
             aiouringnet.patch_loop(loop)
         patched = threading.Event()
         loop.call_soon_threadsafe(lambda: (aiouringnet.patch_loop(loop), patched.set()))
-        assert patched.wait(5)
+        assert patched.wait(5 * helpers.patience)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -338,7 +338,7 @@ def test_what_was_written_leaves_before_the_loop_stops(loop, endpoint):
     listener = endpoint.listener()
     transport, protocol = helpers.run_on(loop, endpoint.connect(loop, helpers.Recorder))
     conn, _ = listener.accept()
-    conn.settimeout(5)
+    conn.settimeout(5 * helpers.patience)
 
     async def write():
         transport.write(b"the last ")
@@ -553,7 +553,7 @@ def test_the_engine_is_closed_with_its_loop(make_loop, endpoint, patched):
         gc.collect()
     assert "unclosed transport" in " ".join(str(warning.message) for warning in said)
     with conn:
-        conn.settimeout(5)
+        conn.settimeout(5 * helpers.patience)
         assert conn.recv(1) == b""
     with pytest.raises(RuntimeError, match="Event loop is closed"):
         engines.engine_for(loop)

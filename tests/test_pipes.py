@@ -44,7 +44,7 @@ async def test_what_is_written_is_read_to_its_end(loop, kind):
         assert await protocol.got(len(sent)) == sent
         await write_all(peer, b"more")
         assert await protocol.got(len(sent) + 4) == sent + b"more"
-    lost = await asyncio.wait_for(protocol.lost, 5)
+    lost = await helpers.within(protocol.lost)
     if kind == "terminal":
         assert lost is None or lost.errno == errno.EIO
     else:
@@ -410,7 +410,7 @@ async def test_the_reader_s_end_is_noticed(loop, kind, queued):
     await asyncio.sleep(0.01)
     assert not protocol.lost.done()
     peer.close()
-    lost = await asyncio.wait_for(protocol.lost, 5)
+    lost = await helpers.within(protocol.lost)
     assert isinstance(lost, (BrokenPipeError, ConnectionResetError)) if queued else lost is None
     assert transport.is_closing() and transport.get_write_buffer_size() == 0
 

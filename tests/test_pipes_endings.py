@@ -220,7 +220,7 @@ async def test_a_socket_that_its_owner_closes(loop):
     await asyncio.sleep(0.01)
     ours.close()
     with other_end(peer):
-        assert await asyncio.wait_for(read_all(peer, 1), 5) == b""
+        assert await helpers.within(read_all(peer, 1)) == b""
     transport.close()
     assert await protocol.lost is None
 
@@ -411,7 +411,7 @@ async def test_a_child_that_is_killed_in_the_middle(loop):
 async def input_has_ended(process):
     """Asks how, since before 3.11.4 asyncio complained of an error there that nobody had asked for."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        await asyncio.wait_for(process.stdin.wait_closed(), 5)
+        await helpers.within(process.stdin.wait_closed())
 
 
 async def test_a_child_that_closes_its_input(loop):

@@ -70,7 +70,7 @@ def test_a_loop_that_does_not_run_takes_no_connection_from_one_that_does(make_lo
         peer = shared.endpoint.peer()
         peer.setblocking(False)
         with peer:
-            return await asyncio.wait_for(idle.sock_recv(peer, 10), 5)
+            return await helpers.within(idle.sock_recv(peer, 10))
 
     for _ in range(TURNS):
         assert helpers.run_on(idle, ask()) == b"idle"
@@ -90,7 +90,7 @@ def test_both_loops_that_run_by_turns_serve(make_loop, shared):
     servers = [helpers.run_on(loop, serve(loop, b"%d" % number)) for number, loop in enumerate(loops)]
 
     async def answer(loop, peer):
-        return await asyncio.wait_for(loop.sock_recv(peer, 10), 5)
+        return await helpers.within(loop.sock_recv(peer, 10))
 
     for turn in range(TURNS):
         loop = loops[turn % 2]
@@ -127,7 +127,7 @@ def test_who_closes_its_server_leaves_those_that_wait_to_the_others(make_loop, s
 
     async def heard(peer):
         peer.setblocking(False)
-        return await asyncio.wait_for(loop.sock_recv(peer, 10), 5)
+        return await helpers.within(loop.sock_recv(peer, 10))
 
     for _ in range(3):
         server = None
@@ -180,7 +180,7 @@ def workers(make_loop):
         loop.run_until_complete(main())
 
     def ask(word):
-        with socket.create_connection(listener.getsockname(), timeout=10) as sock:
+        with socket.create_connection(listener.getsockname(), timeout=10 * helpers.patience) as sock:
             sock.sendall(word)
             return int(sock.makefile().readline())
 

@@ -51,9 +51,8 @@ def run_rounds(configuration, seconds, seed=0):
             "random_protocols_child.py",
             *(configuration, "--seed", seed, "--seconds", seconds),
             *("--certificates", authority.cafile, *authority.pair()),
-            timeout_s=seconds + 90 * helpers.patience,
+            timeout_s=seconds + 90,
             PYTHONMALLOC=os.environ.get("PYTHONMALLOC", "debug"),
-            AIOURINGNET_TEST_PATIENCE=str(helpers.patience),
         )
     except subprocess.TimeoutExpired as hung:
         return f"{configuration}: it hangs\n{(hung.stdout or b'')[-3000:].decode()}", ""

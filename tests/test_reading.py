@@ -242,7 +242,7 @@ async def test_data_behind_a_passed_descriptor_arrives(loop, wire):
             socket.send_fds(w.peer, [b"with "], [file.fileno()])
             socket.send_fds(w.peer, [b"two "], [file.fileno(), file.fileno()])
         w.peer.send(b"behind")
-        assert await asyncio.wait_for(w.protocol.received(15), 5) == b"with two behind"
+        assert await helpers.within(w.protocol.received(15)) == b"with two behind"
         w.protocol.data.clear()
 
 
@@ -283,7 +283,7 @@ async def test_data_around_an_urgent_byte_arrives(loop, endpoint, wire):
         w.peer.send(b"before ")
         w.peer.send(b"!", socket.MSG_OOB)
         w.peer.send(b"behind")
-        assert await asyncio.wait_for(w.protocol.received(13), 5) == b"before behind"
+        assert await helpers.within(w.protocol.received(13)) == b"before behind"
         w.protocol.data.clear()
 
 
@@ -299,7 +299,7 @@ async def test_data_behind_an_urgent_byte_that_takes_several_passes_arrives(loop
     w.peer.send(pattern(20_000))
     w.peer.send(b"!", socket.MSG_OOB)
     w.peer.send(b"behind")
-    assert await asyncio.wait_for(w.protocol.received(20_006), 5) == pattern(20_000) + b"behind"
+    assert await helpers.within(w.protocol.received(20_006)) == pattern(20_000) + b"behind"
 
 
 # --------------------------------------------------------------------------

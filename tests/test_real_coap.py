@@ -109,5 +109,5 @@ async def test_what_is_observed_is_told_of_each_change(coap):
     notes = aiter(request.observation)
     for number in range(1, NOTES + 1):
         root.counter.count()
-        assert (await asyncio.wait_for(anext(notes), 5)).payload == b"%d" % number
+        assert (await helpers.within(anext(notes))).payload == b"%d" % number
     request.observation.cancel()

@@ -143,7 +143,7 @@ async def test_a_client_resumes_its_session_at_our_server(loop, endpoint, versio
 
     def ask(session=None):
         with (
-            socket.create_connection(endpoint.address, timeout=10) as sock,
+            socket.create_connection(endpoint.address, timeout=10 * helpers.patience) as sock,
             context.wrap_socket(sock, server_hostname="localhost", session=session) as secure,
         ):
             secure.sendall(b"hello")

@@ -80,7 +80,7 @@ def wrk(url, connections):
         check=True,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=20 * helpers.patience,
     )
     assert "Non-2xx" not in done.stdout and "Socket errors" not in done.stdout, done.stdout
     assert int(re.search(r"(\d+) requests in", done.stdout)[1]) > 0, done.stdout

@@ -83,7 +83,7 @@ def serve(case, folder, args, port, **variables):
 
 
 def ask(port, path="/engine"):
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10 * helpers.patience) as answer:
         engine, pid = answer.read().decode().strip('"').split()
     return engine, int(pid)
 
@@ -204,7 +204,7 @@ def test_pytest_asyncio_runs_each_test_on_both_loops(case, folder):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=20 * helpers.patience,
     )
     assert done.returncode == 0, done.stdout
     assert re.findall(r"::test_on\[(\w+)\] (\w+)", done.stdout) == [("asyncio", "False"), ("aiouringnet", case.engine)]

@@ -263,7 +263,7 @@ async def test_a_look_up_that_was_under_way_sees_the_close(loop, make_resolver, 
     lookups = resolver._by_loop[id(loop)]
     resolver.close()
     with pytest.raises(socket.gaierror, match="the resolver was closed"):
-        await asyncio.wait_for(lookups.getaddrinfo("www.test", 80, 0, 0, 0, 0), 5)
+        await helpers.within(lookups.getaddrinfo("www.test", 80, 0, 0, 0, 0))
     assert "www.test" not in server.names()
 
 
@@ -280,7 +280,7 @@ async def test_servers_that_cannot_be_asked_are_a_temporary_failure(loop, make_r
     caplog.set_level(logging.DEBUG, "aiouringnet")
     for _ in range(2):
         with pytest.raises(socket.gaierror) as caught:
-            await asyncio.wait_for(addresses(resolver, "www.test"), 5)
+            await helpers.within(addresses(resolver, "www.test"))
         assert caught.value.errno == socket.EAI_AGAIN
     assert "DNS servers cannot be asked: c-ares: no" in caplog.text
 
@@ -555,9 +555,9 @@ def test_close_reaches_loops_in_other_threads(loop, make_loop, make_resolver, se
     server.ways["silent.test"] = "silent"
     thread = threading.Thread(target=in_thread)
     thread.start()
-    assert begun.wait(10)
+    assert begun.wait(10 * helpers.patience)
     resolver.close()
-    thread.join(10)
+    thread.join(10 * helpers.patience)
     assert outcome == ["the resolver was closed"]
 
 
@@ -611,7 +611,7 @@ def test_a_forked_child_starts_anew(loop, make_resolver, server):
     os.close(read)
     os.waitpid(pid, 0)
     assert said == b"192.0.2.2 1 {}"
-    assert helpers.run_on(loop, asyncio.wait_for(task, 10)) == ["192.0.2.7"]
+    assert helpers.run_on(loop, helpers.within(task, 10)) == ["192.0.2.7"]
     assert address == server.address
 
 

@@ -121,7 +121,7 @@ def run(folder, *arguments, timeout_s=600):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=timeout_s,
+        timeout=timeout_s * helpers.patience,
     )  # fmt: skip
 
 
@@ -145,8 +145,9 @@ def test_no_memory_error(instrumented, subject):
     files, corners = SELECTED[subject]
     paths = [str(instrumented / "tests" / f"test_{name}.py") for name in files]
     # The corners are chosen here, from all that there are.
-    done = run(instrumented, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--patience", "4", "-m", "not slow",
-               "--whole-suites", "-k", corners, *paths)  # fmt: skip
+    patience = str(4 * helpers.patience)
+    done = run(instrumented, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--patience", patience, "-m",
+               "not slow", "--whole-suites", "-k", corners, *paths)  # fmt: skip
     assert "AddressSanitizer" not in done.stdout + done.stderr, done.stdout[-20000:] + done.stderr[-20000:]
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
     assert " passed" in done.stdout.splitlines()[-1]

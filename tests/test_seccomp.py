@@ -34,7 +34,7 @@ def start(base, *how):
 
 
 def outcome(child, said_first=""):
-    out, complaints = child.communicate(input="go\n", timeout=20)
+    out, complaints = child.communicate(input="go\n", timeout=20 * helpers.patience)
     # Silently, unless a limit is the cause: nothing that an operator did not ask for.
     assert child.returncode == 0 and re.fullmatch(said_first, complaints), complaints
     said = json.loads(out.splitlines()[-1])

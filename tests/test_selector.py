@@ -359,7 +359,7 @@ def test_datagrams_processes_threads_and_signals(make_loop):
             sock.connect(transport.get_extra_info("sockname"))
             for number in range(20):
                 sock.send(b"datagram %d" % number)
-                assert await asyncio.wait_for(loop.sock_recv(sock, 100), 5) == b"DATAGRAM %d" % number
+                assert await helpers.within(loop.sock_recv(sock, 100)) == b"DATAGRAM %d" % number
         transport.close()
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", "print(6 * 7)", stdout=subprocess.PIPE)
         assert (await process.communicate())[0] == b"42\n"
@@ -368,7 +368,7 @@ def test_datagrams_processes_threads_and_signals(make_loop):
             told = asyncio.Event()
             loop.add_signal_handler(signal.SIGUSR1, told.set)
             os.kill(os.getpid(), signal.SIGUSR1)
-            await asyncio.wait_for(told.wait(), 5)
+            await helpers.within(told.wait())
             loop.remove_signal_handler(signal.SIGUSR1)
         stop.set()
         await connecting
@@ -385,7 +385,7 @@ def test_a_thread_wakes_a_loop_that_waits(make_loop):
             future = loop.create_future()
             timer = threading.Timer(0.02, loop.call_soon_threadsafe, (future.set_result, time.monotonic))
             timer.start()
-            await asyncio.wait_for(future, 5)
+            await helpers.within(future)
             timer.join()
 
     helpers.run_on(loop, main())

@@ -448,7 +448,7 @@ def test_what_is_written_while_the_loop_stands_still_arrives(make_loop, gather, 
     loop = make_loop(gather=gather)
     ours, peer = socket.socketpair()
     transport, protocol = loop.run_until_complete(loop.create_connection(Recorder, sock=ours))
-    peer.settimeout(5)
+    peer.settimeout(5 * helpers.patience)
     for _ in range(2):
         transport.write(b"while nobody runs it")
         assert helpers.receive_exactly(peer, 20) == b"while nobody runs it"
@@ -469,7 +469,7 @@ def test_what_the_last_iteration_wrote_leaves_when_the_loop_stops(make_loop, gat
     loop = make_loop(gather=gather)
     ours, peer = socket.socketpair()
     transport, protocol = loop.run_until_complete(loop.create_connection(Recorder, sock=ours))
-    peer.settimeout(5)
+    peer.settimeout(5 * helpers.patience)
 
     async def write(more=None):
         transport.write(b"last word")
@@ -507,7 +507,7 @@ def last_words(make_loop, how):
             loop.run_until_complete(main())
         os._exit(0)
     peer, _ = listener.accept()
-    peer.settimeout(10)
+    peer.settimeout(10 * helpers.patience)
     with contextlib.suppress(ConnectionResetError):
         assert helpers.receive_exactly(peer, 9) == b"last word"
         print("arrived")

@@ -59,7 +59,7 @@ async def soon(loop, *coroutines):
 
 
 async def results(*tasks):
-    return await asyncio.wait_for(asyncio.gather(*tasks), 5)
+    return await helpers.within(asyncio.gather(*tasks))
 
 
 def fill(sock):
@@ -101,7 +101,7 @@ async def test_recv_returns_at_most_n_bytes_and_the_end(loop, pair, n):
     peer.shutdown(socket.SHUT_WR)
     received = (await results(task))[0]
     assert len(received) <= n
-    while piece := await asyncio.wait_for(loop.sock_recv(ours, n), 5):
+    while piece := await helpers.within(loop.sock_recv(ours, n)):
         assert type(piece) is bytes and len(piece) <= n
         received += piece
         if n == 1 and len(received) > 100:
@@ -145,7 +145,7 @@ async def test_sendall_sends_all(loop, pair, kind):
     assert not task.done()
     received = bytearray()
     while len(received) < len(data):
-        received += await asyncio.wait_for(loop.sock_recv(peer, 100_000), 5)
+        received += await helpers.within(loop.sock_recv(peer, 100_000))
     assert received == data and await results(task) == [None]
 
 
@@ -209,7 +209,7 @@ async def test_sendfile(loop, pair, tmp_path, offset, count):
         task = loop.create_task(loop.sock_sendfile(ours, file, offset, count))
         received = bytearray()
         while len(received) < len(wanted):
-            received += await asyncio.wait_for(loop.sock_recv(peer, 100_000), 5)
+            received += await helpers.within(loop.sock_recv(peer, 100_000))
         assert received == wanted and await results(task) == [len(wanted)]
         assert file.tell() == (offset + len(wanted) if wanted else 0)
 
@@ -349,7 +349,7 @@ async def test_writers_do_not_mix(loop, pair):
     tasks = await soon(loop, *[loop.sock_sendall(ours, piece) for piece in pieces])
     received = bytearray()
     while len(received) < 4 * MIB:
-        received += await asyncio.wait_for(loop.sock_recv(peer, MIB), 5)
+        received += await helpers.within(loop.sock_recv(peer, MIB))
     assert received == b"".join(pieces)
     await results(*tasks)
 
@@ -406,7 +406,7 @@ async def test_who_is_cancelled_when_woken_has_taken_nothing(loop, pair):
         with pytest.raises(asyncio.CancelledError):
             await tasks[0]
         assert await results(*tasks[1:]) == [b"00"] * others
-        assert await asyncio.wait_for(loop.sock_recv(ours, 100), 5) == b"00"
+        assert await helpers.within(loop.sock_recv(ours, 100)) == b"00"
 
 
 async def test_timeouts(loop, pair):
@@ -488,7 +488,7 @@ async def test_on_uvloop_a_socket_may_be_closed_while_it_connects(loop, listenin
         sock.setblocking(False)
         connecting = loop.create_task(loop.sock_connect(sock, listening.getsockname()))
         loop.call_soon(sock.close)
-        await asyncio.wait_for(connecting, 5)
+        await helpers.within(connecting)
         assert sock.fileno() == -1
 
 
@@ -690,7 +690,7 @@ async def test_they_are_coroutines(loop, pair):
     call = loop.sock_recv(sock=ours, n=10)
     assert asyncio.iscoroutine(call)
     peer.send(b"word")
-    assert await asyncio.wait_for(call, 5) == b"word"
+    assert await helpers.within(call) == b"word"
     assert (await asyncio.gather(loop.sock_sendall(sock=peer, data=b"again"), loop.sock_recv(ours, 10)))[1] == b"again"
 
 
@@ -725,7 +725,7 @@ def test_calls_from_another_thread_go_by_the_loop(make_loop, pair):
     def ask():
         call = asyncio.run_coroutine_threadsafe(loop.sock_recv(ours, 10), loop)
         peer.send(b"word")
-        heard.append(call.result(5))
+        heard.append(call.result(5 * helpers.patience))
         loop.call_soon_threadsafe(loop.stop)
 
     thread = threading.Thread(target=ask)
@@ -802,7 +802,7 @@ async def test_sockets_come_and_go(loop, seed, case):
                     task.cancel()
                 [heard] = await asyncio.gather(task, return_exceptions=True)
                 if type(heard) is asyncio.CancelledError and word is not None:
-                    heard = await asyncio.wait_for(loop.sock_recv(ours, 100), 5)
+                    heard = await helpers.within(loop.sock_recv(ours, 100))
                 assert word is None or heard == word
             if chance.random() < 0.5:
                 forgotten.append(loop.create_task(loop.sock_recv(ours, 100)))
@@ -813,7 +813,7 @@ async def test_sockets_come_and_go(loop, seed, case):
             copies.pop(chance.randrange(len(copies))).close()
 
     for generation in range(10):
-        await asyncio.wait_for(asyncio.gather(*[life(100 * generation + number) for number in range(20)]), 10)
+        await helpers.within(asyncio.gather(*[life(100 * generation + number) for number in range(20)]), 10)
     for task in forgotten:
         task.cancel()
     for heard in await asyncio.gather(*forgotten, return_exceptions=True):

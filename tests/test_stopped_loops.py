@@ -21,7 +21,7 @@ def test_data_written_right_before_the_loop_stops_reaches_the_peer(loop, endpoin
     listener = endpoint.listener()
     transport, _ = run(endpoint.connect(loop, Recorder))
     peer, _ = listener.accept()
-    peer.settimeout(5)
+    peer.settimeout(5 * helpers.patience)
 
     async def write():
         transport.write(pattern(size))
@@ -66,7 +66,7 @@ def test_a_loop_stopped_and_run_again_many_times(loop, endpoint, serve):
     for peer in peers:
         peer.close()
     for protocol in endpoint.accepted:
-        helpers.run_on(loop, asyncio.wait_for(asyncio.shield(protocol.lost), 5))
+        helpers.run_on(loop, helpers.within(asyncio.shield(protocol.lost)))
 
 
 @pytest.mark.matrix(debug=False, sqpoll=True)

@@ -56,7 +56,7 @@ def test_two_loops_in_two_threads(make_loop, endpoint, case):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(25)
+        thread.join(25 * helpers.patience)
     assert outcomes == [None, None]
 
 
@@ -188,11 +188,11 @@ class InThread:
 
     def __exit__(self, *exc_info):
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(10)
+        self.thread.join(10 * helpers.patience)
         assert not self.thread.is_alive()
 
     def run(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(15)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(15 * helpers.patience)
 
 
 @pytest.mark.matrix(sqpoll=True)
@@ -320,7 +320,7 @@ async def test_other_threads_get_on_while_connections_are_busy(loop, endpoint, w
             clients.append(transport)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             for number in range(20):
-                assert await asyncio.wait_for(loop.run_in_executor(pool, abs, -number), 10) == number
+                assert await helpers.within(loop.run_in_executor(pool, abs, -number), 10) == number
             for transport in clients:
                 transport.abort()
         await asyncio.gather(*(accepted.lost for accepted in endpoint.accepted))

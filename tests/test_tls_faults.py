@@ -206,7 +206,7 @@ async def test_a_peer_that_says_goodbye_and_does_not_read_is_waited_for_no_longe
     w = await secure(role=role, ssl_shutdown_timeout=0.1, ktls=False)
     await w.block_writing()
     await w.say_goodbye()
-    lost = await asyncio.wait_for(w.protocol.lost, 5)
+    lost = await helpers.within(w.protocol.lost)
     assert isinstance(lost, TimeoutError if sys.version_info >= (3, 11) else asyncio.TimeoutError)
 
 
@@ -229,7 +229,7 @@ def run_until_lost(run, protocol, exception, begin=None):
     async def until_lost():
         if begin is not None:
             await begin()
-        await asyncio.wait_for(asyncio.shield(protocol.lost), 5)
+        await helpers.within(asyncio.shield(protocol.lost))
         await asyncio.sleep(0.02)
 
     if issubclass(exception, INTERRUPTS):
@@ -237,7 +237,7 @@ def run_until_lost(run, protocol, exception, begin=None):
             run(until_lost())
     else:
         run(until_lost())
-    return run(asyncio.wait_for(protocol.lost, 5))
+    return run(helpers.within(protocol.lost))
 
 
 ANY_FAILURE = pytest.mark.parametrize("exception", [Boom, *INTERRUPTS, asyncio.CancelledError])

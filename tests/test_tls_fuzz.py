@@ -263,12 +263,12 @@ async def fuzz_round(loop, meet, role, chance, middle_of):
     [protocol] = made
     if role == "client":
         try:
-            await asyncio.wait_for(asyncio.shield(connecting), 2)
+            await helpers.within(asyncio.shield(connecting), 2)
         except (ssl.SSLError, ConnectionError):
             assert not protocol.made.done()
     # Only the end of the handshake, of which the peer need not know yet, ends its timeout.
     assert protocol.made.done() or not middle.in_vain
-    lost = await asyncio.wait_for(protocol.lost, 2) if protocol.made.done() else None
+    lost = await helpers.within(protocol.lost, 2) if protocol.made.done() else None
     sock.close()
     engine = helpers.engines.active_engine(loop)
     await helpers.eventually(lambda: engine.stats()["streams"] == 0, timeout_s=2, why="the connection is left")

@@ -116,7 +116,7 @@ def run_mypy(folder, *arguments):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=110 * helpers.patience,
         # Nobody's own settings. An installed package is found without MYPYPATH, and mypy refuses site-packages there.
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": helpers.child_env().get("PYTHONPATH", "")}
         | ({} if "site-packages" in STUB.parts else {"MYPYPATH": str(STUB.parent.parent)}),

@@ -36,7 +36,7 @@ def run(name, *arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=25,
+        timeout=25 * helpers.patience,
     )
     assert done.returncode == 0, done.stdout
 
