@@ -362,18 +362,19 @@ def test_blocked_output_of_a_socket_that_is_closed_while_a_duplicate_keeps_its_f
 
 @pytest.mark.matrix(debug=False, sqpoll=True)
 async def test_the_address_of_a_client_that_has_gone_before_the_server_looks(loop):
-    addresses = []
+    met = []
 
     class Noting(Recorder):
         def connection_made(self, transport):
             super().connection_made(transport)
-            addresses.append(transport.get_extra_info("peername"))
+            met.append((self, transport.get_extra_info("peername")))
 
     server = await loop.create_server(Noting, "127.0.0.1", 0)
     client = socket.create_connection(server.sockets[0].getsockname())
     expected = client.getsockname()
     helpers.reset(client)
-    await helpers.eventually(lambda: addresses)
-    assert addresses == [expected]
+    await helpers.eventually(lambda: met)
+    [(protocol, address)] = met
+    assert address == expected
     server.close()
-    await asyncio.sleep(0.005)
+    await protocol.lost
