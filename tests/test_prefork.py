@@ -149,6 +149,8 @@ def test_who_closes_its_server_leaves_those_that_wait_to_the_others(make_loop, s
             assert helpers.run_on(loop, heard(peer)) in (b"old", b"new")
             peer.close()
         last.close()
+        # Nor need it have been told to quit by now.
+        helpers.run_on(loop, server.wait_closed())
         helpers.run_on(loop, asyncio.sleep(0.01))
     kept.close()
 
