@@ -38,6 +38,11 @@ MENDED = {
         "asyncio-uring-ours/datagrams/io_uring_submit_and_get_events/*/EBADR/1/1/1",
     ],
     # Its passes tried again for ever.
+    "submissions that are refused for want of something, and go on being": [
+        "asyncio-uring/datagrams/io_uring_submit_and_get_events/*/EBUSY/1/1/-1",
+        "asyncio-uring-ours/pipes/io_uring_submit_and_get_events/*/EAGAIN/1/1/-1",
+        "uvloop-uring/tcp/io_uring_submit_and_get_events/*/ENOMEM/11/1/-1",
+    ],
     "a poller's sends that are refused for good": ["asyncio-sqpoll/slow_reader/io_uring_submit/*/EPERM/40/1/-1"],
     # It was to be repeated, and nobody looked.
     "a send of the poller's that nobody waits for": ["asyncio-sqpoll/tcp/op SEND/*/EINTR/1/2/10"],

@@ -15,6 +15,7 @@ cdef class Queues(Engine):
     cdef bint deferred              # DEFER_TASKRUN: completions are posted only while we are in the kernel
     cdef object flag_names
     cdef int refused                # the errno with which the kernel refuses the ring itself, since it was made
+    cdef int refusals               # of submissions, in a row, for want of memory and the like
     # Completions copied out of the ring, and which of them are yet to be handed out
     cdef io_uring_cqe* batch
     cdef unsigned int batch_next, batch_end
@@ -40,6 +41,7 @@ cdef class Queues(Engine):
     cdef void return_buffer(self, unsigned int bid) noexcept
     cdef io_uring_sqe* get_sqe(self, io_uring* ring) noexcept
     cdef bint enter(self) noexcept
+    cdef bint may_be_taken_later(self) noexcept
     cdef bint cancel(self, Handle handle, int tag, io_uring* ring) noexcept
     cdef void broken(self, int error) noexcept
     cdef int reap(self) noexcept

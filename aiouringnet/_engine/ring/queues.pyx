@@ -27,9 +27,18 @@ cdef extern from "sys/eventfd.h" nogil:
 
 cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
+    int usleep(unsigned int microseconds)
 
 cdef extern from "sys/mman.h" nogil:
     int munmap(void* address, size_t size)
+
+
+cdef enum:
+    # Submissions that the kernel refuses for want of something are tried again: so many times in a row at once, then
+    # after so many microseconds.  After a tenth of a second it is the ring that is refused.
+    REFUSALS_AT_ONCE = 8
+    REFUSED_US = 2000
+    REFUSALS = REFUSALS_AT_ONCE + 50
 
 
 cdef class Queues(Engine):
@@ -164,18 +173,28 @@ cdef class Queues(Engine):
             else:
                 code = io_uring_submit(&self.ring)
             if code >= 0:
+                self.refusals = 0
                 return True
             if code == -EINTR:
                 continue
             self.n_retries += 1
-            if code == -EAGAIN or code == -EBUSY or code == -ENOMEM or code == -EEXIST:
+            # EEXIST: SINGLE_ISSUER, and this is not its thread; the loop does not run, whoever runs it next goes on.
+            if code != -EEXIST and not (
                 # Out of memory for requests, or overflowed completions wait
                 # to be taken (io_uring_enter(2)): take some, then try again.
-                # EEXIST: SINGLE_ISSUER, and this is not its thread; the loop
-                # does not run, whoever runs it next goes on.
-                return False
-            self.broken(-code)
+                (code == -EAGAIN or code == -EBUSY or code == -ENOMEM) and self.may_be_taken_later()
+            ):
+                self.broken(-code)
             return False
+
+    cdef bint may_be_taken_later(self) noexcept:
+        """Whether it is worth trying again what was refused; after some times in a row, a moment later."""
+        self.refusals += 1
+        if self.refusals > REFUSALS_AT_ONCE:
+            self.was_let_go()
+            with nogil:
+                usleep(REFUSED_US)
+        return self.refusals < REFUSALS
 
     cdef bint cancel(self, Handle handle, int tag, io_uring* ring) noexcept:
         """Ask for the end of an operation; its own completion says that it has ended.
