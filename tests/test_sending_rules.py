@@ -28,6 +28,11 @@ def blocked_until_received(peer):
     return peer.recv(1000)
 
 
+def has_come(peer):
+    """Whether something has arrived there; it stays where it is."""
+    return bool(select.select([peer], [], [], 0)[0])
+
+
 # --------------------------------------------------------------------------
 # A lone connection's write is on its way while Python goes on
 
@@ -127,7 +132,7 @@ async def test_auto_gathers_while_several_connections_have_something_to_answer(l
 
     async def answer(protocol):
         protocol.transport.write(b"head")
-        at_once.append(protocol.wire.receive_at_once())
+        at_once.append(has_come(protocol.wire.peer))
         protocol.transport.write(b"body")
 
     def on_data(protocol, data):
@@ -144,7 +149,7 @@ async def test_auto_gathers_while_several_connections_have_something_to_answer(l
         for w in wires:
             assert await w.receive(8) == b"headbody"
     # Where the passes had several to serve, nothing left at once.  (A busy machine may have split one.)
-    assert at_once.count(b"") > len(at_once) / 2
+    assert at_once.count(False) > len(at_once) / 2
 
 
 @pytest.mark.parametrize("who", ["protocol", "task"])
