@@ -330,15 +330,14 @@ def blocked_with_duplicates(make_loop):
             # Room for the one that has gone, then for the other, which hears of it.
             for sock in (gone_peer, peer):
                 size = 0
-                for _ in range(400):
+                deadline = time.monotonic() + 5 * helpers.patience
+                while size < 8 << 20 and time.monotonic() < deadline:
                     try:
                         size += len(sock.recv(1 << 20))
                     except BlockingIOError:
                         if sock is gone_peer and size:
                             break
                     await asyncio.sleep(0.0005)
-                    if size == 8 << 20:
-                        break
             assert size == 8 << 20, size
             await at_rest(loop)
             ends[1][0].abort()
