@@ -26,6 +26,8 @@ THREADS = 4
 CONNECTIONS = 3  # of each thread to each
 MESSAGES = 6
 PIPE_BYTES = 200_000
+# asyncio's own, which under the sanitizer are soon over.
+TLS_LIMITS = {"ssl_handshake_timeout": 60 * helpers.patience, "ssl_shutdown_timeout": 30 * helpers.patience}
 
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
@@ -100,7 +102,7 @@ async def converse(connect, rng):
 
 async def streams(place, number, loop, rng):
     """Over TCP and TLS, with each thread's server."""
-    secure = {"ssl": place.context_client, "server_hostname": "localhost"}
+    secure = {"ssl": place.context_client, "server_hostname": "localhost", **TLS_LIMITS}
     plain, encrypted = place.addresses["streams"], place.addresses["secure"]
     calls = [loop.create_connection(Recorder, *address) for address in plain * CONNECTIONS]
     calls += [loop.create_connection(Recorder, *address, **secure) for address in encrypted * CONNECTIONS]
@@ -204,7 +206,7 @@ async def hammer(place, number, loop):
 
     servers = [
         await loop.create_server(echo, sock=place.streams[number].dup()),
-        await loop.create_server(echo, sock=place.secure[number].dup(), ssl=place.context_server),
+        await loop.create_server(echo, sock=place.secure[number].dup(), ssl=place.context_server, **TLS_LIMITS),
     ]
     answering, _ = await loop.create_datagram_endpoint(Answers, sock=place.datagrams[number].dup())
     subjects = (streams, datagrams, pipes, socket_calls)
