@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import os
+import socket
 import unittest.mock
 import weakref
 
@@ -55,6 +57,31 @@ async def test_a_transport_takes_attributes_and_replaced_methods(loop, secure):
     assert not transport.is_closing()
     del transport.close
     await ended(transport, protocol, server)
+
+
+@pytest.mark.matrix(debug=False)
+async def test_a_transport_has_what_the_classes_have_that_it_is_an_instance_of(loop):
+    """What it cannot do raises NotImplementedError, as in asyncio."""
+    read, write = os.pipe()
+    stream, other = socket.socketpair()
+    made = [
+        await loop.connect_read_pipe(asyncio.Protocol, open(read, "rb", 0)),
+        await loop.connect_write_pipe(asyncio.BaseProtocol, open(write, "wb", 0)),
+        await loop.create_connection(asyncio.Protocol, sock=stream),
+        await loop.create_datagram_endpoint(asyncio.DatagramProtocol, ("127.0.0.1", 0)),
+    ]
+    classes = (asyncio.ReadTransport, asyncio.WriteTransport, asyncio.Transport, asyncio.DatagramTransport)
+    for transport, _ in made:
+        names = {name for cls in classes if isinstance(transport, cls) for name in dir(cls) if name[0] != "_"}
+        assert {name for name in names if not callable(getattr(transport, name, None))} == set()
+    with pytest.raises(NotImplementedError):
+        made[1][0].pause_reading()
+    with pytest.raises(NotImplementedError):
+        made[3][0].write(b"datagrams are sent")
+    for transport, _ in made:
+        transport.close()
+    await asyncio.sleep(0.01)
+    other.close()
 
 
 @layers

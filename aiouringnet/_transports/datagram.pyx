@@ -114,6 +114,12 @@ cdef class DatagramTransport(DatagramSink):
     def __class__(self):
         return Transport
 
+    # Of asyncio.Transport, which this is to isinstance(): NotImplementedError.
+    can_write_eof = asyncio.Transport.can_write_eof
+    write = asyncio.Transport.write
+    write_eof = asyncio.Transport.write_eof
+    writelines = asyncio.Transport.writelines
+
     def _begin(self, waiter):
         self.in_context = True  # by the loop
         try:

@@ -63,6 +63,11 @@ cdef class WritePipeTransport(StreamOutput):
     def __class__(self):
         return WriteTransport
 
+    # Of asyncio.Transport, which this is to isinstance(): NotImplementedError.
+    is_reading = asyncio.Transport.is_reading
+    pause_reading = asyncio.Transport.pause_reading
+    resume_reading = asyncio.Transport.resume_reading
+
     def _begin(self, waiter):
         call_connection_made(self, self, self._start_watching, waiter)
 
