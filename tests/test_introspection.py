@@ -74,6 +74,8 @@ async def test_the_socket_of_an_accepted_connection(loop, endpoint, serve, asked
         assert (sock.family, sock.type) == (family, socket.SOCK_STREAM)
         assert sock.getsockname() == transport.get_extra_info("sockname") == peer.getpeername()
         assert sock.gettimeout() == 0 and not os.get_inheritable(descriptor)
+        with transport._sock.makefile("rb") as file:  # and closing that does not close it
+            assert file.fileno() == descriptor and str(descriptor) in repr(transport._sock)
         assert transport.get_extra_info("socket") is sock
     transport.write(b"through it")
     peer.setblocking(False)

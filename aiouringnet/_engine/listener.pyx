@@ -9,6 +9,7 @@ from aiouringnet._engine.interface cimport Handle
 from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN
 from aiouringnet._engine.scarcity cimport method
 
+import _socket
 import socket
 from asyncio.trsock import TransportSocket
 from os import fsdecode, strerror
@@ -61,6 +62,7 @@ cdef enum:
 # user's limit on watched descriptors.
 cdef tuple OUT_OF_RESOURCES = (EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC)
 cdef tuple NOT_ACCEPTING = (EBADF, EINVAL, ENOTSOCK, EOPNOTSUPP)
+cdef object init_socket = _socket.socket.__init__
 ACCEPT_RETRY_DELAY = 1.0  # seconds, asyncio.constants.ACCEPT_RETRY_DELAY
 
 
@@ -111,6 +113,8 @@ cdef class Accepted:
         """Python's socket, which has the descriptor from now on.
 
         Where that is closed, a closed one; or None, if none can be made.
+        (By what its __init__() does: an interrupt in there would have it
+        closed, and this close the number once more, somebody else's then.)
         """
         cdef int fd = self.fd
         if fd < 0:
@@ -120,8 +124,11 @@ cdef class Accepted:
                 return None
             sock.close()
         else:
-            sock = socket.socket(self.family, self.kind | SOCK_NONBLOCK, self.proto, fileno=fd)
+            sock = socket.socket.__new__(socket.socket)
+            init_socket(sock, self.family, self.kind | SOCK_NONBLOCK, self.proto, fd)
             self.fd = -1
+            sock._io_refs = 0
+            sock._closed = False
         return sock
 
 
