@@ -49,7 +49,7 @@ async def test_datagrams_come_whole_and_in_order_with_the_address_that_a_socket_
         for data in sent:
             transport.sendto(data, protocol.received[0][1])
         assert [peer.recv(65536) for _ in sent] == sent
-        assert peer.gettimeout() == 5
+        assert peer.gettimeout() == 5 * helpers.patience
     await close(transport)
     assert protocol.lost.result() is None
     assert protocol.log == ["made", *["datagram"] * 4, "lost"]
