@@ -109,8 +109,13 @@ def test_who_closes_its_server_leaves_those_that_wait_to_the_others(make_loop, s
     loop = make_loop()
     kept = shared.duplicate()
     kept.settimeout(0.1)
+    met = []
 
     class Old(Recorder):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            met.append(self)
+
         def data_received(self, data):
             if data == b"quit":
                 server.close()
@@ -122,7 +127,7 @@ def test_who_closes_its_server_leaves_those_that_wait_to_the_others(make_loop, s
         nonlocal server
         server = await listen_on(loop, shared, Old)
         last = shared.endpoint.peer()
-        await asyncio.sleep(0.01)
+        await helpers.eventually(lambda: met)
         return last
 
     async def heard(peer):
@@ -152,6 +157,7 @@ def test_who_closes_its_server_leaves_those_that_wait_to_the_others(make_loop, s
         # Nor need it have been told to quit by now.
         helpers.run_on(loop, server.wait_closed())
         helpers.run_on(loop, asyncio.sleep(0.01))
+        met.clear()
     kept.close()
 
 
