@@ -113,6 +113,9 @@ cdef class Ring(Waiting):
         # A Unix socket's queue says nothing of the peer's end that follows the
         # data, and a multishot recv that has emptied it then waits for ever.
         stream.bulk = not stream.tcp
+        # And a ring's poll announces urgent data with all data: to look whether there is some (doubt()) takes a timer,
+        # with which each sleep of the loop costs more than asking again does.
+        stream.until_eagain = stream.bulk
         return stream
 
     cdef Flow open_datagrams(self, object sock, object sink):
