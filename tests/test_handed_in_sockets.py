@@ -147,6 +147,46 @@ def test_on_uvloop_a_socket_is_closed_with_the_loop_at_the_latest(make_loop):
         del left
 
 
+class Owner:
+    """Closes its socket when it is collected."""
+
+    def __init__(self, sock):
+        self.sock, self.itself = sock, self
+
+    def __del__(self):
+        self.sock.close()
+
+
+def ends_while_garbage_closes_sockets(loop, objects):
+    """The garbage is collected after so many new objects."""
+    pairs = [pair("unix") for _ in range(20)]
+    left = [loop.run_until_complete(loop.create_connection(Quiet, sock=ours)) for ours, _ in pairs]
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.disable()
+    try:
+        for ours, _ in pairs[::2]:
+            Owner(ours)
+        gc.set_threshold(gc.get_count()[0] + objects)
+        gc.enable()
+        loop.close()
+    finally:
+        gc.enable()
+        gc.set_threshold(*thresholds)
+    with resource_warnings_ignored():
+        del left
+        for both in pairs:
+            for sock in both:
+                sock.close()
+        gc.collect()
+
+
+@pytest.mark.matrix(debug=False)
+def test_a_loop_is_closed_while_garbage_closes_sockets(make_loop):
+    for objects in range(1, 80, 2):
+        ends_while_garbage_closes_sockets(make_loop(), objects)
+
+
 # --------------------------------------------------------------------------
 # A duplicate keeps the file: a worker that was forked, say
 

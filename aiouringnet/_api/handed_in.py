@@ -65,7 +65,11 @@ def _keeps(sock):
 
 def loop_has_closed(loop):
     """Close what the loop kept open."""
-    for sock, (_, keeper) in list(_users.items()):
+    for (
+        reference
+    ) in _users.keyrefs():  # all at once: a socket that is collected, or another thread's, leaves at any time
+        sock = reference()
+        _, keeper = _users.get(sock, (None, None))
         if keeper is not None and keeper() is loop and sock._closed:
             sock.close()
 
