@@ -147,17 +147,24 @@ async def test_what_tasks_that_data_woke_write_leaves_in_one_send(loop, endpoint
         for peer in peers:
             peer.setblocking(False)
         await helpers.eventually(lambda: stats_of(loop)["streams"] == 20)
-        for _ in range(3):
-            since = Since(loop)
+        try:
+            gathered = 0
+            for _ in range(20):
+                since = Since(loop)
+                for peer in peers:
+                    peer.send(b"request")
+                # All are there when the loop looks, a poller's too: one alone would be answered at once, as a lone one
+                # is. So is one that a pass on a busy machine has no time left for: then they are asked again.
+                time.sleep(0.02)
+                for peer in peers:
+                    assert await loop.sock_recv(peer, 100) == b"headbody"
+                gathered += since.sends() == 20
+                if gathered == 3:
+                    break
+            assert gathered == 3
+        finally:
             for peer in peers:
-                peer.send(b"request")
-            # All are there when the loop looks, a poller's too: one alone would be answered at once, as a lone one is.
-            time.sleep(0.02)
-            for peer in peers:
-                assert await loop.sock_recv(peer, 100) == b"headbody"
-            assert since.sends() == 20
-        for peer in peers:
-            peer.close()
+                peer.close()
         await helpers.eventually(lambda: stats_of(loop)["streams"] == 0)
 
 
