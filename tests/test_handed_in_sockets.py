@@ -173,14 +173,14 @@ def ends_while_garbage_closes_sockets(loop, objects):
     finally:
         gc.enable()
         gc.set_threshold(*thresholds)
-    with resource_warnings_ignored():
-        del left
-        for both in pairs:
-            for sock in both:
-                sock.close()
-        gc.collect()
+    del left
+    for both in pairs:
+        for sock in both:
+            sock.close()
+    gc.collect()
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.matrix(debug=False)
 def test_a_loop_is_closed_while_garbage_closes_sockets(make_loop):
     for objects in range(1, 80, 2):

@@ -65,11 +65,9 @@ def _keeps(sock):
 
 def loop_has_closed(loop):
     """Close what the loop kept open."""
-    for (
-        reference
-    ) in _users.keyrefs():  # all at once: a socket that is collected, or another thread's, leaves at any time
+    for reference in _users.keyrefs():  # all at once: garbage, or another thread, may close a socket at any time
         sock = reference()
-        _, keeper = _users.get(sock, (None, None))
+        _, keeper = (None, None) if sock is None else _users.get(sock, (None, None))
         if keeper is not None and keeper() is loop and sock._closed:
             sock.close()
 
