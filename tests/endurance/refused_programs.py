@@ -365,6 +365,10 @@ async def closing(world):
 
 
 class Forgotten(End):
+    def connection_lost(self, exc):
+        # The collector may have found the other end, and closed it over what it had not read.
+        super().connection_lost(None if isinstance(exc, (ConnectionResetError, BrokenPipeError)) else exc)
+
     def check(self):
         pass
 
