@@ -274,7 +274,7 @@ def fork_and_use_the_parents_loop(make_loop):
         engine = helpers.engines.active_engine(loop)
         if engine is not None:
             ours, _theirs = socket.socketpair()
-            expect_refusal(lambda: engine.listen(ours, None))
+            expect_refusal(lambda: engine.listen(ours, None, None))
             expect_refusal(lambda: engine.connect(ours, "anywhere"))
 
     forked(loop, connections, in_child)

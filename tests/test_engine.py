@@ -1,6 +1,7 @@
 """The engine of a loop: how few system calls it needs, how it is woken, and what its options do."""
 
 import asyncio
+import contextvars
 import os
 import selectors
 import socket
@@ -552,7 +553,7 @@ async def test_a_listener_accepts_until_it_is_closed_and_may_be_closed_twice(loo
     sock = endpoint.listener()
     sock.setblocking(False)
     taken = []
-    listener = engines.engine_for(loop).listen(sock, lambda conn, peername: taken.append(conn))
+    listener = engines.engine_for(loop).listen(sock, taken.append, contextvars.copy_context())
     peers = [endpoint.peer() for _ in range(5)]
     await helpers.eventually(lambda: len(taken) == 5)
     listener.close()

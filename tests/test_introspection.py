@@ -145,11 +145,41 @@ async def test_every_tcp_connection_has_nodelay(loop, endpoint, serve):
         (await endpoint.connect(loop, Recorder))[0],
         (await loop.create_connection(Recorder, sock=mine))[0],
     ]
-    await helpers.eventually(lambda: len(endpoint.accepted) == 2)
+    # And listeners that the loop made, whose option theirs is.
+    others = [await loop.create_server(endpoint._remembering(Recorder), host, 0) for host in ("127.0.0.1", "::1")]
+    for other in others:
+        transports.append((await loop.create_connection(Recorder, *other.sockets[0].getsockname()[:2]))[0])
+    await helpers.eventually(lambda: len(endpoint.accepted) == 4)
     transports += [await protocol.made for protocol in endpoint.accepted]
     for transport in transports:
         assert transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         transport.abort()
+    for each in (server, *others):
+        each.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_addresses_that_are_asked_for_at_the_end(loop, host):
+    """They are made of what the kernel said when the connection was there, and stay the same objects."""
+    servers = []
+
+    def accepting():
+        servers.append(Recorder())
+        return servers[-1]
+
+    server = await loop.create_server(accepting, host, 0)
+    transport, protocol = await loop.create_connection(Recorder, *server.sockets[0].getsockname()[:2])
+    await helpers.eventually(lambda: servers and servers[0].made.done())
+    accepted = servers[0].transport
+    own = transport.get_extra_info("sockname")
+    transport.abort()
+    await protocol.lost
+    await servers[0].lost
+    await asyncio.sleep(0)
+    for _ in range(2):
+        assert accepted.get_extra_info("peername") == own
+        assert accepted.get_extra_info("sockname") == server.sockets[0].getsockname()
+    assert accepted.get_extra_info("peername") is accepted.get_extra_info("peername")
     server.close()
 
 

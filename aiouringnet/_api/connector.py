@@ -20,6 +20,7 @@ import types
 
 from aiouringnet._api.handed_in import hand_in
 from aiouringnet._api.ours import (
+    Clients,
     DatagramTransport,
     ReadPipeTransport,
     SSLStreamTransport,
@@ -34,6 +35,7 @@ from aiouringnet._tls import record_layer
 from aiouringnet._transports.slow import timed
 
 _Base = asyncio.SelectorEventLoop
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
 logger = asyncio.log.logger
 
 # Parameters that asyncio's functions have since 3.12, 3.13, 3.13 and 3.11.
@@ -293,6 +295,10 @@ class Connector:
         context=None,
     ):
         sock.setblocking(False)
+        _ours(server)
+        if sock.family in _INTERNET and sock is not self._handed_in:
+            # Each connection is to have it, and has what the listening socket had: a system call less.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if self._debug:
             protocol_factory = functools.partial(timed, self.loop, protocol_factory)
         if sslcontext:
@@ -305,24 +311,19 @@ class Connector:
         # Each connection sees the context variables of whoever let the server serve, or made it (since Python 3.15),
         # and sets its own, as in asyncio.
         context = contextvars.copy_context() if context is None else context
-
-        def accept_in_context(conn, peername):
-            context.copy().run(accept, conn, peername)
-
-        self._listeners[sock] = listener = self.engine.listen(sock, accept_in_context)
+        self._listeners[sock] = listener = self.engine.listen(sock, accept, context)
         if sock is self._handed_in:
             hand_in(self.loop, sock, listener)
 
-    def _accept(self, protocol_factory, server, conn, peername):
+    def _accept(self, protocol_factory, server, conn):
         # Where this raises, the engine says so and closes the socket.
-        StreamTransport(self.engine, conn, protocol_factory(), None, {"peername": peername}, server)
+        StreamTransport(self.engine, conn, protocol_factory(), None, None, server)
 
-    def _accept_tls(self, protocol_factory, server, sslcontext, timeouts, conn, peername):
+    def _accept_tls(self, protocol_factory, server, sslcontext, timeouts, conn):
         self._make_ssl_transport(
             conn,
             protocol_factory(),
             sslcontext,
-            extra={"peername": peername},
             server=server,
             server_side=True,
             accepted=True,
@@ -397,6 +398,9 @@ class Server(asyncio.base_events.Server):
 
 
 def _ours(server):
-    """asyncio's functions make servers of asyncio's class."""
-    server.__class__ = Server
+    """asyncio's functions make servers of asyncio's class, here one whose connections are counted in our way."""
+    if not isinstance(server, Server):
+        server.__class__ = Server
+        if hasattr(server, "_clients"):
+            server._clients = Clients(server, server._loop.engine.transports, len(server._clients))
     return server

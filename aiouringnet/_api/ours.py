@@ -3,12 +3,13 @@
 from aiouringnet._engine import cannot_serve
 
 try:
+    from aiouringnet._transports.clients import Clients
     from aiouringnet._transports.datagram import DatagramTransport
     from aiouringnet._transports.read_pipe import ReadPipeTransport
     from aiouringnet._transports.stream import StreamTransport
     from aiouringnet._transports.write_pipe import WritePipeTransport
 except ImportError as exc:  # not built
-    DatagramTransport = ReadPipeTransport = WritePipeTransport = StreamTransport = SSLStreamTransport = None
+    Clients = DatagramTransport = ReadPipeTransport = WritePipeTransport = StreamTransport = SSLStreamTransport = None
     cannot_serve(exc)
 else:
     try:

@@ -123,6 +123,7 @@ def _patch(loop):
         # it, or for a whole dictionary.  A new class leaves neither, and asyncio looks up a dozen for each wake.
         with contextlib.suppress(AttributeError, TypeError):
             loop.__dict__ = {**loop.__dict__}
+            _make_names_known(loop)
         return
     try:
         for name, method in _methods(type(loop)).items():
@@ -133,6 +134,16 @@ def _patch(loop):
             f"{type(loop)!r} cannot be patched ({refusal}): patch a loop of a Python subclass of it, "
             "or use aiouringnet.create_connection(loop, ...) and its like instead"
         ) from refusal
+
+
+def _make_names_known(loop):
+    """Since Python 3.14 they are for names that instances of the class have had, too (python/cpython issue 155962)."""
+    cls = type(loop)
+    if sys.version_info >= (3, 14) and cls.__mro__[1] is asyncio.SelectorEventLoop:
+        other = cls.__new__(cls)
+        other._closed = True  # so that nobody misses its close()
+        for name in vars(loop):
+            setattr(other, name, True)
 
 
 # Bounded, for programs that make a class for each loop.

@@ -18,9 +18,9 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strlen
 
 from aiouringnet._engine.interface cimport LONG_BATCH
-from aiouringnet._engine.listener cimport name_of, sockaddr_storage
+from aiouringnet._engine.sockaddr cimport name_of, sockaddr_storage
 
-from aiouringnet._engine.address import pack_address
+from aiouringnet._engine.sockaddr import pack_address
 from aiouringnet._engine.recv_meta import RecvMeta
 
 

@@ -2,6 +2,7 @@
 
 from cpython.object cimport PyObject
 
+from aiouringnet._engine.descriptors cimport Descriptors
 from aiouringnet._engine.gathering cimport Gathering
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
 from aiouringnet._engine.readiness cimport Readiness
@@ -16,7 +17,7 @@ cdef enum:
 
 cdef class Engine(Gathering):
     cdef readonly object options
-    cdef readonly object transports  # descriptor -> transport: asyncio's table of its loop, or Descriptors
+    cdef readonly Descriptors transports
     # Contexts (of context variables) that are current in a callback of the innermost pass, borrowed: the one in
     # which it was called, and the transport's that it has entered.  In any other, a loop runs within the callback.
     cdef PyObject* pass_context
@@ -69,7 +70,7 @@ cdef class Engine(Gathering):
     cdef void resync_all(self) noexcept
 
     # what the engines implement
-    cdef Flow open_stream(self, int fd, Sink sink)
+    cdef Flow open_stream(self, int fd, Sink sink, int known)
     cdef Flow open_datagrams(self, object sock, object sink)
     cdef Flow open_pipe(self, int fd, bint writes, Sink sink)
     cdef void work(self) noexcept

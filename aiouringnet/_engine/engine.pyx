@@ -18,6 +18,7 @@ from cython cimport final
 from cpython.ref cimport Py_XDECREF
 from libc.stdlib cimport free
 
+from aiouringnet._engine.descriptors cimport Descriptors, SharedDescriptors
 from aiouringnet._engine.gathering cimport Gathering
 from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
 from aiouringnet._engine.loop cimport airn_context, airn_monotonic_ns, airn_show_flag, current_thread, fork_generation
@@ -27,8 +28,6 @@ from aiouringnet._engine.scarcity cimport method
 
 import sys
 from asyncio import _get_running_loop
-
-from aiouringnet._engine.descriptors import Descriptors
 
 
 cdef enum:
@@ -62,9 +61,8 @@ cdef class Engine(Gathering):
     def __init__(self, loop, options):
         self.loop = loop
         self.options = options
-        self.transports = getattr(loop, "_transports", None)
-        if self.transports is None:
-            self.transports = Descriptors()
+        table = getattr(loop, "_transports", None)
+        self.transports = Descriptors() if table is None else SharedDescriptors(table)
         self.thread_id = current_thread()
         self.generation = fork_generation
         self.gathering = GATHERING[getattr(options, "gather", "auto")]
@@ -518,7 +516,7 @@ cdef class Engine(Gathering):
 
     # --- what the engines implement ----------------------------------------
 
-    cdef Flow open_stream(self, int fd, Sink sink):
+    cdef Flow open_stream(self, int fd, Sink sink, int known):
         raise RuntimeError("not an engine")
 
     cdef Flow open_datagrams(self, object sock, object sink):
@@ -558,6 +556,6 @@ cdef class Engine(Gathering):
         """Start connecting the non-blocking socket `sock`; a future that ends with None or OSError."""
         raise RuntimeError("not an engine")
 
-    def listen(self, sock, on_accept):
-        """Call on_accept(conn, peername) for each connection that the listening socket `sock` accepts."""
+    def listen(self, sock, on_accept, context):
+        """Call on_accept(conn) for each connection that the listening socket `sock` accepts, in a copy of `context`."""
         raise RuntimeError("not an engine")

@@ -19,7 +19,7 @@ from aiouringnet._engine.pipes cimport End, Pipe
 from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN, Readiness
 from aiouringnet._engine.stream cimport Stream
 
-from aiouringnet._engine.address import pack_address
+from aiouringnet._engine.sockaddr import pack_address
 
 
 cdef class Epoll(Engine):
@@ -49,9 +49,9 @@ cdef class Epoll(Engine):
     cdef void work(self) noexcept:
         self.work_without_ring()
 
-    cdef Flow open_stream(self, int fd, Sink sink):
+    cdef Flow open_stream(self, int fd, Sink sink, int known):
         cdef Stream stream = Stream.__new__(Stream)
-        stream.attach(self, fd, sink)
+        stream.attach(self, fd, sink, known)
         return stream
 
     cdef Flow open_datagrams(self, object sock, object sink):
@@ -66,10 +66,10 @@ cdef class Epoll(Engine):
         pipe.file_end.attach(pipe, self, fd, sink)
         return pipe
 
-    def listen(self, sock, on_accept):
+    def listen(self, sock, on_accept, context):
         self.check()
         sock.setblocking(False)
-        cdef Listener listener = Listener(self, sock, on_accept)
+        cdef Listener listener = Listener(self, sock, on_accept, context)
         listener.resume()
         return listener
 

@@ -8,6 +8,13 @@ cdef enum:
     END_TOLD = -2       # Stream.end: the sink knows
 
 
+# What is known of a socket for which a stream is opened: nothing; TCP, and it has TCP_NODELAY; Unix
+cdef enum:
+    NOT_KNOWN
+    IS_PROMPT_TCP
+    IS_UNIX
+
+
 # Calls that copy so many bytes, or send or receive so often, let other threads have the interpreter: see loop.pyx.
 cdef enum:
     LONG_BYTES = 65536

@@ -1,16 +1,9 @@
 from cython cimport final
 
+from aiouringnet._engine.sockaddr cimport sockaddr_storage
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Handle
 
-
-cdef extern from "sys/socket.h" nogil:
-    struct sockaddr_storage:
-        unsigned short ss_family
-
-# A socket address in Python's form, None for one that is not known
-cdef object name_of(sockaddr_storage* address, unsigned int size)
-cdef bint has_names(int family) noexcept
 
 cdef enum:
     MORE_WAITS = -1     # Listener.accept_ready(): it has stopped before the queue was empty
@@ -19,7 +12,8 @@ cdef enum:
 # Of Python's sockets it has fileno() and close().
 @final
 cdef class Accepted:
-    cdef int fd, family, kind, proto
+    cdef int fd, family, kind, proto, known
+    cdef object peername, context
 
     cpdef close(self)
     cdef object whole(self)
@@ -30,8 +24,10 @@ cdef class Listener(Handle):
     cdef object __weakref__
     cdef Engine engine
     cdef readonly object sock
-    cdef object on_accept
+    cdef object on_accept, context
     cdef int fd, family, kind, proto
+    cdef int known                  # of what it accepts
+    cdef bint tried                 # whether what it accepts has TCP_NODELAY
     cdef readonly bint closed
 
     cdef void accepted(self, int fd, sockaddr_storage* address, unsigned int size) noexcept

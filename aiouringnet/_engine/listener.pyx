@@ -4,53 +4,37 @@ from libc.errno cimport (
     EAGAIN, EBADF, EINTR, EINVAL, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC, ENOTSOCK, EOPNOTSUPP, errno,
 )
 
+from aiouringnet._engine.sockaddr cimport has_names, kept, sockaddr_storage
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.interface cimport Handle
+from aiouringnet._engine.interface cimport Handle, IS_PROMPT_TCP, IS_UNIX
 from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN
 from aiouringnet._engine.scarcity cimport method
 
 import _socket
 import socket
 from asyncio.trsock import TransportSocket
-from os import fsdecode, strerror
+from os import strerror
 
+
+cdef extern from "Python.h":
+    object PyContext_Copy(object)
+    int PyContext_Enter(object) except -1
+    int PyContext_Exit(object) except -1
 
 cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
 
 cdef extern from "sys/socket.h" nogil:
     int accept4(int fd, void* address, unsigned int* size, int flags)
+    int c_getsockopt "getsockopt"(int fd, int level, int name, void* value, unsigned int* size)
+    int AF_UNIX_ "AF_UNIX"
     int SOCK_CLOEXEC, SOCK_NONBLOCK
-    int AF_INET_ "AF_INET", AF_INET6_ "AF_INET6", AF_UNIX_ "AF_UNIX"
 
 cdef extern from "netinet/in.h" nogil:
-    enum: INET6_ADDRSTRLEN
-    struct in_addr:
-        pass
-    struct in6_addr:
-        pass
-    struct sockaddr_in:
-        in_addr sin_addr
-        unsigned short sin_port
-    struct sockaddr_in6:
-        in6_addr sin6_addr
-        unsigned short sin6_port
-        unsigned int sin6_flowinfo, sin6_scope_id
+    int IPPROTO_TCP
 
-cdef extern from "arpa/inet.h" nogil:
-    const char* inet_ntop(int family, const void* address, char* text, unsigned int size)
-    unsigned short ntohs(unsigned short)
-    unsigned int ntohl(unsigned int)
-
-cdef extern from *:
-    """
-    #include <stddef.h>
-    #include <sys/un.h>
-    """
-    struct sockaddr_un:
-        char* sun_path
-    size_t SUN_PATH_OFFSET "offsetof(struct sockaddr_un, sun_path)"
-    size_t strnlen(const char* text, size_t limit) nogil
+cdef extern from "netinet/tcp.h" nogil:
+    int TCP_NODELAY
 
 
 cdef enum:
@@ -66,33 +50,19 @@ cdef object init_socket = _socket.socket.__init__
 ACCEPT_RETRY_DELAY = 1.0  # seconds, asyncio.constants.ACCEPT_RETRY_DELAY
 
 
-cdef bint has_names(int family) noexcept:
-    """Whether name_of() knows a family's addresses."""
-    return family == AF_INET_ or family == AF_INET6_ or family == AF_UNIX_
-
-
-cdef object name_of(sockaddr_storage* address, unsigned int size):
-    """A socket address in Python's form, None for one that is not known."""
-    cdef char text[INET6_ADDRSTRLEN]
-    cdef sockaddr_in* inet = <sockaddr_in*>address
-    cdef sockaddr_in6* inet6 = <sockaddr_in6*>address
-    cdef const char* path = (<sockaddr_un*>address).sun_path
-    if address.ss_family == AF_INET_ and size >= sizeof(sockaddr_in):
-        if inet_ntop(AF_INET_, &inet.sin_addr, text, sizeof(text)) != NULL:
-            return text.decode(), ntohs(inet.sin_port)
-    elif address.ss_family == AF_INET6_ and size >= sizeof(sockaddr_in6):
-        if inet_ntop(AF_INET6_, &inet6.sin6_addr, text, sizeof(text)) != NULL:
-            return text.decode(), ntohs(inet6.sin6_port), ntohl(inet6.sin6_flowinfo), inet6.sin6_scope_id
-    elif address.ss_family == AF_UNIX_:
-        size -= min(size, <unsigned int>SUN_PATH_OFFSET)
-        if size and path[0] == 0:
-            return path[:size]  # abstract, unix(7)
-        return fsdecode(path[:strnlen(path, size)])
-    return None
+cdef bint is_prompt(int fd) noexcept:
+    """Whether TCP_NODELAY is set.  On Linux what is accepted has it from the listening socket."""
+    cdef int value = 0
+    cdef unsigned int size = sizeof(value)
+    return c_getsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &value, &size) == 0 and value != 0
 
 
 cdef class Accepted:
-    """An accepted connection's socket, which becomes Python's when somebody wants that: to make it takes longer."""
+    """An accepted connection's socket, which becomes Python's when somebody wants that: to make it takes longer.
+
+    With what the kernel said of the peer, and the connection's own context of
+    variables: the one that its protocol was made in.
+    """
 
     def __cinit__(self):
         self.fd = -1
@@ -133,14 +103,17 @@ cdef class Accepted:
 
 
 cdef class Listener(Handle):
-    def __init__(self, Engine engine, sock, on_accept):
+    def __init__(self, Engine engine, sock, on_accept, context):
         self.engine = engine
         self.sock = sock
         self.fd = sock.fileno()
         self.on_accept = on_accept
+        self.context = context
         self.family = sock.family
         self.kind = sock.type
         self.proto = sock.proto
+        if self.family == AF_UNIX_:
+            self.known = IS_UNIX
 
     def close(self):
         """Stop accepting.  The socket stays open: it is the caller's."""
@@ -174,8 +147,19 @@ cdef class Listener(Handle):
             accepted.family = self.family
             accepted.kind = self.kind
             accepted.proto = self.proto
+            if not self.tried:
+                self.tried = True
+                if is_prompt(self.fd) and is_prompt(fd):
+                    self.known = IS_PROMPT_TCP
+            accepted.known = self.known
+            accepted.context = context = PyContext_Copy(self.context)
+            accepted.peername = kept(address, size)
             conn = accepted if has_names(self.family) else accepted.whole()
-            self.on_accept(conn, name_of(address, size))
+            PyContext_Enter(context)
+            try:
+                self.on_accept(conn)
+            finally:
+                PyContext_Exit(context)
         except BaseException as exc:
             if accepted is None:
                 c_close(fd)

@@ -26,6 +26,7 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_XDECREF
 from libc.errno cimport EAGAIN, EINTR, errno
 
+from aiouringnet._engine.descriptors cimport SharedDescriptors
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, READY_BATCH, Readiness
 
@@ -33,7 +34,7 @@ import os
 import socket
 from aiouringnet._engine.bases import is_asyncios
 from asyncio import BaseEventLoop, Future
-from weakref import WeakKeyDictionary, WeakValueDictionary, ref
+from weakref import WeakKeyDictionary, ref
 
 try:
     from ssl import SSLSocket
@@ -178,8 +179,8 @@ cdef class SocketCalls:
         self.is_asyncio = getattr(type(self.loop), "get_debug", None) is BaseEventLoop.get_debug
         self.is_asyncios = is_asyncios(self.loop)
         self.makes_plain_futures = getattr(type(self.loop), "create_future", None) is BaseEventLoop.create_future
-        if type(engine.transports) is WeakValueDictionary:
-            self.table = engine.transports.data
+        if type(engine.transports) is SharedDescriptors:
+            self.table = (<SharedDescriptors>engine.transports).data
         self.readiness = Readiness()
         self.loop.add_reader(self.readiness.epoll_fd, self)
         self.closed = False

@@ -26,7 +26,7 @@ cdef class Stream(Output):
     cdef inline bint end_is_held(self) noexcept:
         return self.end != 0 and self.end != END_TOLD
 
-    cdef void attach(self, Engine engine, int fd, Sink sink) noexcept
+    cdef void attach(self, Engine engine, int fd, Sink sink, int known) noexcept
     cdef void start_reading(self) noexcept
     cdef void stop_reading(self) noexcept
     cdef void deliver(self, const char* data, Py_ssize_t size) noexcept

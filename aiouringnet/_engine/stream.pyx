@@ -28,7 +28,7 @@ from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, errno
 from libc.string cimport memset
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.interface cimport END_TOLD, EOF_HELD, LONG_BYTES, Room, Sink
+from aiouringnet._engine.interface cimport END_TOLD, EOF_HELD, IS_PROMPT_TCP, IS_UNIX, LONG_BYTES, Room, Sink
 from aiouringnet._engine.output cimport iovec, msghdr, Output, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLIN, POLLPRI, POLLRDHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
@@ -80,7 +80,7 @@ cdef ssize_t receive(int fd, char* data, size_t size, bint tells, bint* more) no
 
 
 cdef class Stream(Output):
-    cdef void attach(self, Engine engine, int fd, Sink sink) noexcept:
+    cdef void attach(self, Engine engine, int fd, Sink sink, int known) noexcept:
         """What opening a stream takes in either engine."""
         cdef int on = 1
         cdef int family = -1
@@ -89,10 +89,14 @@ cdef class Stream(Output):
         self.sink = sink
         self.fd = fd
         engine.n_streams += 1
-        # On every TCP socket, whatever its `proto` says; a Unix socket answers EOPNOTSUPP.
-        self.tcp = c_setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) == 0
-        if not self.tcp and c_getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size) == 0:
-            self.is_unix = family == AF_UNIX
+        if known:
+            self.tcp = known == IS_PROMPT_TCP
+            self.is_unix = known == IS_UNIX
+        else:
+            # On every TCP socket, whatever its `proto` says; a Unix socket answers EOPNOTSUPP.
+            self.tcp = c_setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) == 0
+            if not self.tcp and c_getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size) == 0:
+                self.is_unix = family == AF_UNIX
         self.until_eagain = not (self.tcp or self.is_unix)
 
     # --- input -----------------------------------------------------------

@@ -9,10 +9,6 @@ cdef bint is_buffered(object protocol) except -1
 # Whether a protocol has a get_local_write_buffer_size() of its own
 cdef bint tells(object protocol) except -1
 
-# A socket's own address, for get_extra_info() when the socket is closed
-cdef object own_address(object sock)
-cdef object name_in(bytearray address)
-
 # Leave a call to the loop's thread if this is another one
 cdef bint called_soon_threadsafe(Engine engine, object call) except -1
 

@@ -2,19 +2,13 @@
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
-from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_GET_SIZE
 from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.listener cimport has_names, name_of, sockaddr_storage
 
 import asyncio
 
 from aiouringnet._transports.public import Protocol, aiofn_is_buffered_protocol, tells_what_it_holds
-
-
-cdef extern from "sys/socket.h" nogil:
-    int c_getsockname "getsockname"(int fd, void* address, unsigned int* size)
 
 
 cdef extern from "Python.h":
@@ -52,26 +46,6 @@ cdef bint is_buffered(object protocol) except -1:
 cdef bint tells(object protocol) except -1:
     """tells_what_it_holds(protocol)."""
     return PyObject_TypeCheck(protocol, <PyTypeObject*>public_protocol) and tells_what_it_holds(protocol)
-
-
-cdef object own_address(object sock):
-    """What getsockname(2) says, as a bytearray, of which name_in() makes Python's form when that is wanted; or None."""
-    cdef sockaddr_storage address
-    cdef unsigned int size = sizeof(address)
-    cdef int fd
-    try:
-        fd = sock.fileno()
-        if fd < 0 or c_getsockname(fd, <void*>&address, &size) < 0:
-            return None
-        if not has_names(address.ss_family):
-            return sock.getsockname()
-        return PyByteArray_FromStringAndSize(<char*>&address, min(size, <unsigned int>sizeof(address)))
-    except Exception:
-        return None
-
-
-cdef object name_in(bytearray address):
-    return name_of(<sockaddr_storage*>PyByteArray_AS_STRING(address), <unsigned int>PyByteArray_GET_SIZE(address))
 
 
 cdef bint called_soon_threadsafe(Engine engine, object call) except -1:

@@ -107,7 +107,7 @@ cdef class DatagramTransport(DatagramSink):
         self.socket.grouped = "gro" in wanted
         self.socket.with_meta = len(wanted) > self.socket.grouped
         # Loops refuse add_reader() for a transport's descriptor.
-        engine.transports[self.fileno] = self
+        engine.transports.take(self.fileno, self)
         self.loop.call_soon(self._begin, waiter, context=self.context)
 
     @property
@@ -549,8 +549,7 @@ cdef class DatagramTransport(DatagramSink):
 
     cdef void unregister(self) noexcept:
         try:
-            if self.engine.transports.get(self.fileno) is self:
-                del self.engine.transports[self.fileno]
+            self.engine.transports.give_up(self.fileno, self)
         except (SystemExit, KeyboardInterrupt) as exc:
             self.engine.interrupted(exc)
         except KeyError:

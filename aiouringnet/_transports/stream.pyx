@@ -30,20 +30,20 @@ from os import strerror
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 
+from aiouringnet._engine.sockaddr cimport named, own_address
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.files cimport FileRange
-from aiouringnet._engine.interface cimport Layer
+from aiouringnet._engine.interface cimport Layer, NOT_KNOWN
 from aiouringnet._engine.listener cimport Accepted
 from aiouringnet._engine.scarcity cimport method
 from aiouringnet._engine.stream cimport Stream
+from aiouringnet._transports.clients cimport Clients
 from aiouringnet._transports.common cimport (
     called_soon_threadsafe,
     drop_empty_dict,
     immutable,
     is_buffered,
     limits,
-    name_in,
-    own_address,
     tells,
 )
 from aiouringnet._transports.input cimport CLOSING, DONE, LOST, OPEN
@@ -67,8 +67,8 @@ cdef object is_finalizing = sys.is_finalizing
 cdef enum:
     DEFAULT_HIGH_WATER = 65536
 
-# Server._attach() and _detach() take the transport since Python 3.13.
-cdef bint SERVER_TAKES_TRANSPORT = sys.version_info >= (3, 13)
+# asyncio's since Python 3.13, which counted before.
+cdef bint SERVER_HAS_CLIENTS = sys.version_info >= (3, 13)
 
 # How asyncio's loop.sendfile() treats a transport: os.sendfile() on its socket.
 cdef object TRY_NATIVE = asyncio.constants._SendfileMode.TRY_NATIVE
@@ -92,6 +92,8 @@ cdef class StreamTransport(StreamOutput):
     def __cinit__(self, Engine engine not None, sock, protocol, waiter=None, extra=None, server=None):
         drop_empty_dict(self)
         cdef bint opening = False
+        cdef int known = NOT_KNOWN
+        cdef Accepted accepted
         engine.check()
         self.engine = engine
         self.loop = engine.loop
@@ -100,27 +102,34 @@ cdef class StreamTransport(StreamOutput):
         self.extra = extra
         self.high = DEFAULT_HIGH_WATER
         self.low = DEFAULT_HIGH_WATER // 4
-        self.context = PyContext_CopyCurrent()
         self.use_protocol(protocol)
-        if extra is not None and "peername" in extra:
-            self.peername = extra["peername"]
-            if len(extra) == 1:
-                self.extra = None
+        if type(sock) is Accepted:
+            accepted = <Accepted>sock
+            known = accepted.known
+            self.context, accepted.context = accepted.context, None
+            self.peername, accepted.peername = accepted.peername, None
         else:
-            try:
-                self.peername = sock.getpeername()
-            except OSError:
-                opening = True  # by the first write, with TCP_FASTOPEN_CONNECT
-        self.stream = <Stream>engine.open_stream(self.fileno, self)
+            self.context = PyContext_CopyCurrent()
+            if extra is not None and "peername" in extra:
+                self.peername = extra["peername"]
+                if len(extra) == 1:
+                    self.extra = None
+            else:
+                try:
+                    self.peername = sock.getpeername()
+                except OSError:
+                    opening = True  # by the first write, with TCP_FASTOPEN_CONNECT
+        self.stream = <Stream>engine.open_stream(self.fileno, self, known)
         self.stream.opening = opening and self.stream.tcp
         # Loops refuse add_reader() for a transport's descriptor.
-        engine.transports[self.fileno] = self
-        self.server = server
+        engine.transports.take(self.fileno, self)
         if server is not None:
-            if SERVER_TAKES_TRANSPORT:
-                server._attach(self)
+            if SERVER_HAS_CLIENTS:
+                assert server._sockets is not None
+                (<Clients?>server._clients).change(1)
             else:
                 server._attach()
+            self.server = server
         self.loop.call_soon(self._begin, waiter, context=self.context)
 
     @property
@@ -186,6 +195,10 @@ cdef class StreamTransport(StreamOutput):
     def _engine(self):
         return self.engine
 
+    @property
+    def _server(self):
+        return self.server
+
     def _copy_context(self):
         return self.context.copy()
 
@@ -249,7 +262,7 @@ cdef class StreamTransport(StreamOutput):
                 self.transport_socket = None if sock is None else TransportSocket(sock)
             value = self.transport_socket
         elif name == "peername":
-            value = self.peername
+            value = self.peername = named(self.peername)
         elif name == "sockname":
             value = self.get_sockname()
         elif name == "uring":
@@ -262,8 +275,7 @@ cdef class StreamTransport(StreamOutput):
         """Asked for once, when somebody wants it or the socket is about to close: idle connections are many."""
         if self.sockname is None and self.sock is not None:
             self.sockname = own_address(self.sock)
-        if type(self.sockname) is bytearray:
-            self.sockname = name_in(self.sockname)
+        self.sockname = named(self.sockname)
         return self.sockname
 
     def set_protocol(self, protocol):
@@ -506,8 +518,7 @@ cdef class StreamTransport(StreamOutput):
 
     cdef void unregister(self) noexcept:
         try:
-            if self.engine.transports.get(self.fileno) is self:
-                del self.engine.transports[self.fileno]
+            self.engine.transports.give_up(self.fileno, self)
         except (SystemExit, KeyboardInterrupt) as exc:
             self.engine.interrupted(exc)
         except KeyError:
@@ -568,7 +579,7 @@ cdef class StreamTransport(StreamOutput):
             self.server = None
             if self.engine.closed:
                 return  # with the loop: nobody can wait for the server any more
-            if SERVER_TAKES_TRANSPORT:
-                server._detach(self)
-            else:
+            if not SERVER_HAS_CLIENTS:
                 server._detach()
+            elif (<Clients>server._clients).change(-1) == 0 and server._sockets is None:
+                server._wakeup()

@@ -44,7 +44,7 @@ from aiouringnet._engine.stream cimport Stream
 
 import os
 
-from aiouringnet._engine.address import pack_address
+from aiouringnet._engine.sockaddr import pack_address
 
 
 cdef extern from "unistd.h" nogil:
@@ -107,9 +107,9 @@ cdef class Ring(Waiting):
 
     # --- streams, listeners, connections ------------------------------------------
 
-    cdef Flow open_stream(self, int fd, Sink sink):
+    cdef Flow open_stream(self, int fd, Sink sink, int known):
         cdef RingStream stream = RingStream.__new__(RingStream)
-        stream.attach(self, fd, sink)
+        stream.attach(self, fd, sink, known)
         # A Unix socket's queue says nothing of the peer's end that follows the
         # data, and a multishot recv that has emptied it then waits for ever.
         stream.bulk = not stream.tcp
@@ -131,9 +131,9 @@ cdef class Ring(Waiting):
         pipe.bulk = True  # polls, not receives
         return pipe
 
-    def listen(self, sock, on_accept):
+    def listen(self, sock, on_accept, context):
         self.check()
-        cdef RingListener listener = RingListener(self, sock, on_accept)
+        cdef RingListener listener = RingListener(self, sock, on_accept, context)
         listener.resume()
         return listener
 
