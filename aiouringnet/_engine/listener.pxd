@@ -13,7 +13,7 @@ cdef enum:
 @final
 cdef class Accepted:
     cdef int fd, family, kind, proto, known
-    cdef object peername, context
+    cdef object peername, sockname, context
 
     cpdef close(self)
     cdef object whole(self)
@@ -27,6 +27,7 @@ cdef class Listener(Handle):
     cdef object on_accept, context
     cdef int fd, family, kind, proto
     cdef int known                  # of what it accepts
+    cdef object sockname            # which is that of a Unix connection, too (unix(7)); else None
     cdef bint tried                 # whether what it accepts has TCP_NODELAY
     cdef readonly bint closed
 

@@ -114,6 +114,7 @@ cdef class Listener(Handle):
         self.proto = sock.proto
         if self.family == AF_UNIX_:
             self.known = IS_UNIX
+            self.sockname = sock.getsockname()
 
     def close(self):
         """Stop accepting.  The socket stays open: it is the caller's."""
@@ -154,6 +155,7 @@ cdef class Listener(Handle):
             accepted.known = self.known
             accepted.context = context = PyContext_Copy(self.context)
             accepted.peername = kept(address, size)
+            accepted.sockname = self.sockname
             conn = accepted if has_names(self.family) else accepted.whole()
             PyContext_Enter(context)
             try:

@@ -108,6 +108,7 @@ cdef class StreamTransport(StreamOutput):
             known = accepted.known
             self.context, accepted.context = accepted.context, None
             self.peername, accepted.peername = accepted.peername, None
+            self.sockname = accepted.sockname
         else:
             self.context = PyContext_CopyCurrent()
             if extra is not None and "peername" in extra:
