@@ -12,11 +12,20 @@ cdef enum:
 # Of Python's sockets it has fileno() and close().
 @final
 cdef class Accepted:
-    cdef int fd, family, kind, proto, known
-    cdef object peername, sockname, context
+    cdef int fd, family, kind, proto
 
     cpdef close(self)
     cdef object whole(self)
+
+
+# What comes with it, and is needed no longer when its transport is there.
+@final
+cdef class Arrival:
+    cdef Accepted sock
+    cdef int known                  # IS_PROMPT_TCP or the like
+    cdef object peername            # for named()
+    cdef object sockname            # or None
+    cdef object context             # of variables, its own: the one that its protocol is made in
 
 
 # A listening socket.

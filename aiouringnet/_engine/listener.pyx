@@ -58,11 +58,7 @@ cdef bint is_prompt(int fd) noexcept:
 
 
 cdef class Accepted:
-    """An accepted connection's socket, which becomes Python's when somebody wants that: to make it takes longer.
-
-    With what the kernel said of the peer, and the connection's own context of
-    variables: the one that its protocol was made in.
-    """
+    """An accepted connection's socket, which becomes Python's when somebody wants that: to make it takes longer."""
 
     def __cinit__(self):
         self.fd = -1
@@ -100,6 +96,13 @@ cdef class Accepted:
             sock._io_refs = 0
             sock._closed = False
         return sock
+
+
+cdef class Arrival:
+    """A connection that is handed over."""
+
+    def close(self):
+        self.sock.close()
 
 
 cdef class Listener(Handle):
@@ -141,6 +144,7 @@ cdef class Listener(Handle):
     cdef void accepted(self, int fd, sockaddr_storage* address, unsigned int size) noexcept:
         """Hand over a new connection's descriptor, which does not block."""
         cdef Accepted accepted = None
+        cdef Arrival arrival
         conn = None
         try:
             accepted = Accepted.__new__(Accepted)
@@ -152,11 +156,17 @@ cdef class Listener(Handle):
                 self.tried = True
                 if is_prompt(self.fd) and is_prompt(fd):
                     self.known = IS_PROMPT_TCP
-            accepted.known = self.known
-            accepted.context = context = PyContext_Copy(self.context)
-            accepted.peername = kept(address, size)
-            accepted.sockname = self.sockname
-            conn = accepted if has_names(self.family) else accepted.whole()
+            context = PyContext_Copy(self.context)
+            if has_names(self.family):
+                arrival = Arrival.__new__(Arrival)
+                arrival.sock = accepted
+                arrival.known = self.known
+                arrival.peername = kept(address, size)
+                arrival.sockname = self.sockname
+                arrival.context = context
+                conn = arrival
+            else:
+                conn = accepted.whole()
             PyContext_Enter(context)
             try:
                 self.on_accept(conn)

@@ -34,7 +34,7 @@ from aiouringnet._engine.sockaddr cimport named, own_address
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.files cimport FileRange
 from aiouringnet._engine.interface cimport Layer, NOT_KNOWN
-from aiouringnet._engine.listener cimport Accepted
+from aiouringnet._engine.listener cimport Accepted, Arrival
 from aiouringnet._engine.scarcity cimport method
 from aiouringnet._engine.stream cimport Stream
 from aiouringnet._transports.clients cimport Clients
@@ -93,23 +93,25 @@ cdef class StreamTransport(StreamOutput):
         drop_empty_dict(self)
         cdef bint opening = False
         cdef int known = NOT_KNOWN
-        cdef Accepted accepted
+        cdef Arrival arrival
         engine.check()
         self.engine = engine
         self.loop = engine.loop
-        self.sock = sock
-        self.fileno = sock.fileno()
         self.extra = extra
         self.high = DEFAULT_HIGH_WATER
         self.low = DEFAULT_HIGH_WATER // 4
         self.use_protocol(protocol)
-        if type(sock) is Accepted:
-            accepted = <Accepted>sock
-            known = accepted.known
-            self.context, accepted.context = accepted.context, None
-            self.peername, accepted.peername = accepted.peername, None
-            self.sockname = accepted.sockname
+        if type(sock) is Arrival:
+            arrival = <Arrival>sock
+            known = arrival.known
+            self.sock = arrival.sock
+            self.fileno = arrival.sock.fd
+            self.peername = arrival.peername
+            self.sockname = arrival.sockname
+            self.context = arrival.context
         else:
+            self.sock = sock
+            self.fileno = sock.fileno()
             self.context = PyContext_CopyCurrent()
             if extra is not None and "peername" in extra:
                 self.peername = extra["peername"]
