@@ -44,6 +44,12 @@ MENDED = {
         "uvloop-uring/tcp/io_uring_submit_and_get_events/*/ENOMEM/11/1/-1",
     ],
     "a poller's sends that are refused for good": ["asyncio-sqpoll/slow_reader/io_uring_submit/*/EPERM/40/1/-1"],
+    # The end of the connection offered once more what the kernel had taken.
+    "a send that goes on while the poller's ring is given up": [
+        f"{base}-sqpoll/room_at_the_end/io_uring_submit/*/EPERM/{number}/1/-1"
+        for base in ("asyncio", "uvloop")
+        for number in (8, 12)
+    ],
     # It was to be repeated, and nobody looked.
     "a send of the poller's that nobody waits for": ["asyncio-sqpoll/tcp/op SEND/*/EINTR/1/2/10"],
     # It was deaf, and close() waited for ever.

@@ -336,13 +336,15 @@ cdef class Ring(Waiting):
             pass
         handles = list(self.live)
         doubtful = []
+        half_sent = []
         for handle in handles:
             if isinstance(handle, RingStream):
                 stream = <RingStream>handle
-                if self.poller is not None or not self.deferred and stream.read_tag == TAG_RECV or (
-                    stream.sending == SEND_SUBMITTED and user_data(stream, TAG_SEND) not in unsubmitted
-                ):
-                    doubtful.append(stream)
+                if stream.sending == SEND_SUBMITTED and user_data(stream, TAG_SEND) not in unsubmitted:
+                    half_sent.append(stream)
+                elif not (self.poller is not None or not self.deferred and stream.read_tag == TAG_RECV):
+                    continue
+                doubtful.append(stream)
         self.abandon(handles)
         self.take_down_rings()
         self.live.clear()
@@ -359,6 +361,8 @@ cdef class Ring(Waiting):
         })
         for handle in handles:
             handle.restart()
+        for handle in half_sent:
+            (<Stream>handle).discard_output()  # or its end would offer the socket once more what has gone, it may be
         for handle in doubtful:
             if (<Stream>handle).sink is not None:
                 (<Stream>handle).sink.on_error(self.refused, False)
