@@ -253,66 +253,6 @@ async def slow_reader(world):
         await idle(world)
 
 
-class Pours(End):
-    """Writes its output at once, into a small buffer."""
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        sock = transport.get_extra_info("socket")
-        if sock is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
-        self.world.scarce(transport.write, self.output)
-
-    def check(self):
-        pass
-
-
-async def room_at_the_end(world):
-    """A peer that makes room as soon as something is reported: for what was being sent then, it may be once more.
-
-    Another connection has something to send in each turn.
-    """
-    output = helpers.pattern(3 * BIG)
-    server, _ = await listen(world, "tcp", lambda: Pours(world, output))
-    echoing, _ = await listen(world, "tcp", world.end)
-    peer, other, received, chunk = None, None, b"", b" "
-    report = world.loop.get_exception_handler()
-
-    def take():
-        nonlocal received, chunk
-        with contextlib.suppress(BlockingIOError):
-            chunk = peer.sock.recv(1 << 15)
-            received += chunk
-
-    def reported(loop, context):
-        for _ in range(20):
-            take()
-            time.sleep(0.001)
-        report(loop, context)
-
-    try:
-        with world.may_fail():
-            peer = Peer(world, server.sockets[0].getsockname())
-            other = Peer(world, echoing.sockets[0].getsockname())
-            world.loop.set_exception_handler(reported)
-            deadline = world.loop.time() + STEP_S
-            while len(received) < len(output) and chunk and world.loop.time() < deadline:
-                with contextlib.suppress(ConnectionError):
-                    other.sock.send(b"!")
-                take()
-                await asyncio.sleep(0)
-        if received != output[: len(received)]:
-            world.complaints.append("other data than was sent")
-    finally:
-        world.loop.set_exception_handler(report)
-        for each in (peer, other):
-            if each is not None:
-                each.sock.close()
-        server.close()
-        echoing.close()
-    await idle(world)
-
-
 async def upgrade(world):
     """start_tls() at both ends."""
     loop = world.loop
@@ -474,6 +414,63 @@ class Peer:
             data = helpers.pattern(SMALL, number)
             self.sock.send(data)
             await self.expect(data)
+
+
+class Pours(Forgotten):
+    """Writes its output at once, into a small buffer."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+        self.world.scarce(transport.write, self.output)
+
+
+async def room_at_the_end(world):
+    """A peer that makes room as soon as something is reported: for what was being sent then, it may be once more.
+
+    Another connection has something to send in each turn.
+    """
+    output = helpers.pattern(3 * BIG)
+    server, _ = await listen(world, "tcp", lambda: Pours(world, output))
+    echoing, _ = await listen(world, "tcp", lambda: Forgotten(world))
+    peer, other, received, chunk = None, None, b"", b" "
+    report = world.loop.get_exception_handler()
+
+    def take():
+        nonlocal received, chunk
+        with contextlib.suppress(BlockingIOError):
+            chunk = peer.sock.recv(1 << 15)
+            received += chunk
+
+    def reported(loop, context):
+        for _ in range(20):
+            take()
+            time.sleep(0.001)
+        report(loop, context)
+
+    try:
+        with world.may_fail():
+            peer = Peer(world, server.sockets[0].getsockname())
+            other = Peer(world, echoing.sockets[0].getsockname())
+            world.loop.set_exception_handler(reported)
+            deadline = world.loop.time() + STEP_S
+            while len(received) < len(output) and chunk and world.loop.time() < deadline:
+                with contextlib.suppress(ConnectionError):
+                    other.sock.send(b"!")
+                take()
+                await asyncio.sleep(0)
+        if received != output[: len(received)]:
+            world.complaints.append("other data than was sent")
+    finally:
+        world.loop.set_exception_handler(report)
+        for each in (peer, other):
+            if each is not None:
+                each.sock.close()
+        server.close()
+        echoing.close()
+    await idle(world)
 
 
 async def alone(world):
