@@ -354,10 +354,10 @@ async def files(world):
 
 async def closing(world):
     """The loop is closed over connections in the middle of everything."""
-    server, connect = await listen(world, "tcp", functools.partial(Forgotten, world))
+    server, connect = await listen(world, "tcp", functools.partial(Unread, world))
     for number in range(6):
         with world.may_fail():
-            transport, _ = await connect(lambda: Forgotten(world))
+            transport, _ = await connect(lambda: Unread(world))
             transport.write(helpers.pattern(BIG if number % 2 else SMALL))
             if number % 3 == 0:
                 transport.pause_reading()
@@ -366,12 +366,15 @@ async def closing(world):
 
 
 class Forgotten(End):
-    def connection_lost(self, exc):
-        # The collector may have found the other end, and closed it over what it had not read.
-        super().connection_lost(None if isinstance(exc, (ConnectionResetError, BrokenPipeError)) else exc)
-
     def check(self):
         pass
+
+
+class Unread(Forgotten):
+    """Whose peer may go without having read all: the collector has found it, say, and closed it."""
+
+    def connection_lost(self, exc):
+        super().connection_lost(None if isinstance(exc, (ConnectionResetError, BrokenPipeError)) else exc)
 
 
 class Peer:
@@ -416,7 +419,7 @@ class Peer:
             await self.expect(data)
 
 
-class Pours(Forgotten):
+class Pours(Unread):
     """Writes its output at once, into a small buffer."""
 
     def connection_made(self, transport):
@@ -434,7 +437,7 @@ async def room_at_the_end(world):
     """
     output = helpers.pattern(3 * BIG)
     server, _ = await listen(world, "tcp", lambda: Pours(world, output))
-    echoing, _ = await listen(world, "tcp", lambda: Forgotten(world))
+    echoing, _ = await listen(world, "tcp", lambda: Unread(world))
     peer, other, received, chunk = None, None, b"", b" "
     report = world.loop.get_exception_handler()
 
