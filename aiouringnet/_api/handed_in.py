@@ -15,9 +15,11 @@ import weakref
 
 from aiouringnet._engine.bases import is_asyncios
 
-# socket -> weak references to what does I/O on it, which has the methods _socket_closes() and _uses_socket(), and to
-# the loop if that keeps the socket open
+# socket -> a weak reference to what does I/O on it, which has the methods _socket_closes() and _uses_socket(), and
+# whether the loop keeps the socket open
 _users = weakref.WeakKeyDictionary()
+# loop -> such sockets of its own: what another thread's loop is about is not looked at
+_kept = weakref.WeakKeyDictionary()
 
 
 def hand_in(loop, sock, user):
@@ -30,7 +32,10 @@ def hand_in(loop, sock, user):
         sock.__class__ = _telling_class(type(sock))
     except TypeError:
         return  # not one of the socket module's, or made with slots of its own
-    _users[sock] = weakref.ref(user), None if is_asyncios(loop) else weakref.ref(loop)
+    keeps = not is_asyncios(loop)
+    _users[sock] = weakref.ref(user), keeps
+    if keeps:
+        _kept.setdefault(loop, weakref.WeakSet()).add(sock)
 
 
 @functools.lru_cache(maxsize=64)
@@ -58,22 +63,20 @@ def _telling_class(base):
 
 
 def _keeps(sock):
-    user, keeper = _users.get(sock, (None, None))
-    user = None if keeper is None else user()
+    user, keeps = _users.get(sock, (None, False))
+    user = user() if keeps else None
     return user is not None and user._uses_socket()
 
 
 def loop_has_closed(loop):
     """Close what the loop kept open."""
-    for reference in _users.keyrefs():  # all at once: garbage, or another thread, may close a socket at any time
-        sock = reference()
-        _, keeper = (None, None) if sock is None else _users.get(sock, (None, None))
-        if keeper is not None and keeper() is loop and sock._closed:
+    for sock in list(_kept.pop(loop, ())):
+        if sock._closed:
             sock.close()
 
 
 def _tell(sock):
-    user, _ = _users.pop(sock, (None, None))
+    user, _ = _users.pop(sock, (None, False))
     user = None if user is None else user()
     if user is not None:
         user._socket_closes()
