@@ -277,7 +277,7 @@ cdef class Lifecycle(KernelTLS):
         self.state = SHUTDOWN
         if not self.eof:
             self.busy = True
-            self.records.error = None
+            error = self.take_error()  # of a read that failed behind the data whose protocol closes now
             try:
                 self.records.shutdown()
             finally:
@@ -285,6 +285,7 @@ cdef class Lifecycle(KernelTLS):
             if self.records.error is not None:
                 self.force_close(self.take_error())  # as asyncio: else the peer's answer is waited for in vain
                 return 0
+            self.records.error = error  # for whoever has called it
             self.write_records()
         if self.both_closed():
             self.on_shutdown_complete()
