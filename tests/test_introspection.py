@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 
@@ -156,6 +157,27 @@ async def test_every_tcp_connection_has_nodelay(loop, endpoint, serve):
         transport.abort()
     for each in (server, *others):
         each.close()
+
+
+async def test_a_listener_that_cannot_have_nodelay_serves_connections_that_have_it(loop, monkeypatch):
+    own = socket.socket.setsockopt
+
+    def refusing(sock, level, name, *value):
+        if (level, name) == (socket.IPPROTO_TCP, socket.TCP_NODELAY):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        own(sock, level, name, *value)
+
+    accepted = Recorder()
+    with monkeypatch.context() as patched:
+        patched.setattr(socket.socket, "setsockopt", refusing)
+        server = await loop.create_server(lambda: accepted, "127.0.0.1", 0)
+    transport, protocol = await loop.create_connection(Recorder, *server.sockets[0].getsockname())
+    sock = (await accepted.made).get_extra_info("socket")
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    server.close()
+    transport.abort()
+    await protocol.lost
+    await accepted.lost
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

@@ -297,8 +297,10 @@ class Connector:
         sock.setblocking(False)
         _ours(server)
         if sock.family in _INTERNET and sock is not self._handed_in:
-            # Each connection is to have it, and has what the listening socket had: a system call less.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            # Each connection is to have it, and has what the listening socket had: a system call less. Where that can
+            # not have it (MPTCP before Linux 5.17) each is given it.
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if self._debug:
             protocol_factory = functools.partial(timed, self.loop, protocol_factory)
         if sslcontext:

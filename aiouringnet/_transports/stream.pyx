@@ -30,12 +30,12 @@ from os import strerror
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 
-from aiouringnet._engine.sockaddr cimport named, own_address
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.files cimport FileRange
 from aiouringnet._engine.interface cimport Layer, NOT_KNOWN
 from aiouringnet._engine.listener cimport Accepted, Arrival
 from aiouringnet._engine.scarcity cimport method
+from aiouringnet._engine.sockaddr cimport named, own_address
 from aiouringnet._engine.stream cimport Stream
 from aiouringnet._transports.clients cimport Clients
 from aiouringnet._transports.common cimport (
@@ -67,7 +67,7 @@ cdef object is_finalizing = sys.is_finalizing
 cdef enum:
     DEFAULT_HIGH_WATER = 65536
 
-# asyncio's since Python 3.13, which counted before.
+# asyncio.Server has a set of its connections since Python 3.13; before, it counted them.
 cdef bint SERVER_HAS_CLIENTS = sys.version_info >= (3, 13)
 
 # How asyncio's loop.sendfile() treats a transport: os.sendfile() on its socket.
