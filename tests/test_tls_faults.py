@@ -117,6 +117,26 @@ async def test_answers_that_a_peer_does_not_read_are_bounded(loop, secure, role,
     assert w.protocol.data == 10_000 * b"?"
 
 
+@BOTH_LAYERS
+@pytest.mark.parametrize("base", [Recorder, BufferedRecorder])
+async def test_an_error_behind_the_data_whose_protocol_closes_is_told(loop, secure, role, base, errors):
+    class Closing(base):
+        def data_received(self, data):
+            super().data_received(data)
+            self.transport.close()
+
+        def buffer_updated(self, size):
+            super().buffer_updated(size)
+            self.transport.close()
+
+    w = await secure(Closing, role, ktls=False)
+    w.tls.sslobj.write(b"data")
+    await w.send_raw(w.tls.outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
+    assert isinstance(await w.protocol.lost, ssl.SSLError)
+    for context in errors.take():
+        assert isinstance(context["exception"], ssl.SSLError)
+
+
 # --------------------------------------------------------------------------
 # What was written goes out, whatever ends the connection
 
