@@ -146,7 +146,8 @@ class Input:
         if before is not None:
             top = self.peer.top
             quiet = before.written == top.received and before.received == top.sent and not self.peer.wire
-            self.peer.rude = self.peer.rude or not quiet or not top.established
+            # Who has said goodbye can answer no handshake above.
+            self.peer.rude = self.peer.rude or not quiet or not top.established or top.said_goodbye
         client, server = self.keys
         side = self.new_side(True)
         protocol = KINDS[(self.protocol_kind >> 2) % len(KINDS)](side)
