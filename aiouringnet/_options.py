@@ -46,7 +46,8 @@ class Options:
     sqpoll_cpu: the core it is bound to, None for any.
     ktls_worker_bytes: over kernel TLS, sends of at least so many bytes are made
         by io_uring's worker threads, so that encrypting takes another core's
-        time; None: by the loop's thread.
+        time; None: by the loop's thread.  A loop that moves to another thread
+        meanwhile ends the connection with ConnectionAbortedError.
     tls: what makes TLS records: "auto" (OpenSSL's functions in the library
         that the ssl module has loaded, else ssl.SSLObject), "openssl" (or an
         error), or "ssl".  Default: AIOURINGNET_TLS.

@@ -13,6 +13,7 @@ import os
 import socket
 import ssl
 import sys
+import threading
 
 import helpers
 import ktls
@@ -287,6 +288,37 @@ def test_a_worker_threads_send_does_not_outlive_its_connection(workers, loop, me
 
     loop.run_until_complete(begin())
     loop.close()
+
+
+@by_workers
+@tls.versions
+def test_a_loop_that_moves_while_a_worker_thread_sends_sends_nothing_twice(workers, loop, meet, version):
+    """Only the thread that leaves could learn what has gone: the connection ends with an error."""
+    data = pattern(4 * MIB)
+    moved = []
+
+    async def begin():
+        met = await meet(version=version, buffers_bytes=65536)
+        met.transport.write(data)
+        assert aiouringnet.stats()["worker_sends"] == 1
+        return met
+
+    async def go_on(met):
+        received, _ = await met.receive_to_end()
+        assert received and data.startswith(received)
+        assert isinstance(await met.protocol.lost, ConnectionAbortedError)
+
+    def move(met):
+        try:
+            moved.append(loop.run_until_complete(go_on(met)))
+        except BaseException as exc:
+            moved.append(exc)
+
+    met = loop.run_until_complete(begin())
+    thread = threading.Thread(target=move, args=(met,))
+    thread.start()
+    thread.join()
+    assert moved == [None]
 
 
 # --------------------------------------------------------------------------

@@ -11,6 +11,7 @@ cdef class Ring(Waiting):
     cdef void flush_output(self) noexcept
     cdef void look_for_sends_later(self) noexcept
     cdef void give_up_ring(self) noexcept
+    cdef set half_sent(self)
     cdef bint drain(self) noexcept
     cdef void abandon(self, list handles) noexcept
     cdef void take_down(self) noexcept

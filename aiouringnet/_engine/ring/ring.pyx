@@ -16,7 +16,7 @@ With a kernel poller (SQPOLL) nothing is direct, and sends have a ring of their
 own: sqpoll.pyx.
 """
 
-from libc.errno cimport ENOMEM
+from libc.errno cimport ECONNABORTED, ENOMEM
 from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 
@@ -72,6 +72,15 @@ cdef double LOOK_AGAIN_S = 0.1
 # Rings whose thread was elsewhere when they had to go, with all that the
 # kernel might have touched still: kept until the process ends.
 cdef list abandoned = []
+
+
+cdef void end_in_doubt(half_sent, streams, int error) noexcept:
+    """Streams, of which it is not known what has gone or come, end with the error."""
+    for stream in half_sent:
+        (<Stream>stream).discard_output()  # or its end would offer the socket once more what has gone, it may be
+    for stream in streams:
+        if (<Stream>stream).sink is not None:
+            (<Stream>stream).sink.on_error(error, False)
 
 
 cdef class Ring(Waiting):
@@ -322,29 +331,22 @@ cdef class Ring(Waiting):
         """
         cdef Handle handle
         cdef RingStream stream
-        cdef set unsubmitted = set()
-        cdef unsigned int i
         self.end_alone()
         try:
             ready = Readiness()
         except OSError as exc:
             self.report({"message": "neither io_uring nor an epoll set is to be had", "exception": exc})
             return
-        for i in range(airn_unsubmitted(&self.ring) if self.poller is None and self.ring_up else 0):
-            unsubmitted.add(airn_unsubmitted_data(&self.ring, i))
         while self.reap():
             pass
         handles = list(self.live)
-        doubtful = []
-        half_sent = []
+        half_sent = self.half_sent()
+        doubtful = list(half_sent)
         for handle in handles:
-            if isinstance(handle, RingStream):
+            if isinstance(handle, RingStream) and handle not in half_sent:
                 stream = <RingStream>handle
-                if stream.sending == SEND_SUBMITTED and user_data(stream, TAG_SEND) not in unsubmitted:
-                    half_sent.append(stream)
-                elif not (self.poller is not None or not self.deferred and stream.read_tag == TAG_RECV):
-                    continue
-                doubtful.append(stream)
+                if self.poller is not None or not self.deferred and stream.read_tag == TAG_RECV:
+                    doubtful.append(stream)
         self.abandon(handles)
         self.take_down_rings()
         self.live.clear()
@@ -361,11 +363,24 @@ cdef class Ring(Waiting):
         })
         for handle in handles:
             handle.restart()
-        for handle in half_sent:
-            (<Stream>handle).discard_output()  # or its end would offer the socket once more what has gone, it may be
-        for handle in doubtful:
-            if (<Stream>handle).sink is not None:
-                (<Stream>handle).sink.on_error(self.refused, False)
+        end_in_doubt(half_sent, doubtful, self.refused)
+
+    cdef set half_sent(self):
+        """Streams whose send the kernel has, of which it has not told how much has gone.
+
+        With DEFER_TASKRUN only those that a worker thread carries out.
+        """
+        cdef set unsubmitted = set(), found = set()
+        cdef RingStream stream
+        cdef unsigned int i
+        for i in range(airn_unsubmitted(&self.ring) if self.poller is None and self.ring_up else 0):
+            unsubmitted.add(airn_unsubmitted_data(&self.ring, i))
+        for handle in self.live:
+            if isinstance(handle, RingStream):
+                stream = <RingStream>handle
+                if stream.sending == SEND_SUBMITTED and user_data(stream, TAG_SEND) not in unsubmitted:
+                    found.add(stream)
+        return found
 
     cdef bint drain(self) noexcept:
         """Cancel everything and take the final completions.  False: something is still in flight.
@@ -463,9 +478,12 @@ cdef class Ring(Waiting):
 
         With DEFER_TASKRUN an operation of the old ring cannot proceed unless
         its thread enters, so all are begun anew in a new ring and the old one
-        is closed.  What it may have touched is abandoned.
+        is closed.  What it may have touched is abandoned.  A connection whose
+        send a worker thread was about (ktls_worker_bytes) ends with an error:
+        only the old ring's thread can learn how much of it has gone.
         """
         cdef list handles
+        cdef set half_sent
         cdef Handle handle
         airn_show_thread(self.thread_id, current_thread())
         if not self.deferred or self.refused:
@@ -474,6 +492,7 @@ cdef class Ring(Waiting):
         while self.reap():
             pass
         handles = list(self.live)
+        half_sent = self.half_sent()
         if handles:
             self.abandon(handles)
         self.take_down_rings()
@@ -490,6 +509,7 @@ cdef class Ring(Waiting):
         else:
             for handle in handles:
                 handle.restart()
+            end_in_doubt(half_sent, half_sent, ECONNABORTED)
         if not self.flush_scheduled:
             self.schedule()
         return 0
