@@ -22,6 +22,10 @@ from aiouringnet import _engine as engines
 pytestmark = pytest.mark.limit(20)
 
 OFTEN = 40
+LONG_TIME = 4200
+
+# linux/net_tstamp.h, asm-generic/socket.h
+SO_TIMESTAMPING, TX_SOFTWARE, SOFTWARE = 37, 1 << 1, 1 << 4
 
 
 @pytest.fixture
@@ -127,11 +131,15 @@ async def test_it_is_looked_for_also_after_a_descriptor_has_gone_unannounced(loo
     os.dup2(kept, fd)
     os.close(kept)
     w.transport.resume_reading()
-    before = reads(loop)
+    # (The loop's set has the old entry still, which is for the same file and number again: nobody is alone there.)
     await ask(w, 2 * OFTEN)
-    # (asyncio's set has the old entry still, which is for the same file and number again: nobody is alone there.)
-    assert reads(loop) > before or isinstance(loop, asyncio.BaseEventLoop)
     await send_around_urgent_data(w)
+    # Another is, after a long time.
+    other = await wire(Echo)
+    before = reads(loop)
+    await ask(other, LONG_TIME)
+    assert reads(loop) > before
+    await send_around_urgent_data(other)
 
 
 @over("tcp")
@@ -202,6 +210,44 @@ async def test_whichever_end_it_takes_others_are_served(loop, wire, end):
     await w.protocol.lost
     await ask(other, 2 * OFTEN)
     await ask(await alone_one(loop, wire))
+
+
+@over("tcp")
+@pytest.mark.parametrize("size", [4, 10_000])
+async def test_a_reset_that_comes_with_the_last_data_is_told_at_once(loop, wire, size):
+    """Of the one event for both libuv says only that its watch has ended."""
+    took = []
+    for _ in range(5):
+        # Several, since none that is alone has to wait longer for that than the one before.
+        w = await alone_one(loop, wire)
+        received = []
+        w.protocol.data_received = received.append
+        message = pattern(size)
+        w.peer.send(message)
+        helpers.reset(w.peer)
+        began = loop.time()
+        assert isinstance(await w.protocol.lost, ConnectionResetError)
+        took.append(loop.time() - began)
+        assert b"".join(received) == message
+    assert min(took) < 0.03
+
+
+@over("tcp")
+async def test_an_error_that_no_read_meets_does_not_end_it(loop, wire):
+    """The kernel's time stamps wait in the socket's queue of errors."""
+    other = await wire(Echo)
+    w = await alone_one(loop, wire)
+    with socket.socket(fileno=os.dup(w.transport.get_extra_info("socket").fileno())) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, TX_SOFTWARE | SOFTWARE)
+        await ask(w, 5)
+        # On uvloop it is not alone any more.
+        before = reads(loop)
+        await ask(w, OFTEN)
+        assert reads(loop) == before or isinstance(loop, asyncio.BaseEventLoop)
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, 0)
+        assert sock.recvmsg(1, 1000, socket.MSG_ERRQUEUE)[1]
+        await ask(w, OFTEN)
+    await ask(other, OFTEN)
 
 
 async def test_one_that_nobody_keeps_is_served(loop, endpoint):

@@ -12,8 +12,9 @@ cdef class Alone(Owner):
     cdef bint alone_again           # a short read does not mean that its socket is empty, until one finds it so
     cdef bint passed_over           # the last wake was not for it
     cdef int alone_loop_fd          # the loop's set, -1: not known yet
-    cdef int alone_set              # on libuv the set in the loop's that it is in, -1: not made
-    cdef unsigned int alone_set_events
+    cdef int alone_number           # on libuv, edge-triggered, what its set calls it, -1: not made
+    cdef bint number_has_ended      # libuv does not watch that any more
+    cdef int alone_set              # on libuv, level-triggered, the set in the loop's that it is in, -1: not made
     cdef int ends_set               # the set in the loop's that tells of its end, -1: not made
     cdef int look_fd                # the timer for looks, which the loop watches, -1: not made
     cdef bint look_is_set
@@ -31,6 +32,11 @@ cdef class Alone(Owner):
     cdef void end_alone(self) noexcept
     cdef bint watch_end(self, int fd) noexcept
     cdef int set_for_alone(self) noexcept
+    cdef bint have_number(self) noexcept
+    cdef void number_ended(self) noexcept
+    cdef void drop_number(self) noexcept
+    cdef bint read_by_loop(self, int fd, object callback) noexcept
+    cdef void not_read_by_loop(self, int fd) noexcept
     cdef int loops_set(self) noexcept
     cdef int set_in_loop(self, unsigned int events) noexcept
     cdef void drop_alone_sets(self) noexcept

@@ -7,10 +7,16 @@ socket, the loop, recv().  So the stream that alone got data for a while has its
 socket put into the loop's own epoll set, under the number of our descriptor: the
 loop wakes us either way.
 
+An error of what libuv watches ends its watch (uv__poll_io() in src/unix/poll.c), and
+that on our descriptor must not end.  So on libuv another number stands for the
+socket, an eventfd's that nobody writes to.  uvloop calls its reader when the watch
+ends, and forgets it: that is how we hear of it, the stream goes back to the shared
+wake, and the next one has another number.
+
 It is watched level-triggered: a read need not go on until the socket is empty,
 nor does urgent data hide what is behind it.  But before each wait the kernel then
-looks at what it has told already, and where libuv sees it through a set of ours
-that costs 0.4 us, two sets deep.  So on libuv, and for datagrams, it is
+looks at what it has told already, and where libuv has given up a watch it would be
+told for ever.  So on libuv, and for datagrams, it is
 edge-triggered.  An end that came with the last data has an edge of its own then,
 of a set that watches for nothing else (data passes it by in the wake function, on
 the sender's time).  Urgent data and a Unix socket's passed descriptors, at which
@@ -18,7 +24,8 @@ recv() stops, have none, and to ask after each read costs what there is to be ha
 they are looked for when traffic has stopped for LOOK_MS; where something is found
 nobody is alone for a long time.  (By a timerfd: while a timer of the loop is set,
 each time that it goes to sleep takes the kernel 3 us longer.  Where none can be
-had it is watched level-triggered, and where it cannot be set read until it is empty.)
+had it is watched level-triggered, by libuv through a set of ours, of which there are
+no errors; and where it cannot be set it is read until it is empty.)
 
     from            to
     (none)          alone           met(): it alone got data, `alone_after` times in a row
@@ -36,15 +43,20 @@ from libc.string cimport memset
 
 from aiouringnet._engine.interface cimport Flow
 from aiouringnet._engine.ownership cimport Owner
+from aiouringnet._engine.poll cimport POLLHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN, EPOLLRDHUP, epoll_event
+from aiouringnet._engine.scarcity cimport method
 
 
 cdef extern from "sys/epoll.h" nogil:
     int epoll_create1(int flags)
     int EPOLL_CLOEXEC
     int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
-    int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
+    int EPOLL_CTL_ADD, EPOLL_CTL_DEL
 
+cdef extern from "sys/eventfd.h" nogil:
+    int eventfd(unsigned int value, int flags)
+    int EFD_CLOEXEC, EFD_NONBLOCK
 
 cdef extern from "sys/timerfd.h" nogil:
     int timerfd_create(int clock, int flags)
@@ -88,10 +100,29 @@ cdef bint put(int epoll_fd, int operation, int fd, unsigned int events, int numb
     return epoll_fd >= 0 and epoll_ctl(epoll_fd, operation, fd, &event) == 0
 
 
+cdef class Number:
+    """What libuv calls where its set has the stream that is alone; only its reader entry refers to it."""
+    cdef Alone engine
+    cdef int fd
+
+    def __init__(self, Alone engine, int fd):
+        self.engine = engine
+        self.fd = fd
+
+    def __call__(self):
+        self.engine.woken()
+
+    def __del__(self):
+        if self.engine.alone_number == self.fd:
+            self.engine.number_ended()  # what closes it then: uvloop is not done with it yet
+        else:
+            c_close(self.fd)
+
+
 cdef class Alone(Owner):
     def __cinit__(self):
         self.alone_after = alone_after
-        self.alone_fd = self.alone_set = self.ends_set = self.look_fd = self.alone_loop_fd = -1
+        self.alone_fd = self.alone_set = self.ends_set = self.look_fd = self.alone_loop_fd = self.alone_number = -1
 
     cdef void met(self, Flow stream) noexcept:
         """A stream gets data, for the first time in this pass; `last_fed` is the one before."""
@@ -118,12 +149,15 @@ cdef class Alone(Owner):
         cdef bint has_end = False
         if self.can_watch_alone():
             self.alone_edge = self.alone.has_edges(&has_end)
-            if has_end and not self.can_look():
+            if self.is_libuv and self.alone_edge and not (self.have_number() and (self.can_look() or not has_end)):
                 self.alone_edge = has_end = False
-            if self.alone_edge and not self.is_libuv:
+            if self.alone_edge:
                 events |= EPOLLET
             watched = not has_end or self.watch_end(fd)
-            watched = watched and put(self.set_for_alone(), EPOLL_CTL_ADD, fd, events, self.wake_fd)
+            watched = watched and put(
+                self.set_for_alone(), EPOLL_CTL_ADD, fd, events,
+                self.alone_number if self.is_libuv and self.alone_edge else self.wake_fd,
+            )
         if watched:
             self.alone_fd = fd
             self.passed_over = False
@@ -141,16 +175,75 @@ cdef class Alone(Owner):
         return put(self.ends_set, EPOLL_CTL_ADD, fd, EPOLLRDHUP | EPOLLET, fd)
 
     cdef int set_for_alone(self) noexcept:
-        """The loop's epoll set; libuv's sees a set of ours in it, since an error of the socket would end its watch."""
-        cdef unsigned int events = EPOLLIN | EPOLLET if self.alone_edge else EPOLLIN
-        if not self.is_libuv:
+        """The loop's epoll set, or on libuv, level-triggered, one of ours in it."""
+        if self.alone_edge or not self.is_libuv:
             return self.loops_set()
         if self.alone_set < 0:
-            self.alone_set = self.set_in_loop(events)
-        elif events != self.alone_set_events:
-            put(self.loops_set(), EPOLL_CTL_MOD, self.alone_set, events, self.wake_fd)
-        self.alone_set_events = events
+            self.alone_set = self.set_in_loop(EPOLLIN)
         return self.alone_set
+
+    cdef bint have_number(self) noexcept:
+        """Have a number for it."""
+        cdef int fd
+        if self.number_has_ended:
+            self.drop_number()
+        if self.alone_number < 0:
+            fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+            if fd < 0:
+                return False
+            try:
+                number = Number(self, fd)
+            except MemoryError:
+                c_close(fd)
+                return False
+            if self.read_by_loop(fd, number):
+                self.alone_number = fd
+        return self.alone_number >= 0
+
+    cdef void number_ended(self) noexcept:
+        """The loop has forgotten its reader: an error has ended libuv's watch, or the loop itself is at its end."""
+        cdef pollfd state
+        self.number_has_ended = True
+        if self.alone_fd >= 0 and self.alone_edge and self.usable() and self.on_own_thread():
+            state.fd = self.alone_fd
+            state.events = 0
+            if poll(&state, 1, 0) > 0 and state.revents & POLLHUP:
+                self.end_alone()  # a reset, which the next read meets
+            else:
+                self.edges_failed()  # an error that it might have again, the queue of errors
+            self.need_pass()
+
+    cdef void drop_number(self) noexcept:
+        cdef int fd = self.alone_number
+        cdef bint ended = self.number_has_ended
+        self.alone_number = -1
+        self.number_has_ended = False
+        if fd >= 0:
+            self.not_read_by_loop(fd)
+            if ended:
+                c_close(fd)
+
+    cdef bint read_by_loop(self, int fd, object callback) noexcept:
+        if callback is None:
+            return False
+        try:
+            self.loop.add_reader(fd, callback)
+            return True
+        except (SystemExit, KeyboardInterrupt) as exc:
+            self.interrupted(exc)
+        except BaseException:
+            pass
+        self.not_read_by_loop(fd)
+        return False
+
+    cdef void not_read_by_loop(self, int fd) noexcept:
+        if not self.forked() and not self.loop_is_closed():
+            try:
+                self.loop.remove_reader(fd)
+            except (SystemExit, KeyboardInterrupt) as exc:
+                self.interrupted(exc)
+            except BaseException:
+                pass
 
     cdef int loops_set(self) noexcept:
         if self.alone_loop_fd < 0:
@@ -169,6 +262,7 @@ cdef class Alone(Owner):
         self.drop_set(self.alone_set)
         self.drop_set(self.ends_set)
         self.alone_set = self.ends_set = -1
+        self.drop_number()
         self.end_looks()
 
     cdef void drop_set(self, int fd) noexcept:
@@ -207,16 +301,9 @@ cdef class Alone(Owner):
         cdef int fd
         if self.look_fd < 0:
             fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)
-            if fd < 0:
-                return False
-            try:
-                self.loop.add_reader(fd, self._look)
+            if fd >= 0 and self.read_by_loop(fd, method(self, "_look")):
                 self.look_fd = fd
-            except (SystemExit, KeyboardInterrupt) as exc:
-                self.interrupted(exc)
-            except BaseException:
-                pass
-            if self.look_fd < 0:
+            elif fd >= 0:
                 c_close(fd)
         return self.look_fd >= 0
 
@@ -244,13 +331,7 @@ cdef class Alone(Owner):
 
     cdef void end_looks(self) noexcept:
         if self.look_fd >= 0:
-            if not self.forked() and not self.loop_is_closed():
-                try:
-                    self.loop.remove_reader(self.look_fd)
-                except (SystemExit, KeyboardInterrupt) as exc:
-                    self.interrupted(exc)
-                except BaseException:
-                    pass
+            self.not_read_by_loop(self.look_fd)
             c_close(self.look_fd)
             self.look_fd = -1
             self.look_is_set = False
@@ -277,7 +358,10 @@ cdef class Alone(Owner):
                 if self.ends_set >= 0:
                     epoll_ctl(self.ends_set, EPOLL_CTL_DEL, fd, NULL)
                 if epoll_ctl(self.set_for_alone(), EPOLL_CTL_DEL, fd, NULL) < 0:
-                    # Somebody has closed the number, not knowing whose it is, and a duplicate may keep the entry.
+                    # Somebody has closed the number, not knowing whose it is, and a duplicate may keep the entry:
+                    # what libuv's set tells of that is still ours to hear.
+                    if self.alone_edge and not self.number_has_ended:
+                        self.alone_number = -1
                     self.drop_alone_sets()
                 self.follow_alone()
             self.end(stream)

@@ -110,28 +110,7 @@ cdef class Waker:
         self.engine = engine
 
     def __call__(self):
-        if self.engine.forked():
-            return  # a child that runs its parent's loop: the wake is the parent's
-        self.engine.n_wakes += 1
-        self.engine.check()
-        self.engine.on_wake()
-        if not self.engine.flush_scheduled:
-            self.run_outside_context()
-
-    cdef int run_outside_context(self) except -1:
-        """A pass, in which the loop may be run again, and call this again in the same context.
-
-        Each callback enters its connection's context anyway.
-        """
-        cdef PyObject* context = airn_context()
-        if context == NULL:
-            return self.engine.run_pass()
-        own = <object>context
-        PyContext_Exit(own)
-        try:
-            return self.engine.run_pass()
-        finally:
-            PyContext_Enter(own)
+        self.engine.woken()
 
     def __del__(self):
         self.engine.close()
@@ -299,6 +278,32 @@ cdef class LoopBound:
         except Exception as exc:
             self.close()
             raise NotWatched(f"the event loop's add_reader() refuses: {exc!r}") from exc
+
+    cdef int woken(self) except -1:
+        """The loop has found a descriptor of ours ready."""
+        if self.forked():
+            return 0  # a child that runs its parent's loop: the wake is the parent's
+        self.n_wakes += 1
+        self.check()
+        self.on_wake()
+        if not self.flush_scheduled:
+            self.run_outside_context()
+        return 0
+
+    cdef int run_outside_context(self) except -1:
+        """A pass, in which the loop may be run again, and call this again in the same context.
+
+        Each callback enters its connection's context anyway.
+        """
+        cdef PyObject* context = airn_context()
+        if context == NULL:
+            return self.run_pass()
+        own = <object>context
+        PyContext_Exit(own)
+        try:
+            return self.run_pass()
+        finally:
+            PyContext_Enter(own)
 
     cdef bint watch_instead(self, Readiness ready) noexcept:
         """Let the loop watch this set from now on; false where that cannot be had."""
