@@ -327,6 +327,126 @@ def test_it_goes_on_in_another_thread(loop, wire):
 
 
 # --------------------------------------------------------------------------
+# Few together
+
+
+async def by_turns(several, times):
+    for _ in range(times):
+        for w in several:
+            await ask(w)
+
+
+async def alone_few(loop, wire, n):
+    """So many that are alone together, where that may be: libuv's set says whose data has come, and so may the epoll
+    engine's connections."""
+    several = [await wire(Echo) for _ in range(n)]
+    await by_turns(several, n * OFTEN)
+    return several
+
+
+@pytest.fixture
+def together(loop, case):
+    return case.engine == "epoll" and not isinstance(loop, asyncio.BaseEventLoop)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+async def test_few_are_alone_together_and_company_ends_that(loop, wire, together, n):
+    several = await alone_few(loop, wire, n)
+    before = reads(loop)
+    await by_turns(several, 10)
+    assert (reads(loop) >= before + 10 * n) == (together and n < 4)
+    crowd = [await wire(Echo) for _ in range(4)]
+    await by_turns(crowd, 10)
+    before = reads(loop)
+    await by_turns([*several, *crowd], 10)
+    assert reads(loop) == before
+
+
+async def test_another_one_joins(loop, wire, together):
+    w = await alone_one(loop, wire)
+    other = await wire(Echo)
+    await by_turns([w, other], 3 * OFTEN)
+    before = reads(loop)
+    await by_turns([w, other], 10)
+    assert (reads(loop) >= before + 20) == together
+
+
+@pytest.mark.parametrize("end", ["FIN", "RST", "close", "abort"])
+async def test_of_few_that_are_alone_one_may_end(loop, wire, together, end):
+    several = await alone_few(loop, wire, 3)
+    for n in (2, 1, 0):
+        w = several.pop()
+        if end == "FIN":
+            w.peer.close()
+        elif end == "RST":
+            helpers.reset(w.peer)
+        else:
+            getattr(w.transport, end)()
+        await w.protocol.lost
+        before = reads(loop)
+        await by_turns(several, 10)
+        if together:
+            assert reads(loop) >= before + 10 * n
+    await ask(await wire(Echo), OFTEN)
+
+
+@over("tcp")
+async def test_what_no_edge_tells_of_is_looked_for_while_others_are_busy(loop, wire):
+    w, other = await alone_few(loop, wire, 2)
+    for _ in range(3):
+        looked_for = loop.create_task(send_around_urgent_data(w))
+        while not looked_for.done():
+            await ask(other)
+        await looked_for
+        await by_turns([w, other], OFTEN)
+
+
+async def test_data_for_several_at_once_arrives_and_in_order(loop, wire):
+    several = await alone_few(loop, wire, 3)
+    for number in range(10):
+        messages = [pattern(1 + 7000 * number, seed=n) for n in range(3)]
+        receiving = [loop.create_task(w.receive(len(messages[0]))) for w in several]
+        await asyncio.gather(*[w.send(message) for w, message in zip(several, messages, strict=True)])
+        assert await asyncio.gather(*receiving) == messages
+
+
+@over("tcp")
+async def test_of_few_that_are_alone_one_loses_its_descriptor(loop, wire):
+    w, *others = await alone_few(loop, wire, 3)
+    fd = w.transport.get_extra_info("socket").fileno()
+    kept = os.dup(fd)
+    os.close(fd)
+    w.transport.pause_reading()
+    await asyncio.sleep(0.01)
+    os.dup2(kept, fd)
+    os.close(kept)
+    await by_turns(others, OFTEN)
+    w.transport.resume_reading()
+    await by_turns([w, *others], OFTEN)
+
+
+async def test_few_that_nobody_keeps_are_served(loop, wire, together):
+    several = await alone_few(loop, wire, 3)
+    peers = [(w.peer, w.protocol.lost) for w in several]
+    before = reads(loop)
+    del several
+    gc.collect()
+    for peer, _ in peers * 5:
+        await loop.sock_sendall(peer, b"ping")
+        assert await loop.sock_recv(peer, 100) == b"ping"
+    assert not together or reads(loop) >= before + 15
+    for peer, lost in peers:
+        peer.close()
+        await lost
+
+
+def test_the_loop_is_closed_while_few_are_alone(loop, wire):
+    helpers.run_on(loop, alone_few(loop, wire, 3))
+    with resource_warnings_ignored():
+        loop.close()
+
+
+# --------------------------------------------------------------------------
 # Datagrams
 
 

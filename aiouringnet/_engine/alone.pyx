@@ -11,7 +11,8 @@ An error of what libuv watches ends its watch (uv__poll_io() in src/unix/poll.c)
 that on our descriptor must not end.  So on libuv another number stands for the
 socket, an eventfd's that nobody writes to.  uvloop calls its reader when the watch
 ends, and forgets it: that is how we hear of it, the stream goes back to the shared
-wake, and the next one has another number.
+wake, and the next one has another number.  By its number we know whose data
+has come, so several may be alone together: as many as the engine has a use for.
 
 It is watched level-triggered: a read need not go on until the socket is empty,
 nor does urgent data hide what is behind it.  But before each wait the kernel then
@@ -28,10 +29,11 @@ had it is watched level-triggered, by libuv through a set of ours, of which ther
 no errors; and where it cannot be set it is read until it is empty.)
 
     from            to
-    (none)          alone           met(): it alone got data, `alone_after` times in a row
+    (none)          alone           met(): it alone got data, `alone_after` times in a row, or it and as few others
     alone           watched         watch_alone(): no read operation is in flight any more
-    alone, watched  (none)          end_alone(): others had data several times lately; it reads no more, or is closed;
-                                    callbacks run the loop, or the ring has gone
+    alone, watched  (none)          leave_alone(): it reads no more, or is closed;
+                                    end_alone(): others had data several times lately; callbacks run the loop, or
+                                    the ring has gone
 
 What is watched counts as an operation in flight: it owns the stream.  A forked
 child has the loop's set in common with its parent, and might take an edge of it:
@@ -41,7 +43,7 @@ not even at the end.
 
 from libc.string cimport memset
 
-from aiouringnet._engine.interface cimport Flow
+from aiouringnet._engine.interface cimport Flow, Lone
 from aiouringnet._engine.ownership cimport Owner
 from aiouringnet._engine.poll cimport POLLHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN, EPOLLRDHUP, epoll_event
@@ -101,20 +103,22 @@ cdef bint put(int epoll_fd, int operation, int fd, unsigned int events, int numb
 
 
 cdef class Number:
-    """What libuv calls where its set has the stream that is alone; only its reader entry refers to it."""
+    """What libuv calls where its set has something of ours under this number; only its reader entry refers to it."""
     cdef Alone engine
+    cdef Lone lone              # whose data has come; None: it is ends
     cdef int fd
 
-    def __init__(self, Alone engine, int fd):
+    def __init__(self, Alone engine, Lone lone, int fd):
         self.engine = engine
+        self.lone = lone
         self.fd = fd
 
     def __call__(self):
-        self.engine.woken()
+        self.engine.called_by(self.lone)
 
     def __del__(self):
-        if self.engine.alone_number == self.fd:
-            self.engine.number_ended()  # what closes it then: uvloop is not done with it yet
+        if self.fd == (self.engine.ends_number if self.lone is None else self.lone.number):
+            self.engine.number_ended(self.lone)  # what closes it then: uvloop is not done with it yet
         else:
             c_close(self.fd)
 
@@ -122,102 +126,221 @@ cdef class Number:
 cdef class Alone(Owner):
     def __cinit__(self):
         self.alone_after = alone_after
-        self.alone_fd = self.alone_set = self.ends_set = self.look_fd = self.alone_loop_fd = self.alone_number = -1
+        self.alone_set = self.ends_set = self.look_fd = self.alone_loop_fd = self.ends_number = -1
+        self.lones = []
+
+    # --- who is --------------------------------------------------------------
 
     cdef void met(self, Flow stream) noexcept:
-        """A stream gets data, for the first time in this pass; `last_fed` is the one before."""
-        if self.alone is not None:
-            if self.alone is stream:
-                self.company -= self.company > 0
-            else:
-                self.company += COMPANY_COUNTS
-                if self.company > COMPANY_LIMIT:
-                    self.alone_after = min(2 * self.alone_after, ALONE_AFTER_MAX)
-                    self.end_alone()
-        elif self.last_fed != <void*>stream:
-            self.alone_run = 0
-        else:
-            self.alone_run += 1
-            if self.alone_run >= self.alone_after and self.can_watch_alone() and stream.can_be_alone():
-                self.alone = stream
-                self.mark_resync(stream)
+        """A stream gets data, for the first time in this pass."""
+        cdef int i, kept, most
+        if stream.lone is not None:
+            self.company -= self.company > 0
+            return
+        for i in range(self.n_recent):
+            if self.recent[i] == <void*>stream:
+                self.alone_run += 1
+                if (
+                    self.alone_run >= min(self.alone_after * self.n_recent, ALONE_AFTER_MAX)
+                    and self.can_watch_alone() and stream.can_be_alone()
+                ):
+                    self.let_be_alone(stream)
+                return
+        if self.n_alone_now:
+            self.company += COMPANY_COUNTS
+            if self.company > COMPANY_LIMIT:
+                self.alone_after = min(2 * self.alone_after, ALONE_AFTER_MAX)
+                self.end_alone()
+        self.alone_run = 0
+        most = self.most_alone()
+        if self.n_recent >= most:
+            # Those that are alone stay.
+            kept = 0
+            for i in range(self.n_recent):
+                if self.is_alone(self.recent[i]):
+                    self.recent[kept] = self.recent[i]
+                    kept += 1
+            self.n_recent = kept
+        if self.n_recent < most:
+            self.recent[self.n_recent] = <void*>stream
+            self.n_recent += 1
 
-    cdef void watch_alone(self, int fd) noexcept:
+    cdef bint is_alone(self, void* stream) noexcept:
+        for lone in self.lones:
+            if <void*>(<Lone>lone).stream == stream:
+                return True
+        return False
+
+    cdef void let_be_alone(self, Flow stream) noexcept:
+        cdef Lone lone = None
+        for each in self.lones:
+            if (<Lone>each).stream is None:
+                lone = <Lone>each
+        if lone is None:
+            try:
+                lone = Lone()
+                self.lones.append(lone)
+            except MemoryError:
+                return  # another time
+        lone.stream = stream
+        stream.lone = lone
+        self.n_alone_now += 1
+        self.mark_resync(stream)
+
+    cdef void watch_alone(self, Flow stream, int fd) noexcept:
         """Its last read operation has ended: from now on the loop watches it."""
+        cdef Lone lone = stream.lone
         cdef unsigned int events = EPOLLIN | EPOLLRDHUP
         cdef bint watched = False
         cdef bint has_end = False
+        cdef bint by_number = False
         if self.can_watch_alone():
-            self.alone_edge = self.alone.has_edges(&has_end)
-            if self.is_libuv and self.alone_edge and not (self.have_number() and (self.can_look() or not has_end)):
-                self.alone_edge = has_end = False
-            if self.alone_edge:
+            lone.edge = stream.has_edges(&has_end)
+            if self.is_libuv and lone.edge:
+                by_number = self.have_number(lone) and (not has_end or self.can_look() and self.can_tell_ends())
+                if not by_number:
+                    lone.edge = has_end = False
+            if lone.edge:
                 events |= EPOLLET
-            watched = not has_end or self.watch_end(fd)
+            watched = by_number or self.by_wake is None
+            watched = watched and (not has_end or put(self.ends_set, EPOLL_CTL_ADD, fd, EPOLLRDHUP | EPOLLET, fd))
             watched = watched and put(
-                self.set_for_alone(), EPOLL_CTL_ADD, fd, events,
-                self.alone_number if self.is_libuv and self.alone_edge else self.wake_fd,
+                self.set_for(lone), EPOLL_CTL_ADD, fd, events, lone.number if by_number else self.wake_fd
             )
         if watched:
-            self.alone_fd = fd
-            self.passed_over = False
-            self.follow_alone()
-            self.begin(self.alone)
+            lone.fd = fd
+            if not by_number:
+                self.by_wake = lone
+                self.passed_over = False
+                self.follow_alone()
+            self.begin(stream)
         else:
             if self.ends_set >= 0:
                 epoll_ctl(self.ends_set, EPOLL_CTL_DEL, fd, NULL)
             self.alone_after = ALONE_AFTER_MAX
-            self.end_alone()
+            self.leave_alone(stream)
 
-    cdef bint watch_end(self, int fd) noexcept:
-        if self.ends_set < 0:
-            self.ends_set = self.set_in_loop(EPOLLIN | EPOLLET)
-        return put(self.ends_set, EPOLL_CTL_ADD, fd, EPOLLRDHUP | EPOLLET, fd)
+    cdef void leave_alone(self, Flow stream) noexcept:
+        cdef Lone lone = stream.lone
+        cdef int fd = lone.fd
+        cdef int i
+        cdef bint by_number = lone is not self.by_wake
+        stream.lone = None
+        lone.stream = None
+        lone.fd = -1
+        lone.readable = lone.again = lone.looking = lone.to_look = False
+        self.n_alone_now -= 1
+        for i in range(self.n_recent):
+            if self.recent[i] == <void*>stream:
+                self.n_recent -= 1
+                self.recent[i] = self.recent[self.n_recent]
+                break
+        self.alone_run = self.company = 0
+        if fd >= 0:
+            if not by_number:
+                self.by_wake = None
+            # (In a forked child, and once the loop is closed, the set is not ours any more.)
+            if not self.forked() and not self.loop_is_closed():
+                if self.ends_set >= 0:
+                    epoll_ctl(self.ends_set, EPOLL_CTL_DEL, fd, NULL)
+                if epoll_ctl(self.set_for(lone), EPOLL_CTL_DEL, fd, NULL) < 0:
+                    # Somebody has closed the number, not knowing whose it is, and a duplicate may keep the entry:
+                    # what libuv's set tells of that is still ours to hear.
+                    if by_number and not lone.number_has_ended:
+                        lone.number = -1
+                    self.end_alone()
+                    self.drop_alone_sets()
+                self.follow_alone()
+            self.end(stream)
+        self.mark_resync(stream)
 
-    cdef int set_for_alone(self) noexcept:
+    cdef void end_alone(self) noexcept:
+        """Nobody is alone any more."""
+        if self.n_alone_now:
+            for lone in self.lones:
+                stream = (<Lone>lone).stream
+                if stream is not None:
+                    self.leave_alone(<Flow>stream)
+        self.n_recent = self.alone_run = self.company = 0
+
+    cdef void edges_failed(self) noexcept:
+        """A look has found something."""
+        self.alone_after = ALONE_AFTER_MAX
+        self.end_alone()
+
+    # --- where it is watched ---------------------------------------------------
+
+    cdef int set_for(self, Lone lone) noexcept:
         """The loop's epoll set, or on libuv, level-triggered, one of ours in it."""
-        if self.alone_edge or not self.is_libuv:
+        if lone.edge or not self.is_libuv:
             return self.loops_set()
         if self.alone_set < 0:
-            self.alone_set = self.set_in_loop(EPOLLIN)
+            self.alone_set = self.set_in_loop(EPOLLIN, self.wake_fd)
         return self.alone_set
 
-    cdef bint have_number(self) noexcept:
-        """Have a number for it."""
-        cdef int fd
-        if self.number_has_ended:
-            self.drop_number()
-        if self.alone_number < 0:
-            fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-            if fd < 0:
-                return False
-            try:
-                number = Number(self, fd)
-            except MemoryError:
-                c_close(fd)
-                return False
-            if self.read_by_loop(fd, number):
-                self.alone_number = fd
-        return self.alone_number >= 0
+    cdef int loops_set(self) noexcept:
+        if self.alone_loop_fd < 0:
+            self.alone_loop_fd = self.loop_epoll_fd
+        return self.alone_loop_fd
 
-    cdef void number_ended(self) noexcept:
+    cdef int set_in_loop(self, unsigned int events, int number) noexcept:
+        """A new set, which the loop watches; -1: not to be had."""
+        cdef int made = epoll_create1(EPOLL_CLOEXEC)
+        if made >= 0 and not put(self.loops_set(), EPOLL_CTL_ADD, made, events, number):
+            c_close(made)
+            made = -1
+        return made
+
+    cdef bint can_tell_ends(self) noexcept:
+        """Have a set that tells of ends."""
+        if self.ends_set < 0:
+            if self.ends_number < 0:
+                self.ends_number = self.make_number(None)
+            if self.ends_number >= 0:
+                self.ends_set = self.set_in_loop(EPOLLIN | EPOLLET, self.ends_number)
+        return self.ends_set >= 0
+
+    cdef bint have_number(self, Lone lone) noexcept:
+        """Have a number for it."""
+        if lone.number_has_ended:
+            self.drop_number(lone)
+        if lone.number < 0:
+            lone.number = self.make_number(lone)
+        return lone.number >= 0
+
+    cdef int make_number(self, Lone lone) noexcept:
+        """-1: not to be had."""
+        cdef int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if fd < 0:
+            return -1
+        try:
+            number = Number(self, lone, fd)
+        except MemoryError:
+            c_close(fd)
+            return -1
+        return fd if self.read_by_loop(fd, number) else -1
+
+    cdef void number_ended(self, Lone lone) noexcept:
         """The loop has forgotten its reader: an error has ended libuv's watch, or the loop itself is at its end."""
         cdef pollfd state
-        self.number_has_ended = True
-        if self.alone_fd >= 0 and self.alone_edge and self.usable() and self.on_own_thread():
-            state.fd = self.alone_fd
+        if lone is None:
+            self.ends_number_has_ended = True
+            return
+        lone.number_has_ended = True
+        if lone.fd >= 0 and lone is not self.by_wake and self.usable() and self.on_own_thread():
+            state.fd = lone.fd
             state.events = 0
             if poll(&state, 1, 0) > 0 and state.revents & POLLHUP:
-                self.end_alone()  # a reset, which the next read meets
+                self.leave_alone(lone.stream)  # a reset, which the next read meets
             else:
                 self.edges_failed()  # an error that it might have again, the queue of errors
             self.need_pass()
 
-    cdef void drop_number(self) noexcept:
-        cdef int fd = self.alone_number
-        cdef bint ended = self.number_has_ended
-        self.alone_number = -1
-        self.number_has_ended = False
+    cdef void drop_number(self, Lone lone) noexcept:
+        cdef int fd = lone.number
+        cdef bint ended = lone.number_has_ended
+        lone.number = -1
+        lone.number_has_ended = False
         if fd >= 0:
             self.not_read_by_loop(fd)
             if ended:
@@ -245,24 +368,19 @@ cdef class Alone(Owner):
             except BaseException:
                 pass
 
-    cdef int loops_set(self) noexcept:
-        if self.alone_loop_fd < 0:
-            self.alone_loop_fd = self.loop_epoll_fd
-        return self.alone_loop_fd
-
-    cdef int set_in_loop(self, unsigned int events) noexcept:
-        """A new set, which the loop watches under our number; -1: not to be had."""
-        cdef int made = epoll_create1(EPOLL_CLOEXEC)
-        if made >= 0 and not put(self.loops_set(), EPOLL_CTL_ADD, made, events, self.wake_fd):
-            c_close(made)
-            made = -1
-        return made
-
     cdef void drop_alone_sets(self) noexcept:
+        """Nobody is alone, and what that took is not kept."""
+        cdef int fd = self.ends_number
         self.drop_set(self.alone_set)
         self.drop_set(self.ends_set)
-        self.alone_set = self.ends_set = -1
-        self.drop_number()
+        self.alone_set = self.ends_set = self.ends_number = -1
+        if fd >= 0:
+            self.not_read_by_loop(fd)
+            if self.ends_number_has_ended:
+                c_close(fd)
+            self.ends_number_has_ended = False
+        for lone in self.lones:
+            self.drop_number(<Lone>lone)
         self.end_looks()
 
     cdef void drop_set(self, int fd) noexcept:
@@ -271,30 +389,61 @@ cdef class Alone(Owner):
                 epoll_ctl(self.alone_loop_fd, EPOLL_CTL_DEL, fd, NULL)  # a child may keep the descriptor
             c_close(fd)
 
+    cdef bint loop_is_closed(self) noexcept:
+        try:
+            return self.loop.is_closed()
+        except BaseException:
+            return True
+
+    # --- what has come ---------------------------------------------------------
+
+    cdef int called_by(self, Lone lone) except -1:
+        """libuv's set has data of it; None: the end of one of them."""
+        if self.forked():
+            return 0  # a child that runs its parent's loop: the wake is the parent's
+        self.n_wakes += 1
+        self.check()
+        if lone is not None:
+            if lone.fd >= 0:
+                self.spare_others()
+                self.wake_one(lone)
+        else:
+            self.tell_all()
+        if not self.flush_scheduled:
+            self.run_outside_context()
+        return 0
+
     cdef void wake_alone(self, bint others) noexcept:
-        """Before a pass, the wake being for it or for the others, who have something for sure (`others`) or not.
+        """Before a pass, the wake being for `by_wake` or for the others, who have something for sure or not (`others`).
 
         Where it would be told again it is not read if they have, or every other time if they have it all the time.
         """
-        if others and not self.passed_over and not self.alone_edge:
+        if others and not self.passed_over and not self.by_wake.edge:
             self.passed_over = True
             return
-        self.passed_over = self.looking = False
+        self.passed_over = False
+        self.wake_one(self.by_wake)
+
+    cdef void wake_one(self, Lone lone) noexcept:
+        lone.looking = False
+        lone.n_wakes += 1
         self.n_alone += 1
-        self.tell_alone()
-        if not self.look_is_set and self.alone_edge and self.look_fd >= 0:
-            self.set_look(LOOK_MS)
+        self.tell(lone)
+        if lone.edge and self.look_fd >= 0:
+            lone.to_look = True
+            if not self.look_is_set:
+                self.set_look(LOOK_MS)
 
-    cdef void tell_alone(self) noexcept:
+    cdef void tell(self, Lone lone) noexcept:
         """The pass that follows is to read it."""
-        if self.alone.on_readable():
-            self.alone_again = True  # one of these was for the end, it may be
-        self.alone_readable = True
+        if lone.stream.on_readable():
+            lone.again = True  # one of these was for the end, it may be
+        lone.readable = self.alone_readable = True
 
-    cdef void edges_failed(self) noexcept:
-        """A look has found something."""
-        self.alone_after = ALONE_AFTER_MAX
-        self.end_alone()
+    cdef void tell_all(self) noexcept:
+        for lone in self.lones:
+            if (<Lone>lone).fd >= 0:
+                self.tell(<Lone>lone)
 
     cdef bint can_look(self) noexcept:
         """Have a timer for looks."""
@@ -313,21 +462,28 @@ cdef class Alone(Owner):
         memset(&times, 0, sizeof(times))
         times.it_value.tv_nsec = times.it_interval.tv_nsec = ms * 1000000
         self.look_is_set = timerfd_settime(self.look_fd, 0, &times, NULL) == 0 and ms > 0
-        self.n_alone_before = self.n_alone
 
     def _look(self):
         cdef unsigned long long times
+        cdef bint goes_on = False
+        cdef Lone lone
         if self.look_fd < 0 or self.forked():
             return
         c_read(self.look_fd, &times, sizeof(times))
-        if self.alone_fd >= 0 and self.n_alone != self.n_alone_before:
-            self.n_alone_before = self.n_alone
-            return
-        self.set_look(0)
-        if self.alone_fd >= 0 and self.usable():
-            self.looking = self.alone_again = True
-            self.tell_alone()
-            self.need_pass()
+        for lone in self.lones:
+            if not lone.to_look:
+                continue
+            if lone.n_wakes != lone.n_wakes_before:
+                lone.n_wakes_before = lone.n_wakes
+                goes_on = True
+                continue
+            lone.to_look = False
+            if lone.fd >= 0 and self.usable():
+                lone.looking = lone.again = True
+                self.tell(lone)
+                self.need_pass()
+        if not goes_on:
+            self.set_look(0)
 
     cdef void end_looks(self) noexcept:
         if self.look_fd >= 0:
@@ -343,43 +499,20 @@ cdef class Alone(Owner):
             if self.look_is_set:
                 self.set_look(0)
 
-    cdef void end_alone(self) noexcept:
-        stream = self.alone
-        if stream is None:
-            return
-        self.alone = None
-        self.alone_run = self.company = 0
-        self.alone_readable = self.alone_again = self.looking = False
-        if self.alone_fd >= 0:
-            fd = self.alone_fd
-            self.alone_fd = -1
-            # (In a forked child, and once the loop is closed, the set is not ours any more.)
-            if not self.forked() and not self.loop_is_closed():
-                if self.ends_set >= 0:
-                    epoll_ctl(self.ends_set, EPOLL_CTL_DEL, fd, NULL)
-                if epoll_ctl(self.set_for_alone(), EPOLL_CTL_DEL, fd, NULL) < 0:
-                    # Somebody has closed the number, not knowing whose it is, and a duplicate may keep the entry:
-                    # what libuv's set tells of that is still ours to hear.
-                    if self.alone_edge and not self.number_has_ended:
-                        self.alone_number = -1
-                    self.drop_alone_sets()
-                self.follow_alone()
-            self.end(stream)
-        self.mark_resync(stream)
-
-    cdef bint loop_is_closed(self) noexcept:
-        try:
-            return self.loop.is_closed()
-        except BaseException:
-            return True
-
     # --- what engines implement ------------------------------------------------
 
     cdef bint can_watch_alone(self) noexcept:
         return False
 
+    cdef int most_alone(self) noexcept:
+        """So many may be alone together, at most MOST_ALONE."""
+        return 1
+
     cdef void follow_alone(self) noexcept:
-        """The loop has begun to watch it, or has ceased to (`alone_fd`)."""
+        """The loop has begun to watch `by_wake`, or has ceased to."""
+
+    cdef void spare_others(self) noexcept:
+        """This wake is not for them."""
 
     cdef void mark_resync(self, Flow stream) noexcept:
         pass

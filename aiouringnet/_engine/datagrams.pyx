@@ -80,7 +80,7 @@ cdef class Datagrams(DatagramOutput):
     cdef bint on_readable(self) noexcept:
         self.readable = True
         # (No second event says so when it is another pass' turn.)
-        if not self.over_budget and not self.resyncing and self.engine.alone is not self:
+        if not self.over_budget and not self.resyncing and self.lone is None:
             self.read()
         return False
 
@@ -306,9 +306,9 @@ cdef class Datagrams(DatagramOutput):
         cdef Engine engine = self.engine
         cdef unsigned int want = 0
         cdef int error
-        if engine.alone is self and not self.reading:
-            engine.end_alone()
-        if self.reading and engine.alone is not self:
+        if self.lone is not None and not self.reading:
+            engine.leave_alone(self)
+        if self.reading and self.lone is None:
             want = EPOLLIN | EPOLLET
         if self.waiting == FOR_ROOM:
             want |= EPOLLOUT | EPOLLET
@@ -319,14 +319,14 @@ cdef class Datagrams(DatagramOutput):
             # A limit of the system's (epoll_ctl(2)): where nothing tells of it, it is asked now and then.
             if self.waiting == FOR_ROOM:
                 self.wait_some_time()
-            if self.reading and not self.watched & EPOLLIN and engine.alone is not self:
+            if self.reading and not self.watched & EPOLLIN and self.lone is None:
                 engine.call_later(WATCH_AGAIN_S, method(self, "_watch_again"))
                 self.fail(error)
         elif error:
             self.waiting = NOT_WAITING
             self.fail(error)
-        if engine.alone is self and engine.alone_fd < 0:
-            engine.watch_alone(self.fd)
+        if self.lone is not None and self.lone.fd < 0:
+            engine.watch_alone(self, self.fd)
 
     def _watch_again(self):
         if self.reading and self.engine.usable():
@@ -342,13 +342,13 @@ cdef class Datagrams(DatagramOutput):
             self.on_readable()
 
     cdef void cancel_all(self) noexcept:
-        if self.engine.alone is self:
-            self.engine.end_alone()
+        if self.lone is not None:
+            self.engine.leave_alone(self)
         self.engine.watch_for(self, self.fd, 0)
 
     cdef void let_go(self) noexcept:
         """End the operations that hold the descriptor's file, at once."""
         self.waiting = NOT_WAITING
-        if self.engine.alone is self:
-            self.engine.end_alone()
+        if self.lone is not None:
+            self.engine.leave_alone(self)
         self.engine.watch_for(self, self.fd, 0)

@@ -20,7 +20,7 @@ from libc.stdlib cimport free
 
 from aiouringnet._engine.descriptors cimport Descriptors, SharedDescriptors
 from aiouringnet._engine.gathering cimport Gathering
-from aiouringnet._engine.interface cimport Flow, Handle, Layer, Sink
+from aiouringnet._engine.interface cimport Flow, Handle, Layer, Lone, Sink
 from aiouringnet._engine.loop cimport airn_context, airn_monotonic_ns, airn_show_flag, current_thread, fork_generation
 from aiouringnet._engine.ownership cimport airn_append
 from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
@@ -413,8 +413,11 @@ cdef class Engine(Gathering):
         cdef Py_ssize_t i
         if self.alone_readable:
             self.alone_readable = False
-            stream = self.alone
-            if stream is not None:
+            for lone in self.lones:
+                stream = (<Lone>lone).stream
+                if not (<Lone>lone).readable or stream is None:
+                    continue
+                (<Lone>lone).readable = False
                 stream.resync()
                 if self.forked():
                     return
@@ -446,8 +449,7 @@ cdef class Engine(Gathering):
             # Even if it is scheduled: an interrupt may have taken that callback with it.
             self.schedule()
             self.others_ready = True
-            if self.alone_fd >= 0:
-                self.tell_alone()
+            self.tell_all()
 
     def flush(self):
         """Send what is queued now, as far as the sockets take it.

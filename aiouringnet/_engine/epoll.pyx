@@ -10,6 +10,7 @@ is empty, and what it leaves behind (budget spent, reading stopped) is kept in
 mind by the stream.  Changing a registration reports readiness anew.
 """
 
+from aiouringnet._engine.alone cimport MOST_ALONE
 from aiouringnet._engine.connection cimport Connection
 from aiouringnet._engine.datagrams cimport Datagrams
 from aiouringnet._engine.engine cimport Engine
@@ -34,7 +35,7 @@ cdef class Epoll(Engine):
     cdef void on_wake(self) noexcept:
         if not self.wake_tuned:
             self.tune_wake()
-        if self.alone_fd >= 0:
+        if self.by_wake is not None:
             self.wake_alone(False)
             self.spares_fetch = True
 
@@ -44,7 +45,13 @@ cdef class Epoll(Engine):
     cdef void follow_alone(self) noexcept:
         # Level-triggered meanwhile: not every wake fetches events.
         if self.loop_epoll_fd >= 0:
-            self.trigger_by(self.loop_epoll_fd, EPOLLIN if self.alone_fd >= 0 else EPOLLIN | EPOLLET)
+            self.trigger_by(self.loop_epoll_fd, EPOLLIN if self.by_wake is not None else EPOLLIN | EPOLLET)
+
+    cdef int most_alone(self) noexcept:
+        return MOST_ALONE if self.is_libuv else 1
+
+    cdef void spare_others(self) noexcept:
+        self.spares_fetch = True
 
     cdef void work(self) noexcept:
         self.work_without_ring()

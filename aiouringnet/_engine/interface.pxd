@@ -67,6 +67,24 @@ cdef class Handle:
     cdef void cancel_operations(self) noexcept
 
 
+cdef class Flow
+
+
+# What is known of a stream that is alone: alone.pyx
+cdef class Lone:
+    cdef Flow stream                # None: the place is free
+    cdef int fd                     # its descriptor, once the loop watches it, else -1
+    cdef int number                 # on libuv, edge-triggered, what its set calls it, -1: not made
+    cdef flag number_has_ended      # libuv does not watch that any more
+    cdef flag edge                  # it is watched edge-triggered
+    cdef flag readable              # the pass that comes is to read it
+    cdef flag again                 # a short read does not mean that its socket is empty, until one finds it so
+    cdef flag to_look               # when traffic has stopped it is looked at
+    cdef flag looking               # and for that it is read now
+    cdef unsigned long long n_wakes
+    cdef unsigned long long n_wakes_before  # when the timer was looked at
+
+
 # What a pass knows of a stream: what it is there for, and its share of the pass.
 cdef class Flow(Handle):
     # (Eight bytes of flags here: those of a stream are spread over its bases so that none is padded.)
@@ -80,6 +98,7 @@ cdef class Flow(Handle):
     cdef unsigned int taken_in      # the pass in which `taken` bytes were delivered
     cdef unsigned int taken
     cdef long long burst_ns         # when the first of the last writes that left at once was made
+    cdef Lone lone                  # None: it is not alone
 
     # It was dirty: what was written until now is to go
     cdef void flush(self) noexcept

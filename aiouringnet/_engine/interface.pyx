@@ -36,6 +36,11 @@ cdef class Handle:
         pass
 
 
+cdef class Lone:
+    def __cinit__(self):
+        self.fd = self.number = -1
+
+
 cdef class Flow(Handle):
     cdef void flush(self) noexcept:
         pass

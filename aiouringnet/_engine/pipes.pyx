@@ -104,7 +104,7 @@ cdef class End:
         cdef Py_ssize_t size, n, total = 0
         cdef int error
         # Where the loop watches it, level-triggered, what is left is told again.
-        cdef bint told_again = engine.alone is pipe and engine.alone_fd >= 0
+        cdef bint told_again = pipe.lone is not None and pipe.lone.fd >= 0
         cdef bint asks = False, more
         pipe.readable = False
         while pipe.reading and not engine.forked():

@@ -28,7 +28,7 @@ from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, errno
 from libc.string cimport memset
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.interface cimport END_TOLD, EOF_HELD, IS_PROMPT_TCP, IS_UNIX, LONG_BYTES, Room, Sink
+from aiouringnet._engine.interface cimport END_TOLD, EOF_HELD, IS_PROMPT_TCP, IS_UNIX, LONG_BYTES, Lone, Room, Sink
 from aiouringnet._engine.output cimport iovec, msghdr, Output, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLIN, POLLPRI, POLLRDHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
@@ -209,13 +209,12 @@ cdef class Stream(Output):
         cdef char byte
         cdef int error
         cdef bint until_eagain = self.until_eagain
-        cdef bint alone = engine.alone is self and engine.alone_fd >= 0
+        cdef Lone lone = self.lone
+        cdef bint alone = lone is not None and lone.fd >= 0
         cdef bint tells = self.is_unix and not alone and not until_eagain
         if alone:
             # Watched level-triggered: what is left is told again.  Else a look finds it, if its timer could be set.
-            until_eagain = engine.alone_edge and (
-                engine.alone_again or not engine.look_is_set or until_eagain and self.tcp
-            )
+            until_eagain = lone.edge and (lone.again or not engine.look_is_set or until_eagain and self.tcp)
         self.readable = False
         if self.reading and sink.reads_itself:
             error = sink.on_readable()
@@ -251,7 +250,7 @@ cdef class Stream(Output):
                     total += n
                     engine.n_bytes_in += n
                     engine.account(self, n)
-                    if alone and engine.looking:
+                    if alone and lone.looking:
                         engine.edges_failed()
                     # Stays set when the sink stops reading now.
                     self.readable = n == size or until_eagain
@@ -266,7 +265,7 @@ cdef class Stream(Output):
                 continue
             self.readable = False
             if alone:
-                engine.alone_again = engine.looking = False
+                lone.again = lone.looking = False
             if n == 0:
                 self.deliver_end(EOF_HELD)
             elif error != EAGAIN:
@@ -352,11 +351,11 @@ cdef class Stream(Output):
         cdef Engine engine = self.engine
         if self.closed:
             return
-        if engine.alone is self and not (self.reading and self.end == 0):
-            engine.end_alone()
+        if self.lone is not None and not (self.reading and self.end == 0):
+            engine.leave_alone(self)
         self.sync_watch()
-        if engine.alone is self and engine.alone_fd < 0:
-            engine.watch_alone(self.fd)
+        if self.lone is not None and self.lone.fd < 0:
+            engine.watch_alone(self, self.fd)
         if self.reading and self.readable and not self.over_budget:
             self.read()
 
@@ -364,7 +363,7 @@ cdef class Stream(Output):
         """Make the events that are watched for those that are wanted."""
         cdef unsigned int want = 0
         cdef int error
-        if self.reading and self.end == 0 and self.engine.alone is not self:
+        if self.reading and self.end == 0 and self.lone is None:
             want = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
         if self.sending:
             want |= EPOLLOUT | EPOLLET
@@ -405,13 +404,13 @@ cdef class Stream(Output):
     cdef void cancel_all(self) noexcept:
         self.end_send()
         self.discard_output()
-        if self.engine.alone is self:
-            self.engine.end_alone()
+        if self.lone is not None:
+            self.engine.leave_alone(self)
         self.engine.watch_for(self, self.fd, 0)
 
     cdef void let_go(self) noexcept:
         """End the operations that hold the descriptor's file, at once."""
         self.end_send()
-        if self.engine.alone is self:
-            self.engine.end_alone()
+        if self.lone is not None:
+            self.engine.leave_alone(self)
         self.engine.watch_for(self, self.fd, 0)

@@ -26,17 +26,17 @@ cdef class RingDatagrams(Datagrams):
         if self.closed:
             self.cancel_all()
             return
-        if engine.alone is self and not self.reading:
-            engine.end_alone()
-        alone = engine.alone is self
+        if self.lone is not None and not self.reading:
+            engine.leave_alone(self)
+        alone = self.lone is not None
         if self.polling == POLLING and (alone or not self.reading):
             if engine.cancel(self, TAG_POLL, &engine.ring):
                 self.polling = POLL_ENDING
             else:
                 engine.mark_resync(self)
         elif self.polling == NOT_POLLING and alone:
-            if engine.alone_fd < 0:
-                engine.watch_alone(self.fd)
+            if self.lone.fd < 0:
+                engine.watch_alone(self, self.fd)
         elif self.polling == NOT_POLLING and self.reading:
             sqe = engine.get_sqe(&engine.ring)
             if sqe == NULL:
@@ -88,8 +88,8 @@ cdef class RingDatagrams(Datagrams):
         cdef Queues engine = <Queues>self.engine
         cdef bint asked = False
         cdef bint ended = True
-        if engine.alone is self:
-            engine.end_alone()
+        if self.lone is not None:
+            engine.leave_alone(self)
         if engine.closed:
             return
         if engine.readiness is not None:

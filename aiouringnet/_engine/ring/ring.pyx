@@ -170,7 +170,7 @@ cdef class Ring(Waiting):
             c_read(self.event_fd, &value, sizeof(value))
             if not self.wake_tuned:
                 self.tune_wake()
-        if self.alone_fd >= 0:
+        if self.by_wake is not None:
             self.wake_alone(self.pending())
 
     cdef void alarm(self) noexcept:

@@ -83,9 +83,9 @@ cdef class RingStream(Gated):
         if self.closed:
             self.cancel_all()
             return
-        if engine.alone is self and not (self.reading and self.end == 0):
-            engine.end_alone()
-        alone = engine.alone is self
+        if self.lone is not None and not (self.reading and self.end == 0):
+            engine.leave_alone(self)
+        alone = self.lone is not None
         if self.reading and self.end == 0 and not alone:
             want = TAG_POLL if self.bulk or self.sink.reads_itself else TAG_RECV
         if self.read_tag:
@@ -214,12 +214,12 @@ cdef class RingStream(Gated):
 
     cdef void read_alone(self) noexcept:
         cdef Queues engine = <Queues>self.engine
-        if engine.alone_fd < 0:
-            engine.watch_alone(self.fd)
+        if self.lone.fd < 0:
+            engine.watch_alone(self, self.fd)
         elif self.readable and not self.over_budget:
             self.read_bulk()
-            if engine.alone is self and not (self.reading and self.end == 0):
-                engine.end_alone()
+            if self.lone is not None and not (self.reading and self.end == 0):
+                engine.leave_alone(self)
 
     cdef void on_read_ended(self, int result) noexcept:
         """The read operation's final completion."""
@@ -399,8 +399,8 @@ cdef class RingStream(Gated):
         """Cancel what is in flight; called again in the next pass until the kernel has taken it."""
         cdef Queues engine = <Queues>self.engine
         cdef bint asked = False
-        if engine.alone is self:
-            engine.end_alone()
+        if self.lone is not None:
+            engine.leave_alone(self)
         if engine.closed:
             return
         if engine.readiness is not None:
