@@ -30,6 +30,7 @@ cdef class Alone(Owner):
 
     cdef void met(self, Flow stream) noexcept
     cdef bint is_alone(self, void* stream) noexcept
+    cdef Lone lone_of(self, Flow stream)
     cdef void let_be_alone(self, Flow stream) noexcept
     cdef void watch_alone(self, Flow stream, int fd) noexcept
     cdef void leave_alone(self, Flow stream) noexcept

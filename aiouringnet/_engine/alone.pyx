@@ -43,7 +43,7 @@ not even at the end.
 
 from libc.string cimport memset
 
-from aiouringnet._engine.interface cimport Flow, Lone
+from aiouringnet._engine.interface cimport ALONE, Flow, Lone, NOT_ALONE, WATCHED_ALONE
 from aiouringnet._engine.ownership cimport Owner
 from aiouringnet._engine.poll cimport POLLHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN, EPOLLRDHUP, epoll_event
@@ -134,7 +134,7 @@ cdef class Alone(Owner):
     cdef void met(self, Flow stream) noexcept:
         """A stream gets data, for the first time in this pass."""
         cdef int i, kept, most
-        if stream.lone is not None:
+        if stream.alone:
             self.company -= self.company > 0
             return
         for i in range(self.n_recent):
@@ -171,6 +171,12 @@ cdef class Alone(Owner):
                 return True
         return False
 
+    cdef Lone lone_of(self, Flow stream):
+        """Of one that is alone."""
+        for lone in self.lones:
+            if (<Lone>lone).stream is stream:
+                return <Lone>lone
+
     cdef void let_be_alone(self, Flow stream) noexcept:
         cdef Lone lone = None
         for each in self.lones:
@@ -183,13 +189,13 @@ cdef class Alone(Owner):
             except MemoryError:
                 return  # another time
         lone.stream = stream
-        stream.lone = lone
+        stream.alone = ALONE
         self.n_alone_now += 1
         self.mark_resync(stream)
 
     cdef void watch_alone(self, Flow stream, int fd) noexcept:
         """Its last read operation has ended: from now on the loop watches it."""
-        cdef Lone lone = stream.lone
+        cdef Lone lone = self.lone_of(stream)
         cdef unsigned int events = EPOLLIN | EPOLLRDHUP
         cdef bint watched = False
         cdef bint has_end = False
@@ -208,6 +214,7 @@ cdef class Alone(Owner):
                 self.set_for(lone), EPOLL_CTL_ADD, fd, events, lone.number if by_number else self.wake_fd
             )
         if watched:
+            stream.alone = WATCHED_ALONE
             lone.fd = fd
             if not by_number:
                 self.by_wake = lone
@@ -221,11 +228,11 @@ cdef class Alone(Owner):
             self.leave_alone(stream)
 
     cdef void leave_alone(self, Flow stream) noexcept:
-        cdef Lone lone = stream.lone
+        cdef Lone lone = self.lone_of(stream)
         cdef int fd = lone.fd
         cdef int i
         cdef bint by_number = lone is not self.by_wake
-        stream.lone = None
+        stream.alone = NOT_ALONE
         lone.stream = None
         lone.fd = -1
         lone.readable = lone.again = lone.looking = lone.to_look = False

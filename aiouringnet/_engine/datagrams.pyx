@@ -18,6 +18,7 @@ from libc.errno cimport EAGAIN, EBADF, EINTR, ENOMEM, ENOSPC, ENOTSOCK
 from aiouringnet._engine.datagram_area cimport Area
 from aiouringnet._engine.datagram_output cimport DatagramOutput, DatagramSink, FOR_ROOM, NOT_WAITING
 from aiouringnet._engine.engine cimport Engine
+from aiouringnet._engine.interface cimport ALONE
 from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT
 from aiouringnet._engine.scarcity cimport method
 
@@ -80,7 +81,7 @@ cdef class Datagrams(DatagramOutput):
     cdef bint on_readable(self) noexcept:
         self.readable = True
         # (No second event says so when it is another pass' turn.)
-        if not self.over_budget and not self.resyncing and self.lone is None:
+        if not self.over_budget and not self.resyncing and not self.alone:
             self.read()
         return False
 
@@ -306,9 +307,9 @@ cdef class Datagrams(DatagramOutput):
         cdef Engine engine = self.engine
         cdef unsigned int want = 0
         cdef int error
-        if self.lone is not None and not self.reading:
+        if self.alone and not self.reading:
             engine.leave_alone(self)
-        if self.reading and self.lone is None:
+        if self.reading and not self.alone:
             want = EPOLLIN | EPOLLET
         if self.waiting == FOR_ROOM:
             want |= EPOLLOUT | EPOLLET
@@ -319,13 +320,13 @@ cdef class Datagrams(DatagramOutput):
             # A limit of the system's (epoll_ctl(2)): where nothing tells of it, it is asked now and then.
             if self.waiting == FOR_ROOM:
                 self.wait_some_time()
-            if self.reading and not self.watched & EPOLLIN and self.lone is None:
+            if self.reading and not self.watched & EPOLLIN and not self.alone:
                 engine.call_later(WATCH_AGAIN_S, method(self, "_watch_again"))
                 self.fail(error)
         elif error:
             self.waiting = NOT_WAITING
             self.fail(error)
-        if self.lone is not None and self.lone.fd < 0:
+        if self.alone == ALONE:
             engine.watch_alone(self, self.fd)
 
     def _watch_again(self):
@@ -342,13 +343,13 @@ cdef class Datagrams(DatagramOutput):
             self.on_readable()
 
     cdef void cancel_all(self) noexcept:
-        if self.lone is not None:
+        if self.alone:
             self.engine.leave_alone(self)
         self.engine.watch_for(self, self.fd, 0)
 
     cdef void let_go(self) noexcept:
         """End the operations that hold the descriptor's file, at once."""
         self.waiting = NOT_WAITING
-        if self.lone is not None:
+        if self.alone:
             self.engine.leave_alone(self)
         self.engine.watch_for(self, self.fd, 0)

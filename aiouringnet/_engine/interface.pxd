@@ -23,6 +23,13 @@ cdef enum:
     LONG_BATCH = 16     # datagrams of one call
 
 
+# Whether a stream is alone, and the loop watches it already: alone.pyx.
+cdef enum:
+    NOT_ALONE
+    ALONE
+    WATCHED_ALONE
+
+
 # A bint of one byte, for what programs have ten thousands of.
 ctypedef unsigned char flag
 
@@ -93,12 +100,12 @@ cdef class Flow(Handle):
     cdef flag closed                # close() was called: nothing is delivered, nor sent
     cdef flag resyncing             # in engine.resync
     cdef flag dirty                 # in engine.dirty
+    cdef flag alone                 # or NOT_ALONE
     cdef flag over_budget           # it has used up its read_budget of this pass: in engine.over_budget
     cdef unsigned char written      # writes that left at once since burst_ns
     cdef unsigned int taken_in      # the pass in which `taken` bytes were delivered
     cdef unsigned int taken
     cdef long long burst_ns         # when the first of the last writes that left at once was made
-    cdef Lone lone                  # None: it is not alone
 
     # It was dirty: what was written until now is to go
     cdef void flush(self) noexcept

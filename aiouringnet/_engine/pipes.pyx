@@ -25,7 +25,7 @@ from posix.fcntl cimport fcntl
 from posix.stat cimport S_ISFIFO, fstat, struct_stat
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.interface cimport EOF_HELD, Room, Send, Sink
+from aiouringnet._engine.interface cimport EOF_HELD, Room, Send, Sink, WATCHED_ALONE
 from aiouringnet._engine.output cimport Output
 from aiouringnet._engine.poll cimport POLLIN, POLLRDHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLET, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
@@ -104,7 +104,7 @@ cdef class End:
         cdef Py_ssize_t size, n, total = 0
         cdef int error
         # Where the loop watches it, level-triggered, what is left is told again.
-        cdef bint told_again = pipe.lone is not None and pipe.lone.fd >= 0
+        cdef bint told_again = pipe.alone == WATCHED_ALONE
         cdef bint asks = False, more
         pipe.readable = False
         while pipe.reading and not engine.forked():

@@ -28,7 +28,9 @@ from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, errno
 from libc.string cimport memset
 
 from aiouringnet._engine.engine cimport Engine
-from aiouringnet._engine.interface cimport END_TOLD, EOF_HELD, IS_PROMPT_TCP, IS_UNIX, LONG_BYTES, Lone, Room, Sink
+from aiouringnet._engine.interface cimport (
+    ALONE, END_TOLD, EOF_HELD, IS_PROMPT_TCP, IS_UNIX, LONG_BYTES, Lone, Room, Sink, WATCHED_ALONE
+)
 from aiouringnet._engine.output cimport iovec, msghdr, Output, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLIN, POLLPRI, POLLRDHUP, poll, pollfd
 from aiouringnet._engine.readiness cimport EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
@@ -209,8 +211,8 @@ cdef class Stream(Output):
         cdef char byte
         cdef int error
         cdef bint until_eagain = self.until_eagain
-        cdef Lone lone = self.lone
-        cdef bint alone = lone is not None and lone.fd >= 0
+        cdef bint alone = self.alone == WATCHED_ALONE
+        cdef Lone lone = engine.lone_of(self) if alone else None
         cdef bint tells = self.is_unix and not alone and not until_eagain
         if alone:
             # Watched level-triggered: what is left is told again.  Else a look finds it, if its timer could be set.
@@ -351,10 +353,10 @@ cdef class Stream(Output):
         cdef Engine engine = self.engine
         if self.closed:
             return
-        if self.lone is not None and not (self.reading and self.end == 0):
+        if self.alone and not (self.reading and self.end == 0):
             engine.leave_alone(self)
         self.sync_watch()
-        if self.lone is not None and self.lone.fd < 0:
+        if self.alone == ALONE:
             engine.watch_alone(self, self.fd)
         if self.reading and self.readable and not self.over_budget:
             self.read()
@@ -363,7 +365,7 @@ cdef class Stream(Output):
         """Make the events that are watched for those that are wanted."""
         cdef unsigned int want = 0
         cdef int error
-        if self.reading and self.end == 0 and self.lone is None:
+        if self.reading and self.end == 0 and not self.alone:
             want = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET
         if self.sending:
             want |= EPOLLOUT | EPOLLET
@@ -404,13 +406,13 @@ cdef class Stream(Output):
     cdef void cancel_all(self) noexcept:
         self.end_send()
         self.discard_output()
-        if self.lone is not None:
+        if self.alone:
             self.engine.leave_alone(self)
         self.engine.watch_for(self, self.fd, 0)
 
     cdef void let_go(self) noexcept:
         """End the operations that hold the descriptor's file, at once."""
         self.end_send()
-        if self.lone is not None:
+        if self.alone:
             self.engine.leave_alone(self)
         self.engine.watch_for(self, self.fd, 0)

@@ -8,6 +8,7 @@ from libc.errno cimport EBADF
 
 from aiouringnet._engine.datagram_output cimport FOR_ROOM, NOT_WAITING
 from aiouringnet._engine.datagrams cimport Datagrams
+from aiouringnet._engine.interface cimport ALONE
 from aiouringnet._engine.poll cimport POLLIN, POLLOUT
 from aiouringnet._engine.ring.completions cimport TAG_POLL, TAG_WRITABLE, user_data
 from aiouringnet._engine.ring.liburing cimport *
@@ -26,16 +27,16 @@ cdef class RingDatagrams(Datagrams):
         if self.closed:
             self.cancel_all()
             return
-        if self.lone is not None and not self.reading:
+        if self.alone and not self.reading:
             engine.leave_alone(self)
-        alone = self.lone is not None
+        alone = self.alone
         if self.polling == POLLING and (alone or not self.reading):
             if engine.cancel(self, TAG_POLL, &engine.ring):
                 self.polling = POLL_ENDING
             else:
                 engine.mark_resync(self)
         elif self.polling == NOT_POLLING and alone:
-            if self.lone.fd < 0:
+            if self.alone == ALONE:
                 engine.watch_alone(self, self.fd)
         elif self.polling == NOT_POLLING and self.reading:
             sqe = engine.get_sqe(&engine.ring)
@@ -88,7 +89,7 @@ cdef class RingDatagrams(Datagrams):
         cdef Queues engine = <Queues>self.engine
         cdef bint asked = False
         cdef bint ended = True
-        if self.lone is not None:
+        if self.alone:
             engine.leave_alone(self)
         if engine.closed:
             return

@@ -33,7 +33,7 @@ The send operation in flight: what `sending` says (output.pyx), a SEND or a POLL
 from libc.errno cimport EAGAIN, EINPROGRESS, EINTR, ENOBUFS, ENOMEM
 from libc.stdlib cimport free, malloc
 
-from aiouringnet._engine.interface cimport EOF_HELD
+from aiouringnet._engine.interface cimport ALONE, EOF_HELD
 from aiouringnet._engine.output cimport AWAITED, Chunk, FULL_AT_GATE, SEND_SUBMITTED, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLERR, POLLHUP, POLLIN, POLLOUT, POLLPRI, POLLRDHUP, poll, pollfd
 from aiouringnet._engine.ring.completions cimport TAG_POLL, TAG_RECV, TAG_SEND, TAG_WRITABLE, user_data
@@ -83,9 +83,9 @@ cdef class RingStream(Gated):
         if self.closed:
             self.cancel_all()
             return
-        if self.lone is not None and not (self.reading and self.end == 0):
+        if self.alone and not (self.reading and self.end == 0):
             engine.leave_alone(self)
-        alone = self.lone is not None
+        alone = self.alone
         if self.reading and self.end == 0 and not alone:
             want = TAG_POLL if self.bulk or self.sink.reads_itself else TAG_RECV
         if self.read_tag:
@@ -214,11 +214,11 @@ cdef class RingStream(Gated):
 
     cdef void read_alone(self) noexcept:
         cdef Queues engine = <Queues>self.engine
-        if self.lone.fd < 0:
+        if self.alone == ALONE:
             engine.watch_alone(self, self.fd)
         elif self.readable and not self.over_budget:
             self.read_bulk()
-            if self.lone is not None and not (self.reading and self.end == 0):
+            if self.alone and not (self.reading and self.end == 0):
                 engine.leave_alone(self)
 
     cdef void on_read_ended(self, int result) noexcept:
@@ -399,7 +399,7 @@ cdef class RingStream(Gated):
         """Cancel what is in flight; called again in the next pass until the kernel has taken it."""
         cdef Queues engine = <Queues>self.engine
         cdef bint asked = False
-        if self.lone is not None:
+        if self.alone:
             engine.leave_alone(self)
         if engine.closed:
             return
