@@ -5,15 +5,17 @@ On a loop whose epoll set is to be had: uvloop's, or asyncio's own selector.
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import os
 import socket
 import threading
+import weakref
 
 import datagrams
 import helpers
 import pytest
-from helpers import Echo, pattern
+from helpers import Echo, Recorder, pattern
 from wire import over, recorder, resource_warnings_ignored, wire  # noqa: F401
 
 import aiouringnet
@@ -248,6 +250,115 @@ async def test_an_error_that_no_read_meets_does_not_end_it(loop, wire):
         assert sock.recvmsg(1, 1000, socket.MSG_ERRQUEUE)[1]
         await ask(w, OFTEN)
     await ask(other, OFTEN)
+
+
+async def test_others_data_that_comes_at_the_same_time_is_read_then_too(loop, wire):
+    """A pass that is scheduled is for both."""
+    other, third = await wire(Recorder), await wire(Echo)
+    w = await alone_one(loop, wire)
+    took = []
+    for number in range(1, 6):
+        third.transport.pause_reading()  # schedules a pass
+        began = loop.time()
+        w.peer.send(b"ping")
+        other.peer.send(b"once")
+        await helpers.eventually(lambda: len(other.protocol.data) == 4 * number)  # noqa: B023
+        took.append(loop.time() - began)
+        assert await w.receive(4) == b"ping"
+        third.transport.resume_reading()
+        await ask(w, OFTEN)
+    # What looks for that which no edge tells of comes later.
+    assert min(took) < 0.03
+
+
+@over("tcp")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its socket cannot be closed
+@pytest.mark.parametrize("busy", [False, True], ids=["", "a-pass-is-scheduled"])
+async def test_a_reset_of_a_descriptor_that_has_gone_unannounced(loop, wire, busy):
+    other, w = await wire(Echo), await wire(Echo)
+    await ask(w, OFTEN)
+    fd = w.transport.get_extra_info("socket").fileno()
+    kept = os.dup(fd)
+    os.close(fd)
+    if busy:
+        other.transport.pause_reading()
+    helpers.reset(w.peer)
+    await asyncio.sleep(0.1)
+    other.transport.resume_reading()
+    # Whoever has a number that is free may have the loop watch it.
+    numbers = [number for _ in range(20) for number in os.pipe()]
+    for number in numbers:
+        loop.add_reader(number, pytest.fail)
+        loop.remove_reader(number)
+    await ask(other, OFTEN)
+    for number in (kept, *numbers):
+        os.close(number)
+    w.transport.abort()
+    await w.protocol.lost
+
+
+@over("tcp")
+async def test_descriptors_that_go_unannounced_cost_none(loop, wire):
+    several, counts = [], []
+    for _ in range(6):
+        w = await wire(Echo)
+        several.append(w)
+        await ask(w, OFTEN)
+        fd = w.transport.get_extra_info("socket").fileno()
+        peer = os.dup(fd)
+        os.close(fd)
+        w.transport.pause_reading()
+        await asyncio.sleep(0.01)
+        os.dup2(peer, fd)
+        os.close(peer)
+        counts.append(len(helpers.open_fds()) - 2 * len(several))
+    assert counts[-1] == counts[2]
+
+
+@over("tcp")
+async def test_pipes_that_take_turns_leave_connections_as_they_were(loop, wire):
+    async def pipe():
+        reading, writing = os.pipe()
+        transport, protocol = await loop.connect_read_pipe(Recorder, os.fdopen(reading, "rb", 0))
+        return transport, protocol, writing
+
+    pipes = [await pipe(), await pipe()]
+    for number in range(1, 2 * OFTEN):
+        for _, protocol, writing in pipes:
+            os.write(writing, b"ping")
+            await helpers.eventually(lambda: len(protocol.data) == 4 * number)  # noqa: B023
+    for transport, protocol, writing in pipes:
+        transport.close()
+        await protocol.lost
+        os.close(writing)
+    w = await wire(Echo)
+    before = reads(loop)
+    await ask(w, 2 * OFTEN)
+    assert reads(loop) >= before + OFTEN // 2
+
+
+@over("tcp")
+async def test_the_context_of_who_scheduled_the_pass_is_not_kept(loop, wire):
+    class Value:
+        pass
+
+    variable = contextvars.ContextVar("variable")
+    w, other = await wire(Echo), await wire(Echo)
+
+    async def begin():
+        value = Value()
+        variable.set(value)
+        for _ in range(2 * OFTEN):
+            other.transport.pause_reading()
+            other.transport.resume_reading()  # a pass is scheduled by this task
+            await ask(w)
+        return weakref.ref(value)
+
+    value = await loop.create_task(begin())
+    await ask(other)
+    await ask(w, 2)
+    gc.collect()
+    assert value() is None
 
 
 async def test_one_that_nobody_keeps_is_served(loop, endpoint):

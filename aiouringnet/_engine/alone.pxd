@@ -15,6 +15,7 @@ cdef class Alone(Owner):
     cdef bint alone_readable        # the pass that comes is to read some
     cdef int alone_loop_fd          # the loop's set, -1: not known yet
     cdef int alone_set              # on libuv, level-triggered, the set in the loop's that it is in, -1: not made
+    cdef list stale_numbers         # in libuv's set something nobody can remove has them; kept, so that nobody else has
     cdef int ends_set               # the set in the loop's that tells of their ends, -1: not made
     cdef int ends_number            # and its number there
     cdef bint ends_number_has_ended
@@ -46,7 +47,8 @@ cdef class Alone(Owner):
     cdef void drop_number(self, Lone lone) noexcept
     cdef bint read_by_loop(self, int fd, object callback) noexcept
     cdef void not_read_by_loop(self, int fd) noexcept
-    cdef void drop_alone_sets(self) noexcept
+    cdef void drop_sets(self) noexcept
+    cdef void close_alone(self) noexcept
     cdef void drop_set(self, int fd) noexcept
     cdef bint loop_is_closed(self) noexcept
     cdef int called_by(self, Lone lone) except -1

@@ -128,12 +128,14 @@ cdef class Alone(Owner):
         self.alone_after = alone_after
         self.alone_set = self.ends_set = self.look_fd = self.alone_loop_fd = self.ends_number = -1
         self.lones = []
+        self.stale_numbers = []
 
     # --- who is --------------------------------------------------------------
 
     cdef void met(self, Flow stream) noexcept:
         """A stream gets data, for the first time in this pass."""
         cdef int i, kept, most
+        cdef bint has_end = False
         if stream.alone:
             self.company -= self.company > 0
             return
@@ -143,6 +145,7 @@ cdef class Alone(Owner):
                 if (
                     self.alone_run >= min(self.alone_after * self.n_recent, ALONE_AFTER_MAX)
                     and self.can_watch_alone() and stream.can_be_alone()
+                    and (self.by_wake is None or self.is_libuv and stream.has_edges(&has_end))
                 ):
                     self.let_be_alone(stream)
                 return
@@ -200,6 +203,10 @@ cdef class Alone(Owner):
         cdef bint watched = False
         cdef bint has_end = False
         cdef bint by_number = False
+        for other in self.lones:
+            if (<Lone>other).fd == fd:
+                # Somebody has closed that one's descriptor, and this one has the number now.
+                self.leave_alone((<Lone>other).stream)
         if self.can_watch_alone():
             lone.edge = stream.has_edges(&has_end)
             if self.is_libuv and lone.edge:
@@ -252,11 +259,10 @@ cdef class Alone(Owner):
                     epoll_ctl(self.ends_set, EPOLL_CTL_DEL, fd, NULL)
                 if epoll_ctl(self.set_for(lone), EPOLL_CTL_DEL, fd, NULL) < 0:
                     # Somebody has closed the number, not knowing whose it is, and a duplicate may keep the entry:
-                    # what libuv's set tells of that is still ours to hear.
-                    if by_number and not lone.number_has_ended:
-                        lone.number = -1
+                    # what libuv's set tells of that, it tells under a number that must not be another's.
+                    lone.stale = lone.stale or by_number
                     self.end_alone()
-                    self.drop_alone_sets()
+                    self.drop_sets()
                 self.follow_alone()
             self.end(stream)
         self.mark_resync(stream)
@@ -350,14 +356,17 @@ cdef class Alone(Owner):
         lone.number_has_ended = False
         if fd >= 0:
             self.not_read_by_loop(fd)
-            if ended:
+            if ended and lone.stale and not self.closed:
+                self.stale_numbers.append(fd)
+            elif ended:
                 c_close(fd)
+        lone.stale = False
 
     cdef bint read_by_loop(self, int fd, object callback) noexcept:
         if callback is None:
             return False
         try:
-            self.loop.add_reader(fd, callback)
+            self.add_reader(fd, callback)
             return True
         except (SystemExit, KeyboardInterrupt) as exc:
             self.interrupted(exc)
@@ -375,12 +384,18 @@ cdef class Alone(Owner):
             except BaseException:
                 pass
 
-    cdef void drop_alone_sets(self) noexcept:
-        """Nobody is alone, and what that took is not kept."""
-        cdef int fd = self.ends_number
+    cdef void drop_sets(self) noexcept:
+        """With what nobody can remove from them."""
         self.drop_set(self.alone_set)
         self.drop_set(self.ends_set)
-        self.alone_set = self.ends_set = self.ends_number = -1
+        self.alone_set = self.ends_set = -1
+
+    cdef void close_alone(self) noexcept:
+        """The engine's end."""
+        cdef int fd = self.ends_number
+        self.end_alone()
+        self.drop_sets()
+        self.ends_number = -1
         if fd >= 0:
             self.not_read_by_loop(fd)
             if self.ends_number_has_ended:
@@ -388,6 +403,9 @@ cdef class Alone(Owner):
             self.ends_number_has_ended = False
         for lone in self.lones:
             self.drop_number(<Lone>lone)
+        for stale in self.stale_numbers:
+            c_close(stale)
+        self.stale_numbers.clear()
         self.end_looks()
 
     cdef void drop_set(self, int fd) noexcept:
@@ -412,7 +430,8 @@ cdef class Alone(Owner):
         self.check()
         if lone is not None:
             if lone.fd >= 0:
-                self.spare_others()
+                if not self.flush_scheduled:
+                    self.spare_others()  # (A pass that is scheduled may be for an edge of theirs.)
                 self.wake_one(lone)
         else:
             self.tell_all()

@@ -159,6 +159,7 @@ cdef class Engine(Gathering):
         """
         cdef bint spared = (
             self.spares_fetch and self.fed and not self.over_budget and self.fetches_spared < FETCHES_SPARED
+            and self.readiness.next == self.readiness.end
         )
         self.spares_fetch = False
         self.fetches_spared = self.fetches_spared + 1 if spared else 0
@@ -483,8 +484,7 @@ cdef class Engine(Gathering):
             if isinstance(handle, Flow):
                 # What still arrives is for nobody: callbacks could not use the loop.
                 (<Flow>handle).reading = False
-        self.end_alone()
-        self.drop_alone_sets()
+        self.close_alone()
         if self.socket_calls is not None:
             self.socket_calls.close()
         self.shut()

@@ -83,6 +83,7 @@ cdef class Lone:
     cdef int fd                     # its descriptor, once the loop watches it, else -1
     cdef int number                 # on libuv, edge-triggered, what its set calls it, -1: not made
     cdef flag number_has_ended      # libuv does not watch that any more
+    cdef flag stale                 # something else in libuv's set has that number, too, and nobody can remove it
     cdef flag edge                  # it is watched edge-triggered
     cdef flag readable              # the pass that comes is to read it
     cdef flag again                 # a short read does not mean that its socket is empty, until one finds it so

@@ -91,6 +91,7 @@ cdef class LoopBound:
     cdef void let_others_run(self, bint goes_on) noexcept
     # Being woken
     cdef void watch(self, int fd) except *
+    cdef int add_reader(self, int fd, object callback) except -1
     cdef int woken(self) except -1
     cdef int run_outside_context(self) except -1
     cdef bint watch_instead(self, Readiness ready) noexcept

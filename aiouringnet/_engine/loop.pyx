@@ -27,6 +27,7 @@ from aiouringnet._engine.scarcity cimport ALLOCATION_TRIES, await_memory
 
 import logging
 from asyncio import _get_running_loop
+from contextvars import Context
 from weakref import ref
 
 
@@ -274,10 +275,15 @@ cdef class LoopBound:
         self.wake_fd = fd
         self.waker = ref(waker)
         try:
-            self.loop.add_reader(fd, waker)
+            self.add_reader(fd, waker)
         except Exception as exc:
             self.close()
             raise NotWatched(f"the event loop's add_reader() refuses: {exc!r}") from exc
+
+    cdef int add_reader(self, int fd, object callback) except -1:
+        """loop.add_reader(), in no context: the loop would keep that of whoever happens to call this."""
+        Context().run(self.loop.add_reader, fd, callback)
+        return 0
 
     cdef int woken(self) except -1:
         """The loop has found a descriptor of ours ready."""
@@ -321,7 +327,7 @@ cdef class LoopBound:
         if waker is None:
             return False  # the loop is being closed
         try:
-            self.loop.add_reader(ready.epoll_fd, waker)
+            self.add_reader(ready.epoll_fd, waker)
             self.wake_fd = ready.epoll_fd
             self.wake_tuned = False
             self.loop.remove_reader(before)

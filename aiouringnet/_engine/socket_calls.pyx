@@ -182,7 +182,7 @@ cdef class SocketCalls:
         if type(engine.transports) is SharedDescriptors:
             self.table = (<SharedDescriptors>engine.transports).data
         self.readiness = Readiness()
-        self.loop.add_reader(self.readiness.epoll_fd, self)
+        engine.add_reader(self.readiness.epoll_fd, self)
         self.closed = False
         calls_by_loop[<size_t><PyObject*>self.loop] = <size_t><PyObject*>self
         engine.socket_calls = self
@@ -256,7 +256,7 @@ cdef class SocketCalls:
         cdef Readiness fresh = self.readiness.successor()
         cdef int before = self.readiness.epoll_fd
         if fresh is not None:
-            self.loop.add_reader(fresh.epoll_fd, self)
+            self.engine.add_reader(fresh.epoll_fd, self)
             self.loop.remove_reader(before)
             self.readiness.close()
             self.readiness = fresh
