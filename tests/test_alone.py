@@ -361,6 +361,46 @@ async def test_the_context_of_who_scheduled_the_pass_is_not_kept(loop, wire):
     assert value() is None
 
 
+class Awaited(Recorder):
+    """For a task that waits for data."""
+
+    def __init__(self):
+        super().__init__()
+        self.came = asyncio.Event()
+
+    def data_received(self, data):
+        super().data_received(data)
+        self.came.set()
+
+
+@pytest.mark.parametrize("soon", [True, False])
+async def test_an_answer_to_a_task_is_looked_for_where_it_comes_soon(loop, wire, soon):
+    """Behind the write, before the loop waits; where it comes later, that is tried now and then."""
+    w = await wire(Awaited)
+    times = 20 * OFTEN
+    before = None
+    w.peer.send(b"ping")
+    for number in range(times):
+        if number == times // 2:
+            before = aiouringnet.stats(loop)
+        await w.protocol.came.wait()
+        w.protocol.came.clear()
+        w.transport.write(b"pong")
+        assert w.peer.recv(100) == b"pong"
+        if soon:
+            w.peer.send(b"ping")
+        else:
+            loop.call_later(0.0005, w.peer.send, b"ping")
+    after = aiouringnet.stats(loop)
+    answers, flushes = (after[name] - before[name] for name in ("answers", "flushes"))
+    if soon:
+        assert answers >= times // 2 - 5
+    else:
+        assert answers == 0
+        assert flushes <= times // 20
+    await w.protocol.received(4 * (times + 1))
+
+
 async def test_one_that_nobody_keeps_is_served(loop, endpoint):
     listener = endpoint.listener()
     _, protocol = await endpoint.connect(loop, Echo)

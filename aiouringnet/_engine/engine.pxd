@@ -35,6 +35,9 @@ cdef class Engine(Gathering):
     cdef int fetches_spared         # for its sake in a row
     cdef bint early_pass            # the next one comes right behind the tasks that data has woken: they may write
     cdef int early_worth            # how often they did lately, 0..EARLY_WORTH_MAX
+    cdef Flow expects_answer        # the next one comes right behind a send of this stream, which is alone
+    cdef int answers_worth          # how often the answer was there then, 0..ANSWERS_WORTH_MAX
+    cdef int n_unexpected           # sends since that was tried
     cdef list resync                # streams whose reading state changed
     cdef list over_budget           # streams that have used up their read_budget of this pass
     cdef bint silent                # no protocol is called now: the loop does not run
@@ -47,7 +50,7 @@ cdef class Engine(Gathering):
     cdef object area                # datagrams: an Area, made when somebody has a socket of them
     cdef Readiness readiness        # None for a ring that works
     cdef Py_ssize_t n_urgent
-    cdef unsigned long long n_passes, n_flushes, n_direct_reads, n_bytes_in, n_bytes_out, n_streams
+    cdef unsigned long long n_answers, n_passes, n_flushes, n_direct_reads, n_bytes_in, n_bytes_out, n_streams
 
     cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept
     cdef void renew_readiness(self) noexcept
@@ -63,6 +66,7 @@ cdef class Engine(Gathering):
     cdef bint is_nested(self) noexcept
     cdef bint sends_now(self, Flow stream) noexcept
     cdef bint few_answer(self) noexcept
+    cdef void expect_answer(self, Flow stream) noexcept
     cdef bint account(self, Flow stream, size_t size) noexcept
     cdef bint out_of_time(self, size_t size) noexcept
     cdef object set_guard(self)

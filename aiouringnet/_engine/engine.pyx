@@ -20,7 +20,7 @@ from libc.stdlib cimport free
 
 from aiouringnet._engine.descriptors cimport Descriptors, SharedDescriptors
 from aiouringnet._engine.gathering cimport Gathering
-from aiouringnet._engine.interface cimport Flow, Handle, Layer, Lone, Sink
+from aiouringnet._engine.interface cimport Flow, Handle, Layer, Lone, Sink, WATCHED_ALONE
 from aiouringnet._engine.loop cimport airn_context, airn_monotonic_ns, airn_show_flag, current_thread, fork_generation
 from aiouringnet._engine.ownership cimport airn_append
 from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
@@ -33,6 +33,13 @@ from asyncio import _get_running_loop
 cdef enum:
     MAX_ROUNDS = 16     # of a pass, before other callbacks of the loop get their turn
     EARLY_WORTH_MAX = 8
+    # While a task goes on behind its write, and the loop behind the task, a peer that never sleeps has answered.  To
+    # look for that before the loop goes to sleep spares both the sleep and a wake: streams on a Unix socket 0.89 of
+    # uvloop's CPU and 0.8 of its latency instead of 1.4 and 2.5.  In vain it costs 0.7 us, so it is done where one in
+    # four times was not in vain lately, and else with every so many sends.
+    ANSWERS_WORTH_MAX = 16
+    ANSWER_WORTH = 3
+    EXPECT_EVERY = 32
     # How long a pass may take before the loop's other callbacks get their turn, in nanoseconds, and after how much
     # work (see out_of_time()) the clock is looked at: reading it takes 25 ns, serving one message some thousand.
     PASS_NS = 400000
@@ -285,6 +292,19 @@ cdef class Engine(Gathering):
             and airn_monotonic_ns() - self.fed_ns > SEVERAL_NS
         )
 
+    @final
+    cdef void expect_answer(self, Flow stream) noexcept:
+        """A stream that is alone has sent: look for its peer's answer when the task that did it has gone on."""
+        if self.depth or self.flush_scheduled:
+            return
+        if self.answers_worth == 0:
+            self.n_unexpected += 1
+            if self.n_unexpected < EXPECT_EVERY:
+                return
+        self.n_unexpected = 0
+        self.expects_answer = stream
+        self.schedule()
+
     # --- a pass ---------------------------------------------------------------
 
     @final
@@ -321,11 +341,24 @@ cdef class Engine(Gathering):
         return self.over
 
     def _flush(self):
+        cdef Flow stream
         self.flush_scheduled = False
         if self.closed:
             return
         self.check()
         self.n_flushes += 1
+        stream = self.expects_answer
+        if stream is not None:
+            self.expects_answer = None
+            if stream.alone == WATCHED_ALONE:
+                self.tell(self.lone_of(stream))
+            self.run_pass()
+            if self.fed:
+                self.n_answers += 1
+                self.answers_worth = min(self.answers_worth + ANSWER_WORTH, ANSWERS_WORTH_MAX)
+            elif self.answers_worth:
+                self.answers_worth -= 1
+            return
         # Was it worth coming back right after the iteration's tasks?
         if self.early_pass:
             self.early_pass = False
@@ -492,6 +525,7 @@ cdef class Engine(Gathering):
         self.layers.clear()
         self.resync.clear()
         self.over_budget.clear()
+        self.expects_answer = None
         self.leave_selector()
         self.leave()
 
@@ -505,6 +539,7 @@ cdef class Engine(Gathering):
             "direct_sends": self.n_direct_sends,
             "direct_reads": self.n_direct_reads,
             "alone": self.n_alone,
+            "answers": self.n_answers,
             "bytes_in": self.n_bytes_in,
             "bytes_out": self.n_bytes_out,
             "streams": self.n_streams,

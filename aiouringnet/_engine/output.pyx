@@ -41,7 +41,7 @@ from posix.types cimport off_t
 
 from aiouringnet._engine.engine cimport WRITES_AT_ONCE
 from aiouringnet._engine.files cimport FileRange
-from aiouringnet._engine.interface cimport Flow, LONG_BYTES, Send
+from aiouringnet._engine.interface cimport Flow, LONG_BYTES, Send, WATCHED_ALONE
 from aiouringnet._engine.poll cimport POLLOUT, poll, pollfd
 
 from asyncio import SendfileNotAvailableError
@@ -203,6 +203,8 @@ cdef class Output(Flow):
         self.written = min(self.written + 1, WRITES_AT_ONCE)
         if self.engine.sends_direct():
             self.send_direct()
+            if self.alone == WATCHED_ALONE:
+                self.engine.expect_answer(self)
         else:
             self.submit_send()
             self.engine.push_sends()
