@@ -293,7 +293,7 @@ def test_a_worker_threads_send_does_not_outlive_its_connection(workers, loop, me
 @by_workers
 @tls.versions
 def test_a_loop_that_moves_while_a_worker_thread_sends_sends_nothing_twice(workers, loop, meet, version):
-    """Only the thread that leaves could learn what has gone: the connection ends with an error."""
+    """Only the thread that is left could learn what has gone: the connection ends with an error."""
     data = pattern(4 * MIB)
     moved = []
 
@@ -304,9 +304,17 @@ def test_a_loop_that_moves_while_a_worker_thread_sends_sends_nothing_twice(worke
         return met
 
     async def go_on(met):
-        received, _ = await met.receive_to_end()
-        assert received and data.startswith(received)
-        assert isinstance(await met.protocol.lost, ConnectionAbortedError)
+        received = bytearray()
+        with contextlib.suppress(ssl.SSLError, ConnectionResetError):
+            while len(received) < len(data) and (piece := await met.call(met.peer.recv, 65536)):
+                received += piece
+        assert data.startswith(received)
+        if len(received) < len(data):
+            assert isinstance(await met.protocol.lost, ConnectionAbortedError)
+        else:
+            # A kernel whose worker threads tell everybody of what they have sent: Linux 6.1.
+            met.transport.close()
+            assert await met.receive_to_end() == (b"", "close_notify")
 
     def move(met):
         try:
