@@ -373,9 +373,12 @@ class Awaited(Recorder):
         self.came.set()
 
 
-@pytest.mark.parametrize("soon", [True, False])
-async def test_an_answer_to_a_task_is_looked_for_where_it_comes_soon(loop, wire, soon):
-    """Behind the write, before the loop waits; where it comes later, that is tried now and then."""
+@pytest.mark.parametrize("when", ["in the same step", "at once", "later"])
+async def test_an_answer_to_a_task_is_looked_for_where_it_comes_soon(loop, wire, when):
+    """Behind the write, before the loop waits; where it comes later, that is tried now and then.
+
+    So it is where it is there before: uvloop looks at its descriptors before it calls us.
+    """
     w = await wire(Awaited)
     times = 20 * OFTEN
     before = None
@@ -385,20 +388,86 @@ async def test_an_answer_to_a_task_is_looked_for_where_it_comes_soon(loop, wire,
             before = aiouringnet.stats(loop)
         await w.protocol.came.wait()
         w.protocol.came.clear()
+        if when == "at once":
+            loop.call_soon(w.peer.send, b"ping")
         w.transport.write(b"pong")
         assert w.peer.recv(100) == b"pong"
-        if soon:
+        if when == "in the same step":
             w.peer.send(b"ping")
-        else:
+        elif when == "later":
             loop.call_later(0.0005, w.peer.send, b"ping")
     after = aiouringnet.stats(loop)
     answers, flushes = (after[name] - before[name] for name in ("answers", "flushes"))
-    if soon:
-        assert answers >= times // 2 - 5
-    else:
+    if when == "later" or when == "in the same step" and not isinstance(loop, asyncio.BaseEventLoop):
         assert answers == 0
         assert flushes <= times // 20
+    elif when == "at once":
+        assert answers >= times // 2 - 5
     await w.protocol.received(4 * (times + 1))
+
+
+async def test_what_others_send_is_no_answer(loop, wire, together):
+    w, other = await alone_few(loop, wire, 2)
+    before = aiouringnet.stats(loop)["answers"]
+    for _ in range(4 * OFTEN):
+        loop.call_soon(other.peer.send, b"ping")
+        w.transport.write(b"unasked for")
+        assert await w.receive(11) == b"unasked for"
+        assert await other.receive(4) == b"ping"
+    assert aiouringnet.stats(loop)["answers"] == before
+
+
+async def test_answers_are_traffic(loop, wire):
+    """What no edge tells of is looked for when there is none."""
+    w = await wire(Awaited)
+    w.peer.send(b"ping")
+    for _ in range(OFTEN):
+        await w.protocol.came.wait()
+        w.protocol.came.clear()
+        loop.call_soon(w.peer.send, b"ping")
+        w.transport.write(b"pong")
+    until = loop.time() + 0.3
+    while loop.time() < until:
+        before = reads(loop), aiouringnet.stats(loop)["answers"]
+        for _ in range(OFTEN):
+            await w.protocol.came.wait()
+            w.protocol.came.clear()
+            loop.call_soon(w.peer.send, b"ping")
+            w.transport.write(b"pong")
+            w.peer.recv(100)
+        assert (reads(loop), aiouringnet.stats(loop)["answers"]) != before, "it is not alone any more"
+
+
+@pytest.mark.matrix(base="uvloop", engine="epoll")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one's socket cannot be closed
+async def test_a_number_that_was_that_of_one_who_is_alone(loop):
+    """It is closed unannounced, and given to a connection that a server accepts.
+
+    Only where several may be alone: elsewhere nobody finds out whose the number was, and both use it, as in asyncio.
+    """
+    made = []
+    server = await loop.create_server(lambda: made.append(Echo()) or made[-1], "127.0.0.1", 0)
+
+    async def ask_by(sock, times):
+        for _ in range(times):
+            await loop.sock_sendall(sock, b"ping")
+            assert await loop.sock_recv(sock, 100) == b"ping"
+
+    with socket.socket() as one, socket.socket() as other:
+        one.setblocking(False)
+        other.setblocking(False)
+        await loop.sock_connect(one, server.sockets[0].getsockname())
+        await ask_by(one, OFTEN)
+        fd = made[0].transport.get_extra_info("socket").fileno()
+        os.close(fd)
+        await loop.sock_connect(other, server.sockets[0].getsockname())
+        await ask_by(other, 1)
+        assert made[1].transport.get_extra_info("socket").fileno() == fd
+        await ask_by(other, 10 * OFTEN)
+    for protocol in reversed(made):
+        protocol.transport.abort()
+        await protocol.lost
+    server.close()
 
 
 async def test_one_that_nobody_keeps_is_served(loop, endpoint):

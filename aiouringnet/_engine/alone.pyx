@@ -213,6 +213,9 @@ cdef class Alone(Owner):
                 by_number = self.have_number(lone) and (not has_end or self.can_look() and self.can_tell_ends())
                 if not by_number:
                     lone.edge = has_end = False
+        if stream.alone != ALONE:
+            return  # that one's end was everybody's: mark_resync() has been called for it
+        if self.can_watch_alone():
             if lone.edge:
                 events |= EPOLLET
             watched = by_number or self.by_wake is None

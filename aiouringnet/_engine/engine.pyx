@@ -342,6 +342,7 @@ cdef class Engine(Gathering):
 
     def _flush(self):
         cdef Flow stream
+        cdef Lone lone
         self.flush_scheduled = False
         if self.closed:
             return
@@ -350,10 +351,14 @@ cdef class Engine(Gathering):
         stream = self.expects_answer
         if stream is not None:
             self.expects_answer = None
-            if stream.alone == WATCHED_ALONE:
-                self.tell(self.lone_of(stream))
+            lone = self.lone_of(stream) if stream.alone == WATCHED_ALONE else None
+            if lone is not None and lone.readable:
+                lone = None
+            if lone is not None:
+                self.tell(lone)
             self.run_pass()
-            if self.fed:
+            if lone is not None and stream.taken and stream.taken_in == <unsigned int>self.n_passes:
+                lone.n_wakes += 1
                 self.n_answers += 1
                 self.answers_worth = min(self.answers_worth + ANSWER_WORTH, ANSWERS_WORTH_MAX)
             elif self.answers_worth:
