@@ -398,7 +398,7 @@ async def test_an_answer_to_a_task_is_looked_for_where_it_comes_soon(loop, wire,
             loop.call_later(0.0005, w.peer.send, b"ping")
     after = aiouringnet.stats(loop)
     answers, flushes = (after[name] - before[name] for name in ("answers", "flushes"))
-    if when == "later" or when == "in the same step" and not isinstance(loop, asyncio.BaseEventLoop):
+    if when == "later" or (when == "in the same step" and not isinstance(loop, asyncio.BaseEventLoop)):
         assert answers == 0
         assert flushes <= times // 20
     elif when == "at once":
