@@ -33,8 +33,8 @@ from asyncio import _get_running_loop
 cdef enum:
     MAX_ROUNDS = 16     # of a pass, before other callbacks of the loop get their turn
     EARLY_WORTH_MAX = 8
-    # While a task goes on behind its write a peer that never sleeps has answered.  To look for that before the loop goes
-    # to sleep spares the sleep: streams on a Unix socket 0.9 of uvloop's CPU and 0.8 of its latency, not 1.4 and 2.5.
+    # While a task goes on behind its write a peer that never sleeps has answered.  To look for that before the loop
+    # sleeps spares the sleep: streams on a Unix socket 0.9 of uvloop's CPU and 0.8 of its latency, not 1.4 and 2.5.
     # In vain it costs 0.7 us: it is done where one in four was not in vain lately, else with every so many sends.
     ANSWERS_WORTH_MAX = 16
     ANSWER_WORTH = 3
