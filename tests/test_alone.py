@@ -48,6 +48,17 @@ async def ask(w, times=1):
         assert await w.receive(50) == message
 
 
+async def pause_without_descriptor(w):
+    """Nobody is alone any more, and its entries could not be removed: its descriptor was closed for so long."""
+    fd = w.transport.get_extra_info("socket").fileno()
+    kept = os.dup(fd)
+    os.close(fd)
+    w.transport.pause_reading()
+    await asyncio.sleep(0.01)
+    os.dup2(kept, fd)
+    os.close(kept)
+
+
 async def alone_one(loop, wire):
     w = await wire(Echo)
     await ask(w, OFTEN)
@@ -125,13 +136,7 @@ async def test_data_around_urgent_data_arrives(loop, wire):
 @over("tcp")
 async def test_it_is_looked_for_also_after_a_descriptor_has_gone_unannounced(loop, wire):
     w = await alone_one(loop, wire)
-    fd = w.transport.get_extra_info("socket").fileno()
-    kept = os.dup(fd)
-    os.close(fd)
-    w.transport.pause_reading()
-    await asyncio.sleep(0.01)  # nobody is alone any more, and its entries could not be removed
-    os.dup2(kept, fd)
-    os.close(kept)
+    await pause_without_descriptor(w)
     w.transport.resume_reading()
     # (The loop's set has the old entry still, which is for the same file and number again: nobody is alone there.)
     await ask(w, 2 * OFTEN)
@@ -142,6 +147,40 @@ async def test_it_is_looked_for_also_after_a_descriptor_has_gone_unannounced(loo
     await ask(other, LONG_TIME)
     assert reads(loop) > before
     await send_around_urgent_data(other)
+
+
+@over("tcp")
+def test_what_no_edge_tells_of_is_looked_for_soon_after_traffic_has_stopped(make_loop, endpoint, monkeypatch):
+    monkeypatch.setattr(helpers, "SELECTORS", "loops-own")
+    monkeypatch.setattr(helpers, "alone_after", lambda: 16)
+    took = []
+
+    async def main(loop):
+        listener = endpoint.listener()
+        transport, protocol = await endpoint.connect(loop, Recorder)
+        with listener.accept()[0] as peer:
+            for number in range(1, OFTEN):
+                peer.send(b"ping")
+                await protocol.received(4 * number)
+            await asyncio.sleep(0.2)
+            began = loop.time()
+            await send_around(peer)
+            await protocol.received(4 * (OFTEN - 1) + 13)
+            took.append(loop.time() - began)
+            transport.abort()
+            await protocol.lost
+
+    async def send_around(peer):
+        peer.send(b"before ")
+        peer.send(b"!", socket.MSG_OOB)
+        peer.send(b"behind")
+
+    # On loops of their own: where something was found so, nobody is alone for a long time.
+    for _ in range(3):
+        loop = make_loop()
+        helpers.run_on(loop, main(loop))
+    # After 50 ms, a tick of the timer.
+    assert min(took) < 0.09
 
 
 @over("tcp")
@@ -304,13 +343,7 @@ async def test_descriptors_that_go_unannounced_cost_none(loop, wire):
         w = await wire(Echo)
         several.append(w)
         await ask(w, OFTEN)
-        fd = w.transport.get_extra_info("socket").fileno()
-        peer = os.dup(fd)
-        os.close(fd)
-        w.transport.pause_reading()
-        await asyncio.sleep(0.01)
-        os.dup2(peer, fd)
-        os.close(peer)
+        await pause_without_descriptor(w)
         counts.append(len(helpers.open_fds()) - 2 * len(several))
     assert counts[-1] == counts[2]
 
@@ -633,13 +666,7 @@ async def test_data_for_several_at_once_arrives_and_in_order(loop, wire):
 @over("tcp")
 async def test_of_few_that_are_alone_one_loses_its_descriptor(loop, wire):
     w, *others = await alone_few(loop, wire, 3)
-    fd = w.transport.get_extra_info("socket").fileno()
-    kept = os.dup(fd)
-    os.close(fd)
-    w.transport.pause_reading()
-    await asyncio.sleep(0.01)
-    os.dup2(kept, fd)
-    os.close(kept)
+    await pause_without_descriptor(w)
     await by_turns(others, OFTEN)
     w.transport.resume_reading()
     await by_turns([w, *others], OFTEN)

@@ -461,6 +461,7 @@ cdef class Alone(Owner):
         if lone.edge and self.look_fd >= 0:
             lone.to_look = True
             if not self.look_is_set:
+                lone.n_wakes_before = lone.n_wakes
                 self.set_look(LOOK_MS)
 
     cdef void tell(self, Lone lone) noexcept:

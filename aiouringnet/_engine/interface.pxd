@@ -101,7 +101,7 @@ cdef class Flow(Handle):
     cdef flag closed                # close() was called: nothing is delivered, nor sent
     cdef flag resyncing             # in engine.resync
     cdef flag dirty                 # in engine.dirty
-    cdef flag alone                 # or NOT_ALONE
+    cdef flag alone                 # NOT_ALONE, ALONE or WATCHED_ALONE
     cdef flag over_budget           # it has used up its read_budget of this pass: in engine.over_budget
     cdef unsigned char written      # writes that left at once since burst_ns
     cdef unsigned int taken_in      # the pass in which `taken` bytes were delivered
