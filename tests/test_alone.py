@@ -278,17 +278,27 @@ async def test_an_error_that_no_read_meets_does_not_end_it(loop, wire):
     """The kernel's time stamps wait in the socket's queue of errors."""
     other = await wire(Echo)
     w = await alone_one(loop, wire)
+    took = []
     with socket.socket(fileno=os.dup(w.transport.get_extra_info("socket").fileno())) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, TX_SOFTWARE | SOFTWARE)
-        await ask(w, 5)
-        # On uvloop it is not alone any more.
-        before = reads(loop)
-        await ask(w, OFTEN)
-        assert reads(loop) == before or isinstance(loop, asyncio.BaseEventLoop)
-        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, 0)
-        assert sock.recvmsg(1, 1000, socket.MSG_ERRQUEUE)[1]
-        await ask(w, OFTEN)
+        for _ in range(3):
+            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, TX_SOFTWARE | SOFTWARE)
+            began = loop.time()
+            await ask(w, 5)
+            took.append(loop.time() - began)
+            # On uvloop it is not alone any more.
+            before = reads(loop)
+            await ask(w, OFTEN)
+            assert reads(loop) == before or isinstance(loop, asyncio.BaseEventLoop)
+            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, 0)
+            assert sock.recvmsg(1, 1000, socket.MSG_ERRQUEUE)[1]
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sock.recvmsg(1, 1000, socket.MSG_ERRQUEUE)
+            await ask(w, LONG_TIME)
+            assert reads(loop) > before
     await ask(other, OFTEN)
+    # What looks for that which no edge tells of comes later.
+    assert min(took) < 0.03
 
 
 async def test_others_data_that_comes_at_the_same_time_is_read_then_too(loop, wire):
