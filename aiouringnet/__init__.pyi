@@ -182,6 +182,7 @@ class Transport(asyncio.Transport):
     def sendto_nocheck(self, data: Buffer, addr: Any) -> None: ...
     def sendfile(self, file: IO[bytes], offset: int, count: int | None) -> asyncio.Future[None] | None: ...
 
+# For type checkers, as in aiofastnet; when it runs the base is asyncio.BaseProtocol.
 class Protocol(asyncio.BufferedProtocol):
     def is_buffered_protocol(self) -> bool | None: ...
     def get_local_write_buffer_size(self) -> int: ...
@@ -374,7 +375,7 @@ async def connect_write_pipe(
     loop: asyncio.AbstractEventLoop, protocol_factory: Callable[[], _ProtocolT], pipe: Any
 ) -> tuple[asyncio.WriteTransport, _ProtocolT]: ...
 
-# What is the loop's own on every engine
+# Files, and calls on sockets of the program's own
 
 async def sendfile(
     loop: asyncio.AbstractEventLoop,

@@ -33,8 +33,8 @@ class Options:
         "loop" (the loop's own transports).  Default: AIOURINGNET_ENGINE.
     queue_depth: submission queue entries; None: 256, with sqpoll 1024, since
         the thread takes its time to empty the queue.  The kernel rounds up to
-        a power of two; the completion queue has four times as many.  Both are
-        locked memory, 40 KiB with 256.
+        a power of two; the completion queue has four times as many, 65536 at
+        most.  Both are locked memory, 40 KiB with 256.
     buffer_size: bytes of one provided receive buffer.
     buffer_count: provided receive buffers, shared by all connections of a loop.
     read_budget: bytes that one connection may read directly in one pass.

@@ -1,6 +1,6 @@
 """Runs the benchmarks: one command measures, prints the tables and targets, and writes JSON and pictures.
 
-    python benchmarks/run.py                # everything but TLS: echo, HTTP, idle memory; about an hour
+    python benchmarks/run.py                # echo over TCP, HTTP, idle memory; about an hour
     python benchmarks/run.py --cells tls    # TLS: echo, handshakes, HTTPS; about an hour, too
     python benchmarks/run.py --cells ktls --servers ours-uvloop,ours-uvloop+ktls   # where the kernel has TLS
     python benchmarks/run.py --quick        # under two minutes

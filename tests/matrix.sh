@@ -50,6 +50,11 @@ copy_checkout() { # DIR: as it is here, changes included; what was built there b
         [ ! -e "$name" ] || printf '%s\0' "$name"
     done) >"$1/.copied"
     (cd "$here" && tar --null -T "$1/.copied" -cf -) | tar -C "$1" -xf -
+    # What was built of modules that are no more.
+    find "$1/aiouringnet" \( -name '*.c' -o -name '*.so' \) | while IFS= read -r built; do
+        local name=${built##*/}
+        [ -e "${built%/*}/${name%%.*}.pyx" ] || rm "$built"
+    done
 }
 
 # --- Debian's archive ---------------------------------------------------------------

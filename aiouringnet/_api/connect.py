@@ -24,9 +24,12 @@ async def create_connection(loop, *args, **kwargs):
     write, in connection_lost(), or here with ssl.
     mptcp: over several paths where the peer can, else TCP (IPPROTO_MPTCP,
     Linux 5.6).
+    ssl_incoming_bio_size, ssl_outgoing_bio_size: bytes that are decrypted and
+    encrypted at a time, 256 KiB by default; ValueError without ssl.
 
     What the kernel refuses of these is an OSError that says which and what to
-    do, of one address like those of connect(2); ValueError with `sock`.
+    do, of one address like those of connect(2); ValueError with `sock`,
+    RuntimeError where the transports are the loop's own.
     """
     return await call(loop, "create_connection", args, kwargs)
 

@@ -15,7 +15,8 @@ async def create_datagram_endpoint(loop, *args, **kwargs):
     Linux 5.0); the protocol gets each.
     ecn, packet_info, ttl: give the protocol's datagram_received() a third
     argument, a RecvMeta with what the kernel says of the datagram.
-    RuntimeError where one of these cannot be had.
+    RuntimeError where one of these cannot be had, as where the endpoints are the
+    loop's own.
 
     A protocol that has datagrams_received(datagrams) gets lists instead: of
     (data, addr), or (data, addr, meta), for what one system call has brought.

@@ -22,7 +22,8 @@ async def create_server(loop, *args, **kwargs):
     Linux 5.6).
 
     What the kernel refuses of these is an OSError that says which and what to
-    do; ValueError with `sock`.
+    do; ValueError with `sock`, RuntimeError where the transports are the loop's
+    own.
     """
     return await call(loop, "create_server", args, kwargs)
 

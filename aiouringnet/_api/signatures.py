@@ -5,6 +5,9 @@ import inspect
 
 # Parameters of this package's own: what the sockets that a function makes are to have.
 OF_SOCKETS = {"socket_options": None, "bind_device": None, "fastopen": False, "mptcp": False}
+# And what the kernel is to do with datagrams, or to say of them.
+OF_DATAGRAMS = {"gro": False, "ecn": False, "packet_info": False, "ttl": False}
+OWN = OF_SOCKETS.keys() | OF_DATAGRAMS.keys()
 
 # Parameters of newer Pythons, and of aiofastnet, that are accepted on every Python, with their defaults.
 ADDED = {
@@ -41,7 +44,7 @@ ADDED = {
         "ssl_incoming_bio_size": None,
         "ssl_outgoing_bio_size": None,
     },
-    "create_datagram_endpoint": {"gro": False, "ecn": False, "packet_info": False, "ttl": False},
+    "create_datagram_endpoint": OF_DATAGRAMS,
     "start_tls": {
         "ssl_shutdown_timeout": None,
         "ssl_incoming_bio_size": None,
@@ -65,17 +68,16 @@ HINTS = frozenset(
 def understood(method, name, kwargs):
     """`kwargs` without what `method` does not know and can do without: hints, and defaults of ADDED."""
     added = ADDED.get(name, {})
-    missed = {key for key, value in kwargs.items() if key in OF_SOCKETS and key in added and value}
+    missed = {key for key, value in kwargs.items() if key in OWN and key in added and value}
     spare = {key for key, value in kwargs.items() if key in HINTS or (key in added and value == added[key])}
-    spare |= kwargs.keys() & OF_SOCKETS.keys() & added.keys() - missed
+    spare |= kwargs.keys() & OWN & added.keys() - missed
     if spare or missed:
         known = parameters_of(method).keys()
         spare -= known
         if missed - known:
-            raise RuntimeError(
-                f"{min(missed - known)} needs this package's I/O, and this loop has its own: "
-                f"give {name}() a socket that has its options, as sock="
-            )
+            needy = min(missed - known)
+            remedy = f": give {name}() a socket that has its options, as sock=" if needy in OF_SOCKETS else ""
+            raise RuntimeError(f"{needy} needs this package's I/O, and this loop has its own{remedy}")
     return {key: value for key, value in kwargs.items() if key not in spare}
 
 

@@ -45,12 +45,12 @@ class Resolver:
     and what /etc/hosts has, are answered at once.  Results, their order
     (RFC 6724) and errors (socket.gaierror with an EAI_ number) are those of
     socket.getaddrinfo().  `.local` (RFC 6762), sources of nsswitch.conf's
-    "hosts:" other than files and dns, unknown flags and names that no host
-    has (RFC 1123) go to the system's resolver in the loop's default executor;
-    the logger "aiouringnet" says so at level DEBUG.  Names below `localhost`
-    are never asked for (RFC 6761).  What uvloop resolves in C is not asked
-    of a loop's getaddrinfo(): its own datagram endpoints, sock_connect(), and
-    transports with engine="loop".
+    "hosts:" other than files and dns (mdns and myhostname for names of theirs
+    only), unknown flags and names that no host has (RFC 1123) go to the
+    system's resolver in the loop's default executor; the logger "aiouringnet"
+    says so at level DEBUG.  Names below `localhost` are never asked for (RFC
+    6761).  With engine="loop" uvloop's own transports and datagram endpoints
+    resolve in C and do not ask.
 
     Which DNS servers are asked, and how; None: as resolv.conf(5) says
     servers: addresses, "192.0.2.1", "192.0.2.1:53", "[2001:db8::1]:53" or

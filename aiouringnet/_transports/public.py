@@ -47,8 +47,10 @@ class Protocol(asyncio.BaseProtocol):
     Derive from asyncio.Protocol or asyncio.BufferedProtocol as well if loops
     that are not patched are to know, too: they do not ask.
 
-    Which of get_buffer() with buffer_updated(), and data_received(), is called
-    is for the subclass to have; the other raises NotImplementedError.
+    data_received() is called, or get_buffer() with buffer_updated() where
+    is_buffered_protocol() returns True or the class is an
+    asyncio.BufferedProtocol; what is called and not there raises
+    NotImplementedError.
     """
 
     __slots__ = ()
