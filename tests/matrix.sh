@@ -27,7 +27,7 @@ shift
 place=$(realpath -m "${AIOURINGNET_MATRIX:-${XDG_CACHE_HOME:-$HOME/.cache}/aiouringnet-matrix}/$column")
 KEYS=/usr/share/keyrings/debian-archive-keyring.gpg
 # What free-threaded and emulated Pythons get: no package of these is compiled.
-PURE=('setuptools>=77' 'cython>=3.1' 'pytest>=8' 'pytest-asyncio>=1.4' 'pytest-xdist>=3.2' dnspython nest_asyncio)
+PURE=(pip 'setuptools>=77' 'cython>=3.1' 'pytest>=8' 'pytest-asyncio>=1.4' 'pytest-xdist>=3.2' dnspython nest_asyncio)
 
 say() { printf '%s\n' "$*" >&2; }
 die() {
