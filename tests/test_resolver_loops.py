@@ -677,3 +677,12 @@ except ImportError as exc:
 """
     done = helpers.run_python(code)
     assert "needs pycares 5 or newer, this is 4.11.0" in done.stdout
+
+
+def test_a_closed_loop_says_that_it_is_closed(make_loop):
+    """uvloop's own would end the process."""
+    loop = make_loop()
+    loop.close()
+    for lookup in (loop.getaddrinfo("localhost", 80), loop.getnameinfo(("127.0.0.1", 80))):
+        with pytest.raises(RuntimeError, match="Event loop is closed"):
+            lookup.send(None)

@@ -103,6 +103,19 @@ async def test_a_released_memoryview_is_refused(loop, wire):
 
 
 @pytest.mark.matrix(debug=False)
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+async def test_what_a_subclass_says_of_itself_is_not_asked(loop, wire, kind):
+    class Other(kind):
+        def __bytes__(self):
+            return b"wrong"
+
+    w = await wire()
+    w.transport.write(Other(b"right"))
+    w.transport.writelines([Other(b"ri"), Other(b"ght")])
+    assert await w.receive(10) == b"rightright"
+
+
+@pytest.mark.matrix(debug=False)
 async def test_empty_writes_send_nothing(loop, wire):
     w = await wire()
     for nothing in (b"", bytearray(), memoryview(b""), memoryview(b"abc")[3:]):

@@ -14,6 +14,7 @@ def resolving_methods(base):
 
     @functools.wraps(base.getaddrinfo)
     async def getaddrinfo(self, host, port, *, family=0, type=0, proto=0, flags=0):
+        check_open(self)
         resolver = options_of(self).resolver
         known = getattr(resolver, "_known", None)
         if known is not None:
@@ -25,11 +26,18 @@ def resolving_methods(base):
 
     @functools.wraps(base.getnameinfo)
     async def getnameinfo(self, sockaddr, flags=0):
+        check_open(self)
         resolver = options_of(self).resolver
         look_up = loops_own(self, "getnameinfo") if resolver is None else resolver.getnameinfo
         return await look_up(sockaddr, flags)
 
     return {"getaddrinfo": getaddrinfo, "getnameinfo": getnameinfo}
+
+
+def check_open(loop):
+    """As asyncio does: a closed loop of uvloop's ends the process."""
+    if loop.is_closed():
+        raise RuntimeError("Event loop is closed")
 
 
 def end_lookups(loop):

@@ -1,7 +1,7 @@
 """What transports have in common: protocols, threads, limits, and the bytes that are written."""
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromObject, PyBytes_GET_SIZE
 from cpython.object cimport PyObject, PyObject_TypeCheck, PyTypeObject
 
 from aiouringnet._engine.engine cimport Engine
@@ -91,7 +91,7 @@ cdef object immutable(object data, const char** start, Py_ssize_t* size):
     if PyBytes_CheckExact(data):
         copy = data
     elif PyObject_CheckBuffer(data):
-        copy = bytes(data)
+        copy = PyBytes_FromObject(data)  # whatever a subclass says in __bytes__()
     else:
         raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
     start[0] = PyBytes_AS_STRING(copy)
