@@ -349,6 +349,12 @@ class Errors(list):
 
 
 @pytest.fixture
+def waits_in_ring(monkeypatch):
+    """Loops that are made from now on wait as applications have it, where that is in the ring."""
+    monkeypatch.setattr(helpers, "SELECTORS", "ours")
+
+
+@pytest.fixture
 def errors():
     return Errors()
 

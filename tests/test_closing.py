@@ -120,6 +120,19 @@ async def test_ended_from_any_callback(loop, endpoint, serve, callback, action):
     peer.close()
 
 
+@pytest.mark.usefixtures("waits_in_ring")
+@pytest.mark.parametrize("how", ["close", "abort"])
+async def test_the_peer_is_told_an_iteration_later(loop, wire, how):
+    """Also if the loop then stands still, since its thread waits for the peer."""
+    w = await wire()
+    await w.send(b"hello")
+    await w.protocol.received(5)
+    getattr(w.transport, how)()
+    await asyncio.sleep(0)
+    w.peer.settimeout(2 * helpers.patience)
+    assert w.peer.recv(1) == b""
+
+
 @pytest.mark.matrix(debug=False)
 async def test_the_descriptor_is_closed_after_connection_lost(loop, wire):
     w = await wire()

@@ -37,6 +37,18 @@ async def test_a_thousand_endpoints_come_and_go(loop):
     await helpers.eventually(lambda: engines.active_engine(loop).stats()["in_flight"] == 0)
 
 
+@pytest.mark.usefixtures("waits_in_ring")
+@pytest.mark.parametrize("how", ["close", "abort"])
+async def test_its_address_is_free_an_iteration_later(loop, how):
+    transport, protocol, address = await endpoint(loop)
+    transport.sendto(b"hello", address)
+    await protocol.got(1)
+    getattr(transport, how)()
+    await asyncio.sleep(0)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(address)
+
+
 @pytest.mark.matrix(sqpoll=True)
 async def test_protocols_that_keep_no_reference(loop):
     """Open, the engine keeps the transport; closed, nobody does."""

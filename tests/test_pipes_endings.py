@@ -48,6 +48,25 @@ async def test_hundreds_come_and_go(loop):
     await helpers.eventually(lambda: engines.active_engine(loop).stats()["streams"] == 0)
 
 
+@pytest.mark.usefixtures("waits_in_ring")
+async def test_the_other_end_is_told_an_iteration_later(loop):
+    """Also if the loop then stands still."""
+    for connect, protocol in ((loop.connect_read_pipe, Reads), (loop.connect_write_pipe, Writes)):
+        read_end, write_end = os.pipe()
+        ours, other = (read_end, write_end) if protocol is Reads else (write_end, read_end)
+        transport, _ = await connect(protocol, os.fdopen(ours, "rb" if protocol is Reads else "wb", 0))
+        await asyncio.sleep(0.01)
+        transport.close()
+        await asyncio.sleep(0)
+        os.set_blocking(other, False)
+        if protocol is Reads:
+            with pytest.raises(BrokenPipeError):
+                os.write(other, b"hello")
+        else:
+            assert os.read(other, 1) == b""
+        os.close(other)
+
+
 @pytest.mark.parametrize("what", ["close", "close_both", "write_and_close", "replace"])
 @pytest.mark.matrix(sqpoll=True)
 async def test_callbacks_do_anything(loop, what):

@@ -6,6 +6,7 @@ import gc
 import random
 import resource
 import socket
+import sysconfig
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from wire import barrier, over, wire  # noqa: F401
 
 pytestmark = pytest.mark.pairs(endpoint="unix")
 
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 MIB = 1 << 20
 
 
@@ -174,8 +176,23 @@ class Swallower(asyncio.Protocol):
 @over("tcp")
 async def test_a_slow_peer_with_a_backlog_of_100_megabytes(loop, wire, piece_bytes):
     w = await wire()
-    total = 100
+    grown = []
+    if FREE_THREADED:
+        # The allocator of Pythons without the GIL keeps what was freed, now more, now less of it.
+        await have_a_backlog(w, piece_bytes)
     before = resident_bytes()
+    for _ in range(4 if FREE_THREADED else 1):
+        await have_a_backlog(w, piece_bytes)
+        grown.append(resident_bytes() - before)
+    assert min(grown) < 16e6
+    # And the connection is as good as new.
+    await w.send(b"ping")
+    await w.protocol.received(4)
+
+
+async def have_a_backlog(w, piece_bytes):
+    total = 100
+    w.protocol.log.clear()
     for number in range(total):
         whole = pattern(MIB, seed=number)
         if piece_bytes == MIB:
@@ -185,18 +202,14 @@ async def test_a_slow_peer_with_a_backlog_of_100_megabytes(loop, wire, piece_byt
                 w.transport.write(whole[at : at + piece_bytes])
     del whole
     assert w.transport.get_write_buffer_size() > 80 * MIB
-    assert w.protocol.log == ["made", "pause"]
+    assert w.protocol.log == ["pause"]
     for number in range(total):
         # Slow: something else happens between any two reads, and the socket is full in between.
         await asyncio.sleep(0)
         assert await w.receive(MIB) == pattern(MIB, seed=number), number
     # Who asks for the size may learn of it before the protocol does, where a poller sends.
-    await helpers.eventually(lambda: w.protocol.log == ["made", "pause", "resume"])
+    await helpers.eventually(lambda: w.protocol.log == ["pause", "resume"])
     assert w.transport.get_write_buffer_size() == 0
-    assert resident_bytes() - before < 16e6
-    # And the connection is as good as new.
-    await w.send(b"ping")
-    await w.protocol.received(4)
 
 
 def worker_threads():

@@ -19,6 +19,7 @@ cdef class Selecting(LoopBound):
     cdef unsigned long long n_waits
 
     cdef void leave_selector(self) noexcept
+    cdef void owe_callback(self) noexcept
     cdef list select_keys(self, object timeout)
     cdef bint came_up(self, Py_ssize_t timers) except -1
     cdef bint must_look(self) noexcept

@@ -81,11 +81,9 @@ cdef class Selecting(LoopBound):
         while True:
             if self.owed or self.has_work():
                 if self.ready:
-                    if self.owed or not self.flush_scheduled:
-                        self.owed = False
-                        self.flush_scheduled = True
-                        self.call_soon(method(self, "_flush"))
-                        self.owed = not self.flush_scheduled
+                    if not self.flush_scheduled:
+                        self.owed = True
+                    self.owe_callback()
                     return self.look_at_others()
                 timers = len(self.loop._scheduled)
                 self.make_pass()
@@ -109,17 +107,20 @@ cdef class Selecting(LoopBound):
             if not self.usable():
                 return []  # a handler has forked
 
+    cdef void owe_callback(self) noexcept:
+        """A pass that is owed is made by a callback of the loop's, before those that are scheduled from now on."""
+        if self.owed:
+            self.owed = False
+            self.flush_scheduled = True
+            self.call_soon(method(self, "_flush"))
+            self.owed = not self.flush_scheduled
+
     cdef list select_keys(self, object timeout):
         """As with any selector: what is ready is for the loop's callbacks."""
         if self.usable():
-            if self.owed:
-                self.call_soon(method(self, "_flush"))
-                self.owed = not self.flush_scheduled
-            elif not self.flush_scheduled:
+            if not self.owed and not self.flush_scheduled:
                 self.unquiet()
-                if self.owed:
-                    self.call_soon(method(self, "_flush"))
-                    self.owed = not self.flush_scheduled
+            self.owe_callback()
             if self.ready:
                 timeout = 0
         return select_any(self.selector, timeout)

@@ -544,6 +544,8 @@ cdef class DatagramTransport(DatagramSink):
             self.socket.close()
             return
         self.socket.close()
+        if not self.detached:
+            self.engine.owe_callback()  # see the streams'
         # A context that is entered cannot be run in again, should this callback run the loop: a copy can.
         self.engine.call_soon(method(self, "_call_connection_lost"), None if self.in_context else self.context, exc)
 

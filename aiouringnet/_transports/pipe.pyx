@@ -102,6 +102,8 @@ cdef bint begins_to_close(StreamInput transport) noexcept:
         if transport.detached:
             close_file(transport)
         return False
+    if not transport.detached:
+        transport.engine.owe_callback()  # see the streams'
     return True
 
 

@@ -516,6 +516,8 @@ cdef class StreamTransport(StreamOutput):
             self.stream.close()
             return
         self.stream.close()
+        if not self.detached:
+            self.engine.owe_callback()  # The pass that lets go of the descriptor comes before connection_lost().
         # A context that is entered cannot be run in again, should this callback run the loop: a copy can.
         self.engine.call_soon(method(self, "_call_connection_lost"), None if self.in_context else self.context, exc)
 
