@@ -70,6 +70,18 @@ def resident_bytes():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+async def test_after_write_eof_it_is_refused_and_the_connection_goes_on(place, path):
+    if not place.transport.can_write_eof():
+        pytest.skip("TLS has no half-close")
+    place.peer.keep_open = True
+    place.transport.write_eof()
+    await place.peer.eof
+    place.peer.transport.write(b"goes on")
+    with open(path, "rb") as file, pytest.raises(RuntimeError, match="after write_eof"):
+        await place.loop.sendfile(place.transport, file)
+    assert await place.protocol.received(7) == b"goes on"
+
+
 async def test_the_whole_file_arrives_between_what_is_written(loop, place, path):
     place.transport.write(b"before")
     with open(path, "rb") as file:

@@ -194,6 +194,17 @@ async def test_what_was_written_arrives_whatever_ends_the_connection(loop, place
     both.server.close()
 
 
+@BOTH_LAYERS
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the TLS of 3.10 does not nest")
+async def test_tls_within_tls_ends_without_a_warning(loop, place, caplog):
+    both = await Below().begin(loop, place, True)
+    both.transport.close()
+    await both.protocol.lost
+    await both.other.lost
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    both.server.close()
+
+
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="Server.close_clients() came with 3.13")
 @pytest.mark.parametrize("how", ["close_clients", "abort_clients"])
 @BOTH_LAYERS

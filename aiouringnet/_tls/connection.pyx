@@ -152,6 +152,7 @@ cdef class TLSConnection(Plaintext):
         if self.ended or not self.made or self.protocol is None:
             return
         self.ended = True
+        within = isinstance(self.protocol, Layer)  # TLS in TLS, which knows
         try:
             entered = self.enter_context(&before)
             try:
@@ -162,7 +163,7 @@ cdef class TLSConnection(Plaintext):
             finally:
                 if entered:
                     self.leave_context(before)
-            if keep_open:
+            if keep_open and not within:
                 logger.warning("returning true from eof_received() has no effect when using ssl")
         except BaseException as exc:
             self.callback_failed(exc, "Error calling eof_received()")

@@ -255,7 +255,7 @@ cdef class DatagramTransport(DatagramSink):
     cdef void on_bad_datagram(self, object exc) noexcept:
         """An address that is none, say: not the kernel's refusal but a mistake, and the end."""
         self.engine.report({
-            "message": "Fatal error on datagram transport",
+            "message": "Fatal write error on datagram transport",
             "exception": exc,
             "transport": self,
             "protocol": self.protocol,

@@ -237,6 +237,8 @@ cdef class StreamTransport(StreamOutput):
         self.engine.check()
         if self.state >= LOST:
             raise ConnectionError("the connection is closed")
+        if self.eof:
+            raise RuntimeError("Cannot call write() after write_eof()")
         file = FileRange(self.engine, fd, offset, -1 if count is None else count)
         self.stream.send_file(file)
         return file
