@@ -16,6 +16,7 @@ import sys
 import types
 
 from aiouringnet._api.call import expect_loop, loops_own
+from aiouringnet._api.ours import ensure_no_transport
 from aiouringnet._api.signatures import like
 from aiouringnet._engine import engine_for
 
@@ -57,10 +58,12 @@ def _served(loop, sock):
 
 async def _by_loop(loop, name, sock, *args, **kwargs):
     """loop.name(sock, ...), the loop's own; OSError where it has none, and we only lack a descriptor."""
+    engine = None if loop.is_closed() else engine_for(loop)
+    if engine is not None and not hasattr(loop, "_ensure_fd_no_transport"):
+        ensure_no_transport(engine, sock)  # uvloop would wait for ever: it knows of its own transports alone
     try:
         return await loops_own(loop, name)(sock, *args, **kwargs)
     except NotImplementedError:
-        engine = None if loop.is_closed() else engine_for(loop)
         if engine is not None:
             serve(engine, sock)
         raise
