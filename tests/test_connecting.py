@@ -9,7 +9,7 @@ import helpers
 import pytest
 from helpers import Recorder
 from in_flight import FullBacklog, nothing_under_way
-from wire import PEER_IS_GONE
+from wire import PEER_IS_GONE, over
 
 pytestmark = pytest.mark.pairs(endpoint="unix")
 
@@ -102,3 +102,38 @@ def test_a_listener_closed_while_connections_come_in(make_loop, endpoint):
 
     helpers.run_on(loop, main())
     assert counts["connected"] > 16
+
+
+@pytest.mark.matrix(sqpoll=True, debug=False)
+@over("tcp")
+def test_a_listener_is_closed_at_once_where_a_connection_waits_in_the_same_pass(make_loop, endpoint):
+    """With a poller closing waits for an end, which may have been taken from the ring, and be the next to be told."""
+    loop = make_loop()
+    took = []
+
+    async def main():
+        server = await endpoint.serve(loop, Recorder)
+
+        class Closer(asyncio.Protocol):
+            def data_received(self, data):
+                before = time.perf_counter()
+                server.close()
+                took.append(time.perf_counter() - before)
+
+        for number in range(10):
+            ours, theirs = socket.socketpair()
+            ours.setblocking(False)
+            transport, _ = await loop.create_connection(Closer, sock=ours)
+            await asyncio.sleep(0.01)
+            theirs.send(b"close")
+            with socket.create_connection(endpoint.address), theirs:
+                time.sleep(0.005)  # for both to be there
+                await helpers.eventually(lambda: len(took) > number)  # noqa: B023
+                host, port = endpoint.address
+                server = await loop.create_server(endpoint._remembering(Recorder), host, port, reuse_address=True)
+            transport.abort()
+        server.close()
+        await nothing_under_way(loop)
+
+    helpers.run_on(loop, main())
+    assert len(took) == 10 and sorted(took)[5] < 0.01

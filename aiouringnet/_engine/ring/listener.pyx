@@ -1,5 +1,7 @@
 """A listening socket on the ring."""
 
+from libc.stdint cimport uint64_t
+
 from aiouringnet._engine.listener cimport Listener, MORE_WAITS
 from aiouringnet._engine.poll cimport POLLIN
 from aiouringnet._engine.ring.completions cimport TAG_ACCEPT, user_data
@@ -47,15 +49,24 @@ cdef class RingListener(Listener):
     cdef void stop(self) noexcept:
         """Cancel now, so that the port is free as soon as the caller closes the socket."""
         cdef Queues engine = <Queues>self.engine
+        cdef io_uring_sqe* sqe
+        cdef uint64_t data = user_data(self, TAG_ACCEPT)
         if engine.readiness is not None:
             Listener.stop(self)
             return
         if not self.armed:
             return
-        engine.cancel(self, TAG_ACCEPT, &engine.ring)
-        engine.enter()
-        if engine.poller is not None:
-            engine.poller.await_end(user_data(self, TAG_ACCEPT))
+        if engine.cancel(self, TAG_ACCEPT, &engine.ring) and engine.enter() and engine.poller is not None and (
+            engine.has_yet_to_hand_out(data) or engine.poller.await_end(data)
+        ):
+            # It puts the file away behind the completion that it posts, and before it takes another request.
+            sqe = engine.get_sqe(&engine.ring)
+            if sqe != NULL:
+                io_uring_prep_nop(sqe)
+                sqe.flags |= IOSQE_CQE_SKIP_SUCCESS
+                sqe.user_data = 0
+                engine.enter()
+                engine.poller.await_taken()
         engine.need_pass()
 
     cdef void cancel_again(self) noexcept:

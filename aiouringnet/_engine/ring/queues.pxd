@@ -1,5 +1,7 @@
 # Read queues.pyx first.
 
+from libc.stdint cimport uint64_t
+
 from aiouringnet._engine.engine cimport Engine
 from aiouringnet._engine.interface cimport Handle
 from aiouringnet._engine.ring.liburing cimport io_uring, io_uring_buf_ring, io_uring_cqe, io_uring_sqe
@@ -43,6 +45,7 @@ cdef class Queues(Engine):
     cdef bint enter(self) noexcept
     cdef bint may_be_taken_later(self) noexcept
     cdef bint cancel(self, Handle handle, int tag, io_uring* ring) noexcept
+    cdef bint has_yet_to_hand_out(self, uint64_t data) noexcept
     cdef void broken(self, int error) noexcept
     cdef int reap(self) noexcept
     cdef bint pending(self) noexcept

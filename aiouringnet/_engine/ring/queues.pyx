@@ -246,6 +246,14 @@ cdef class Queues(Engine):
             self.returned = 0
         return n
 
+    cdef bint has_yet_to_hand_out(self, uint64_t data) noexcept:
+        """Whether an operation's completion was taken out of the queue, for later in this pass."""
+        cdef unsigned int i
+        for i in range(self.batch_next, self.batch_end):
+            if self.batch[i].user_data == data:
+                return True
+        return False
+
     # --- waking the loop -----------------------------------------------------
 
     cdef inline bint pending(self) noexcept:

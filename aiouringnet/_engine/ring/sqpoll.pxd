@@ -36,6 +36,7 @@ cdef class Poller:
     cdef void wake_for_sends(self, Engine engine) noexcept
     cdef void await_send(self, Engine engine, Output stream) noexcept
     cdef void finish_sends(self, Engine engine) noexcept
-    cdef void await_end(self, uint64_t data) noexcept
+    cdef bint await_end(self, uint64_t data) noexcept
+    cdef void await_taken(self) noexcept
 
 cdef int shared_poller() noexcept

@@ -54,12 +54,9 @@ cdef enum:
     # For a socket that is full the end of a run does not wait.
     AWAIT_TRIES = 500
     AWAIT_US = 20
-    # Where the poller has to wait for a processor, the end of a run waits for it: 0.2 s in all.
+    # Where the poller has to wait for a processor, the end of a run, or of a listener, waits for it: 0.2 s in all.
     FINISH_TRIES = 4000
     FINISH_WAIT_US = 50
-    # Cancelling takes it less than 20 ms.
-    END_TRIES = 400
-    END_WAIT_US = 50
 
 
 # Rings with a poller, which later rings of the process share.  Each belongs to a loop, whose thread may end it while
@@ -233,10 +230,21 @@ cdef class Poller:
                     usleep(FINISH_WAIT_US)
                 self.reap(engine)
 
-    cdef void await_end(self, uint64_t data) noexcept:
-        """Wait a moment until an operation of the engine's own ring has ended: usually it has by now."""
+    cdef bint await_end(self, uint64_t data) noexcept:
+        """Wait until an operation of the engine's own ring has ended: usually it has by now."""
         cdef int _tries
-        for _tries in range(END_TRIES):
+        for _tries in range(FINISH_TRIES):
             if airn_has_ended(self.receives, data):
+                return True
+            with nogil:
+                usleep(FINISH_WAIT_US)
+        return False
+
+    cdef void await_taken(self) noexcept:
+        """The same until the poller has taken all that the engine's own ring had for it."""
+        cdef int _tries
+        for _tries in range(FINISH_TRIES):
+            if io_uring_sq_ready(self.receives) == 0:
                 break
-            usleep(END_WAIT_US)
+            with nogil:
+                usleep(FINISH_WAIT_US)
