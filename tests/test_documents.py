@@ -121,6 +121,7 @@ def test_the_glossary_has_words_of_the_code():
 OPERATIONS = {
     "cancel64": "ASYNC_CANCEL",
     "connect": "CONNECT",
+    "nop": "NOP",
     "poll_add": "POLL_ADD",
     "poll_multishot": "POLL_ADD",
     "recv_multishot": "RECV",
