@@ -136,4 +136,4 @@ def test_a_listener_is_closed_at_once_where_a_connection_waits_in_the_same_pass(
         await nothing_under_way(loop)
 
     helpers.run_on(loop, main())
-    assert len(took) == 10 and sorted(took)[5] < 0.1  # seconds: a busy machine's poller may have to wait, but not for us
+    assert len(took) == 10 and sorted(took)[5] < 0.1  # seconds; its poller may have to wait
