@@ -101,6 +101,25 @@ static inline __u64 airn_unsubmitted_data(struct io_uring *ring, unsigned i)
 	return ring->sq.sqes[(*ring->sq.khead + i) & (ring->sq.ring_entries - 1)].user_data;
 }
 
+/* Make of an operation that the kernel has not been given one that does nothing, and ends: without a poller. */
+static inline int airn_withdraw(struct io_uring *ring, __u64 user_data)
+{
+	unsigned i, found = 0, n = airn_unsubmitted(ring);
+	unsigned head = *ring->sq.khead;
+	struct io_uring_sqe *sqe;
+
+	for (i = 0; i < n; i++) {
+		sqe = &ring->sq.sqes[(head + i) & (ring->sq.ring_entries - 1)];
+		if (sqe->user_data == user_data) {
+			io_uring_prep_nop(sqe);
+			sqe->flags = 0;
+			sqe->user_data = user_data;
+			found = 1;
+		}
+	}
+	return found;
+}
+
 /* Whether the final completion of an operation waits to be taken. */
 static inline int airn_has_ended(struct io_uring *ring, __u64 user_data)
 {

@@ -97,8 +97,17 @@ cdef class RingConnection(Connection):
         if engine.readiness is not None:
             Connection.stop(self)
             return
-        engine.cancel(self, TAG_CONNECT, &engine.ring)
+        # Its socket is closed next, and whoever has the number then is not to be connected.
+        if engine.poller is None and airn_withdraw(&engine.ring, user_data(self, TAG_CONNECT)):
+            engine.need_pass()
+            return
+        if not engine.cancel(self, TAG_CONNECT, &engine.ring):
+            engine.call_soon(method(self, "_stop"))
         engine.need_pass()
+
+    def _stop(self):
+        if self.in_flight and self.engine.usable():
+            self.stop()
 
     cdef void cancel_again(self) noexcept:
         if self.future.done():

@@ -108,7 +108,7 @@ cdef class RingDatagrams(Datagrams):
             ended = ended and self.room_ending
         if not asked:
             return
-        if not engine.enter() or airn_unsubmitted(&engine.ring):
+        if not engine.enter_until_done() or airn_unsubmitted(&engine.ring):
             ended = False
         if not ended:
             engine.mark_resync(self)

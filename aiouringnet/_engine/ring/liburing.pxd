@@ -106,6 +106,7 @@ cdef extern from "compat.h" nogil:
 
     unsigned int airn_unsubmitted(io_uring* ring)
     uint64_t airn_unsubmitted_data(io_uring* ring, unsigned int i)
+    bint airn_withdraw(io_uring* ring, uint64_t user_data)
     unsigned int airn_sq_flags(io_uring* ring)
     unsigned int airn_forget_taskrun(io_uring* ring)
     void airn_recall_taskrun(io_uring* ring, unsigned int taskrun)

@@ -5,3 +5,4 @@ from aiouringnet._engine.listener cimport Listener
 # that several processes share, and take connections for a loop that does not run.
 cdef class RingListener(Listener):
     cdef bint armed
+    cdef void end_by_poller(self) noexcept

@@ -45,6 +45,7 @@ cdef class Queues(Engine):
     cdef bint enter(self) noexcept
     cdef bint may_be_taken_later(self) noexcept
     cdef bint cancel(self, Handle handle, int tag, io_uring* ring) noexcept
+    cdef bint enter_until_done(self) noexcept
     cdef bint has_yet_to_hand_out(self, uint64_t data) noexcept
     cdef void broken(self, int error) noexcept
     cdef int reap(self) noexcept

@@ -39,6 +39,8 @@ cdef enum:
     REFUSALS_AT_ONCE = 8
     REFUSED_US = 2000
     REFUSALS = REFUSALS_AT_ONCE + 50
+    # Each runs up to 40 completions (IO_LOCAL_TW_DEFAULT_MAX, twice).  Bounded: there is always more beside a flood.
+    ENTERS = 256
 
 
 cdef class Queues(Engine):
@@ -122,10 +124,11 @@ cdef class Queues(Engine):
         if self.buf_ring != NULL:
             munmap(self.buf_ring, self.buf_ring_bytes)
             self.buf_ring = NULL
+        self.returned = 0
 
     cdef inline void return_buffer(self, unsigned int bid) noexcept:
         """Give a buffer back; the kernel sees it when the batch is done."""
-        if self.forked():
+        if self.forked() or self.buf_ring == NULL:
             return
         io_uring_buf_ring_add(
             self.buf_ring, self.pool + <size_t>bid * self.buffer_size, self.buffer_size,
@@ -187,6 +190,16 @@ cdef class Queues(Engine):
                 self.broken(-code)
             return False
 
+    cdef bint enter_until_done(self) noexcept:
+        """As enter(), until all that is deferred is done, of which each does a part: files are let go of by then."""
+        cdef int _tries
+        for _tries in range(ENTERS):
+            if not self.enter():
+                return False
+            if self.poller is not None or not airn_sq_flags(&self.ring) & IORING_SQ_TASKRUN:
+                break
+        return True
+
     cdef bint may_be_taken_later(self) noexcept:
         """Whether it is worth trying again what was refused; after some times in a row, a moment later."""
         self.refusals += 1
@@ -241,7 +254,7 @@ cdef class Queues(Engine):
                 self.flush_direct()
             if self.out_of_time(0) or self.forked():
                 break
-        if self.returned and not self.forked():
+        if self.returned and self.buf_ring != NULL and not self.forked():
             io_uring_buf_ring_advance(self.buf_ring, self.returned)
             self.returned = 0
         return n

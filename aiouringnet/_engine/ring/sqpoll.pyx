@@ -54,7 +54,7 @@ cdef enum:
     # For a socket that is full the end of a run does not wait.
     AWAIT_TRIES = 500
     AWAIT_US = 20
-    # Where the poller has to wait for a processor, the end of a run, or of a listener, waits for it: 0.2 s in all.
+    # Where the poller has to wait for a processor, the end of a run, or of a listener, waits for it: half a second.
     FINISH_TRIES = 4000
     FINISH_WAIT_US = 50
 
@@ -231,20 +231,26 @@ cdef class Poller:
                 self.reap(engine)
 
     cdef bint await_end(self, uint64_t data) noexcept:
-        """Wait until an operation of the engine's own ring has ended: usually it has by now."""
+        """Wait until an operation of the engine's own ring has ended: usually it has by now.
+
+        False: that cannot be seen, as where completions have overflowed.
+        """
         cdef int _tries
         for _tries in range(FINISH_TRIES):
             if airn_has_ended(self.receives, data):
                 return True
+            if airn_sq_flags(self.receives) & IORING_SQ_CQ_OVERFLOW:
+                break
             with nogil:
                 usleep(FINISH_WAIT_US)
         return False
 
     cdef void await_taken(self) noexcept:
-        """The same until the poller has taken all that the engine's own ring had for it."""
+        """The same until the poller has taken all that there is for it, and so has the files of all numbers."""
         cdef int _tries
+        self.submit()
         for _tries in range(FINISH_TRIES):
-            if io_uring_sq_ready(self.receives) == 0:
+            if io_uring_sq_ready(self.receives) == 0 and (not self.up or io_uring_sq_ready(&self.ring) == 0):
                 break
             with nogil:
                 usleep(FINISH_WAIT_US)

@@ -420,11 +420,16 @@ cdef class RingStream(Gated):
             engine.mark_resync(self)
 
     cdef void let_go(self) noexcept:
-        if self.engine.readiness is not None:
+        cdef Queues engine = <Queues>self.engine
+        if engine.readiness is not None:
             Stream.let_go(self)
             return
+        if self.sending == SEND_SUBMITTED:
+            engine.await_send(self)
         self.cancel_all()
-        (<Queues>self.engine).enter()
+        engine.enter_until_done()
+        if engine.poller is not None:
+            engine.poller.await_taken()  # it looks for a number's file when it takes the request
 
     cdef void cancel_again(self) noexcept:
         if self.read_state == READ_ENDING:
