@@ -14,6 +14,7 @@ import helpers
 import pytest
 import seccomp
 from helpers import Recorder, pattern
+from test_nested_loops import run_nested, run_once
 
 IO_URING_SETUP, IO_URING_ENTER = 425, 426  # on every architecture
 CONNECTIONS = 8
@@ -152,6 +153,54 @@ def refused_in_another_thread(make_loop):
 @pytest.mark.matrix(base="asyncio", engine="uring", debug=False)
 def test_connections_go_on_when_another_thread_may_not_have_a_ring(case):
     assert helpers.in_child(case, refused_in_another_thread) == "all went on\n"
+
+
+def refused_in_a_nested_loop(make_loop):
+    """The ring is given up by a loop that a callback runs, and the callback's buffer was the ring's."""
+    loop = make_loop()
+    loop.set_exception_handler(lambda *_: None)
+    loop._run_once = lambda: run_once(loop)
+    endpoint = helpers.Endpoint("tcp")
+    done = loop.create_future()
+
+    class Nests(asyncio.Protocol):
+        def connection_made(self, transport):
+            self.transport = transport
+
+        def data_received(self, data):
+            forbid_io_uring()
+            self.transport.write(b"x")
+            run_nested(loop, another())
+            self.transport.write(b"after")
+            done.set_result(None)
+
+    async def another():
+        transport, _ = await endpoint.connect(loop, asyncio.Protocol)
+        await asyncio.sleep(0.05)
+        transport.close()
+
+    async def main():
+        server = await endpoint.serve(loop, Nests)
+        with endpoint.peer() as peer:
+            await asyncio.sleep(0.05)
+            peer.setblocking(False)
+            await loop.sock_sendall(peer, b"go")
+            await done
+            data = b""
+            while len(data) < 6:
+                data += await loop.sock_recv(peer, 6)
+            assert data == b"xafter"
+        server.close()
+
+    with endpoint:
+        helpers.run_on(loop, main())
+    loop.close()
+    print("went on")
+
+
+@pytest.mark.matrix(base="asyncio", engine="uring", debug=False, sqpoll=True)
+def test_a_loop_goes_on_when_io_uring_is_refused_in_a_nested_one(case):
+    assert helpers.in_child(case, refused_in_a_nested_loop) == "went on\n"
 
 
 # --------------------------------------------------------------------------

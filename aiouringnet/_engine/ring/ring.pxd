@@ -8,6 +8,7 @@ cdef class Ring(Waiting):
     cdef bint looks_again           # _look_for_sends() is scheduled
     cdef int direct_limit           # up to so many streams are sent to directly at a flush
 
+    cdef bint has_lost_ring(self) noexcept
     cdef void flush_output(self) noexcept
     cdef void look_for_sends_later(self) noexcept
     cdef void give_up_ring(self) noexcept

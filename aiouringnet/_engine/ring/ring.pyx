@@ -206,7 +206,7 @@ cdef class Ring(Waiting):
                 self.resync_all()
             if self.dirty or self.layers:
                 self.flush_output()
-            if self.forked():
+            if self.has_lost_ring():
                 return
             if airn_unsubmitted(&self.ring) or (
                 airn_sq_flags(&self.ring) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)
@@ -214,11 +214,13 @@ cdef class Ring(Waiting):
                 ok = self.enter()
             n = self.reap()
             delivered += n
-            if self.forked():
+            if self.has_lost_ring():
                 return
             if self.poller is not None:
                 ok = self.poller.submit() and ok
                 n += self.poller.reap(self)
+                if self.has_lost_ring():
+                    return
             if n == 0 and not self.dirty and not self.layers and not self.resync and not airn_unsubmitted(&self.ring):
                 break
             if not ok:
@@ -227,7 +229,7 @@ cdef class Ring(Waiting):
             # Others get their turn; what was written goes out before.
             if self.dirty or self.layers:
                 self.flush_output()
-            if self.forked():
+            if self.has_lost_ring():
                 return
             if airn_unsubmitted(&self.ring):
                 ok = self.enter()
@@ -254,6 +256,14 @@ cdef class Ring(Waiting):
         airn_full_fence()
         if self.pending():
             self.schedule()
+
+    cdef bint has_lost_ring(self) noexcept:
+        """Whether a callback forked, or ran the loop, which has given up the ring meanwhile: its pass does the rest."""
+        if self.forked():
+            return True
+        if not self.ring_up:
+            self.schedule()
+        return not self.ring_up
 
     cdef void flush_output(self) noexcept:
         """Send what was written: directly for few streams, through the ring for many."""
