@@ -261,7 +261,7 @@ cdef class Ring(Waiting):
         """Whether a callback forked, or ran the loop, which has given up the ring meanwhile: its pass does the rest."""
         if self.forked():
             return True
-        if not self.ring_up:
+        if not self.ring_up and not self.flush_scheduled:
             self.schedule()
         return not self.ring_up
 
