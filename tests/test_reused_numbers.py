@@ -1,13 +1,20 @@
 """A closed descriptor's number is soon another's: what was queued for the first does not reach the second."""
 
 import asyncio
+import concurrent.futures
+import contextlib
+import errno
+import itertools
+import os
 import socket
 import time
 
 import helpers
 import pytest
+from datagrams import Datagrams
 from helpers import Recorder
 from in_flight import nothing_under_way
+from wire import resource_warnings_ignored
 
 pytestmark = pytest.mark.matrix(sqpoll=True)
 
@@ -119,3 +126,192 @@ def test_a_closed_listeners_port_is_free_whatever_else_ends(make_loop, ends, opt
         await nothing_under_way(loop)
 
     helpers.run_on(loop, main())
+
+
+# --------------------------------------------------------------------------
+# Another thread closes the socket, or takes it back
+
+
+def on_a_thread(call, *args):
+    """Its result; this thread does nothing meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return executor.submit(call, *args).result()
+
+
+def connected():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ours = socket.create_connection(listening.getsockname())
+        peer, _ = listening.accept()
+    ours.setblocking(False)
+    peer.settimeout(2 * helpers.patience)
+    return ours, peer
+
+
+def is_nobodys(number):
+    try:
+        os.fstat(number)
+    except OSError as exc:
+        return exc.errno == errno.EBADF
+    return False
+
+
+@contextlib.contextmanager
+def others_that_hear_nothing():
+    """Sockets that take the next numbers."""
+    pairs = [socket.socketpair() for _ in range(3)]
+    try:
+        yield
+        for end in itertools.chain(*pairs):
+            end.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                end.recv(100)
+    finally:
+        for end in itertools.chain(*pairs):
+            end.close()
+
+
+@pytest.mark.matrix(base="asyncio", sqpoll=True)
+async def test_another_thread_closes_a_handed_in_socket(loop):
+    for _ in range(3):
+        ours, peer = connected()
+        number = ours.fileno()
+        transport, protocol = await loop.create_connection(Recorder, sock=ours)
+        await asyncio.sleep(0.002)
+        on_a_thread(ours.close)
+        assert ours.fileno() == -1
+        with others_that_hear_nothing():
+            transport.write(b"for the peer, or for nobody")
+            await asyncio.sleep(0.005)
+        assert is_nobodys(number)
+        assert peer.recv(100) in (b"for the peer, or for nobody", b"")
+        assert peer.recv(100) == b""
+        transport.abort()
+        await protocol.lost
+        peer.close()
+    await nothing_under_way(loop)
+
+
+async def test_another_thread_detaches_a_handed_in_socket(loop):
+    for _ in range(3):
+        ours, peer = connected()
+        number = ours.fileno()
+        transport, protocol = await loop.create_connection(Recorder, sock=ours)
+        await asyncio.sleep(0.002)
+        detached = socket.socket(fileno=on_a_thread(ours.detach))
+        detached.settimeout(2 * helpers.patience)
+        assert ours.fileno() == -1
+        with others_that_hear_nothing():
+            await asyncio.sleep(0.005)
+            transport.write(b"too late")
+            await asyncio.sleep(0.005)
+        assert is_nobodys(number)
+        peer.sendall(b"for its owner")
+        assert detached.recv(100) == b"for its owner"
+        detached.sendall(b"from its owner")
+        assert peer.recv(100) == b"from its owner"
+        transport.abort()
+        with contextlib.suppress(OSError):
+            await protocol.lost  # nowhere to write to
+        for end in (detached, peer):
+            end.close()
+    await nothing_under_way(loop)
+
+
+@pytest.mark.matrix(base="asyncio", sqpoll=True)
+async def test_another_thread_closes_a_datagram_socket(loop):
+    with socket.socket(type=socket.SOCK_DGRAM) as peer, socket.socket(type=socket.SOCK_DGRAM) as ours:
+        peer.bind(("127.0.0.1", 0))
+        peer.settimeout(2 * helpers.patience)
+        ours.bind(("127.0.0.1", 0))
+        number = ours.fileno()
+        transport, protocol = await loop.create_datagram_endpoint(Datagrams, sock=ours)
+        await asyncio.sleep(0.002)
+        on_a_thread(ours.close)
+        with others_that_hear_nothing():
+            transport.sendto(b"for the peer, or for nobody", peer.getsockname())
+            await asyncio.sleep(0.005)
+        assert is_nobodys(number)
+        transport.abort()
+        await protocol.lost
+
+
+@pytest.mark.matrix(base="asyncio", sqpoll=True)
+async def test_another_thread_closes_a_listening_socket(loop):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        number, address = listening.fileno(), listening.getsockname()
+        server = await loop.create_server(Recorder, sock=listening)
+        await asyncio.sleep(0.002)
+        on_a_thread(listening.close)
+        await asyncio.sleep(0.005)
+        assert is_nobodys(number)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        server.close()
+
+
+@pytest.mark.parametrize("end", ["reader", "writer"])
+@pytest.mark.matrix(base="asyncio", sqpoll=True)
+async def test_another_thread_closes_a_socket_used_as_a_pipe(loop, end):
+    ours, peer = socket.socketpair()
+    number = ours.fileno()
+    if end == "reader":
+        transport, protocol = await loop.connect_read_pipe(Recorder, ours)
+    else:
+        transport, protocol = await loop.connect_write_pipe(Recorder, ours)
+    await asyncio.sleep(0.002)
+    on_a_thread(ours.close)
+    with others_that_hear_nothing():
+        if end == "writer":
+            transport.write(b"for the peer, or for nobody")
+        await asyncio.sleep(0.005)
+    assert is_nobodys(number)
+    peer.settimeout(2 * helpers.patience)
+    while peer.recv(100):
+        pass
+    (transport.close if end == "reader" else transport.abort)()
+    await protocol.lost
+    peer.close()
+
+
+@pytest.mark.matrix(base="asyncio", sqpoll=True)
+def test_another_thread_closes_a_handed_in_socket_while_its_loop_does_not_run(make_loop, case):
+    """The loop runs again on yet another thread.  Only an operation in a ring lets the peer wait until then."""
+    loop = make_loop()
+    ours, peer = connected()
+    number = ours.fileno()
+
+    async def begin():
+        made = await loop.create_connection(Recorder, sock=ours)
+        await asyncio.sleep(0.002)
+        return made
+
+    transport, protocol = on_a_thread(loop.run_until_complete, begin())
+    loop.call_soon_threadsafe(transport.write, b"from the first callback of all")
+    ours.close()
+    if case.engine == "epoll":
+        assert peer.recv(100) == b""
+    with others_that_hear_nothing():
+        loop.run_until_complete(asyncio.sleep(0.005))
+    assert is_nobodys(number)
+    assert protocol.data == b"" and "eof" not in protocol.log
+    transport.abort()
+    with contextlib.suppress(OSError):
+        loop.run_until_complete(protocol.lost)
+    assert peer.recv(100) == b""
+    peer.close()
+
+
+@pytest.mark.matrix(base="asyncio", sqpoll=True)
+def test_a_loop_that_runs_no_more_closes_what_another_thread_gave_up(make_loop):
+    loop = make_loop()
+    ours, peer = connected()
+    number = ours.fileno()
+    transport, _ = on_a_thread(loop.run_until_complete, loop.create_connection(asyncio.Protocol, sock=ours))
+    ours.close()
+    assert not is_nobodys(number)
+    loop.close()
+    assert is_nobodys(number)
+    assert peer.recv(100) == b""
+    peer.close()
+    with resource_warnings_ignored():
+        del transport

@@ -127,8 +127,10 @@ cdef class Listener(Handle):
         self._stop()
 
     def _socket_closes(self):
-        """Its owner does that: the port is free when it has."""
+        """Its owner does that: the port is free when it has.  Whether it may now: not on any thread."""
+        reached = self.engine.is_reached()
         self.close()
+        return reached
 
     def _uses_socket(self):
         return not self.closed and not self.engine.closed

@@ -79,6 +79,7 @@ cdef class LoopBound:
     cdef int check(self) except -1
     # Whether this is a thread from which nothing may be called: another than the loop's, and the loop does not run here
     cdef bint is_foreign(self) except -1
+    cdef bint is_reached(self) except -1
     cdef int move_thread(self) except -1
     # From noexcept code into Python
     cdef void call_soon(self, object callback, object context=*, object argument=*) noexcept

@@ -149,6 +149,14 @@ cdef class LoopBound:
     cdef bint is_foreign(self) except -1:
         return not self.forked() and not self.on_own_thread() and _get_running_loop() is not self.loop
 
+    cdef bint is_reached(self) except -1:
+        """Whether this thread may touch the loop's connections; what is nobody's any more, all may."""
+        if self.usable() and not self.on_own_thread():
+            if _get_running_loop() is not self.loop:
+                return False
+            self.move_thread()
+        return True
+
     cdef int move_thread(self) except -1:
         """The loop runs on another thread than before."""
         airn_show_thread(self.thread_id, airn_thread_id())

@@ -205,11 +205,12 @@ cdef class ReadPipeTransport(StreamInput):
             close_file(self)
 
     def _socket_closes(self):
-        """It is a socket, and its owner closes it."""
-        if not self.engine.on_own_thread() and not self.engine.closed:
-            self.loop.call_soon_threadsafe(self._socket_closes)
-        elif self.state < LOST:
+        """It is a socket, and its owner closes it.  Whether that may be done now: not on any thread."""
+        if not self.engine.is_reached():
+            return self.sock is None
+        if self.state < LOST:
             self.stream.descriptor_closes()
+        return True
 
     def _uses_socket(self):
         """Whether it is still to be closed here."""

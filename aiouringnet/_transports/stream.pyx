@@ -555,14 +555,15 @@ cdef class StreamTransport(StreamOutput):
             self.close_socket()
 
     def _socket_closes(self):
-        """The socket was handed in, and its owner closes it."""
-        if not self.engine.on_own_thread() and not self.engine.closed:
-            self.loop.call_soon_threadsafe(self._socket_closes)
-        elif self.state < LOST:
+        """The socket was handed in, and its owner closes it.  Whether that may be done now: not on any thread."""
+        if not self.engine.is_reached():
+            return self.sock is None
+        if self.state < LOST:
             self.unregister()
             if self.layer is not None:
                 (<Layer>self.layer).descriptor_closes()
             self.stream.descriptor_closes()
+        return True
 
     def _uses_socket(self):
         """Whether it is still to be closed here."""
