@@ -217,7 +217,7 @@ def worker_threads():
 
 @pytest.mark.parametrize("reading", ["reading", "paused"])
 @pytest.mark.parametrize("when", ["before", "while"])
-@pytest.mark.matrix(debug=False)
+@pytest.mark.matrix(debug=False, sqpoll=True)
 async def test_half_closed_peers_that_read_slowly_take_no_thread_each(loop, wire, when, reading):
     """io_uring's own polls report such a peer's RDHUP whatever was asked, and sends then block worker threads."""
     wires = [await wire(lambda: Recorder(keep_open=True)) for _ in range(8)]
@@ -234,10 +234,12 @@ async def test_half_closed_peers_that_read_slowly_take_no_thread_each(loop, wire
             w.peer.shutdown(socket.SHUT_WR)
             if reading == "reading":
                 await w.protocol.eof
-    before = time.process_time()
+            # A poller's send waits for more room than there may be.
+            wanted[-1] += await w.block_writing()
+    before = time.thread_time()
     await asyncio.sleep(0.1)
-    assert time.process_time() - before < 0.05, "busy waiting"
-    assert worker_threads() == []
+    assert time.thread_time() - before < 0.05, "busy waiting"
+    assert len(worker_threads()) <= 1  # it had something to do, and lingers
     for w, whole in zip(wires[:4], wanted):
         w.transport.write(b"end")
         assert await w.receive(len(whole) + 3) == whole + b"end"

@@ -161,6 +161,8 @@ cdef class Stream(Output):
             return
         self.end = END_TOLD
         self.reading = False
+        if self.sending:
+            self.engine.mark_resync(self)  # it may wait in a way that such a peer's end does not allow
         if error == EOF_HELD:
             self.sink.on_eof()
         else:

@@ -50,6 +50,7 @@ cdef class RingStream(Gated):
     cdef flag small_reads
     cdef flag may_be_urgent         # announced with data that has not been read to its end
     cdef flag doubted               # in engine.doubts
+    cdef flag send_waits            # in the kernel, for room
     cdef flag send_cancelling
     cdef airn_gather* gather
 
@@ -60,6 +61,8 @@ cdef class RingStream(Gated):
     cdef void read_alone(self) noexcept
     cdef void replace_read(self) noexcept
     cdef void on_read_ended(self, int result) noexcept
+    cdef bint may_wait(self) noexcept
+    cdef void end_waiting(self) noexcept
     cdef void submit_chunks(self, bint poll_first) noexcept
     cdef void on_send(self, int result) noexcept
     cdef bint cancel_send(self) noexcept

@@ -10,7 +10,8 @@ Sending: at a flush, few streams are sent to directly, many through the ring,
 in both cases without waiting: what the socket refuses follows when a POLL says
 that it has drained.  (A send that waited in the kernel would go to a worker
 thread once the peer has half-closed, since io_uring's polls then report
-RDHUP at once and for ever; a Gate waits for such sockets.)
+RDHUP at once and for ever; a Gate waits for such sockets.)  With a poller they
+do wait, as long as the stream reads, and so hears of that end.
 
 Of read operations one is in flight, a multishot RECV or a multishot POLL as `read_tag` says, or none (0).
 sync_reading() compares it with the one wanted: none while not `reading` or when an end was met, POLL for a `bulk`
@@ -83,6 +84,8 @@ cdef class RingStream(Gated):
         if self.closed:
             self.cancel_all()
             return
+        if self.sending == SEND_SUBMITTED and self.send_waits and not self.may_wait():
+            self.end_waiting()
         if self.alone and not (self.reading and self.end == 0):
             engine.leave_alone(self)
         alone = self.alone
@@ -275,7 +278,7 @@ cdef class RingStream(Gated):
         if engine.readiness is not None:
             Stream.await_writable(self)
             return
-        if engine.poller is not None and self.count:
+        if self.count and self.may_wait():
             self.submit_chunks(True)
             return
         sqe = engine.get_sqe(&engine.ring)
@@ -304,19 +307,33 @@ cdef class RingStream(Gated):
             if not self.closed:
                 self.sink.on_sent()
 
+    cdef bint may_wait(self) noexcept:
+        """Whether the kernel is to wait for room and to try again by itself: for that the loop need not be woken.
+
+        With a poller, and as long as the peer's end would be heard of, behind which it waits in a worker thread.
+        """
+        return (<Queues>self.engine).poller is not None and self.reading and self.end == 0
+
+    cdef void end_waiting(self) noexcept:
+        """What has not left is sent again, and waits for room at the Gate."""
+        if not self.send_cancelling:
+            self.send_cancelling = self.cancel_send()
+            self.expect_sent()
+            if not self.send_cancelling:
+                self.engine.mark_resync(self)
+
     cdef void submit_chunks(self, bint poll_first) noexcept:
         """Submit a send of the queue's front; its completion continues with the rest."""
         cdef Queues engine = <Queues>self.engine
         cdef io_uring_sqe* sqe
         cdef Chunk* chunk
         cdef Py_ssize_t i, n
-        # With a poller the kernel waits and retries by itself: the loop need not be woken for it.
-        # (Not for kernel TLS, which refuses MSG_WAITALL: there its completion continues.)
         cdef int flags = MSG_NOSIGNAL
-        if engine.poller is None:
+        cdef bint waits = self.may_wait()
+        if not waits:
             flags |= MSG_DONTWAIT
         elif not self.ktls:
-            flags |= MSG_WAITALL
+            flags |= MSG_WAITALL  # (kernel TLS refuses it: there its completion continues)
         if self.count > 1 and self.queued <= FLATTEN_BYTES:
             self.flatten()
         sqe = engine.get_sqe(engine.sends)
@@ -346,6 +363,7 @@ cdef class RingStream(Gated):
             sqe.flags |= IOSQE_ASYNC
             engine.n_worker_sends += 1
         sqe.user_data = user_data(self, TAG_SEND)
+        self.send_waits = waits
         # With a poller: what may block is waited for, and so is noticed when it fails.
         self.begin_send(SEND_SUBMITTED, self.count > n or self.queued >= BULK_BYTES)
         engine.n_sends += 1
@@ -358,6 +376,7 @@ cdef class RingStream(Gated):
         cdef bint awaited = self.urgency == AWAITED
         engine.n_sending -= 1
         self.end_send()
+        self.send_cancelling = False
         if self.gather != NULL:
             free(self.gather)
             self.gather = NULL
@@ -380,7 +399,7 @@ cdef class RingStream(Gated):
                 self.urgency = AWAITED
                 if not self.dirty:
                     engine.mark_dirty(self)
-        elif (result == -EAGAIN or result == -EINPROGRESS) and engine.poller is None:
+        elif (result == -EAGAIN or result == -EINPROGRESS) and not self.send_waits:
             self.await_writable()
         elif (
             result == -EAGAIN or result == -EINPROGRESS or result == -EINTR or result == -ENOMEM or result == -ECANCELED
