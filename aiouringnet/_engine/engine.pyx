@@ -90,24 +90,9 @@ cdef class Engine(Gathering):
 
     cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept:
         """Watch a handle's descriptor for these events, 0: for none any more; returns 0 or an errno."""
-        cdef int error = 0
-        if events == handle.watched or not self.usable():
+        if not self.usable():
             return 0
-        if events == 0:
-            self.readiness.forget(handle, fd)
-        else:
-            error = self.readiness.register(handle, fd, events)
-        if error:
-            return error
-        if handle.watched == 0:
-            handle.watched = events
-            self.begin(handle)
-        elif events == 0:
-            handle.watched = 0
-            self.end(handle)
-        else:
-            handle.watched = events
-        return 0
+        return self.watch_in(self.readiness, handle, fd, events)
 
     cdef void renew_readiness(self) noexcept:
         cdef Readiness fresh

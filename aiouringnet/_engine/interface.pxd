@@ -61,7 +61,7 @@ cdef enum:
 # Whatever the engine calls back with the result of an operation.
 cdef class Handle:
     cdef int in_flight              # operations that the kernel has not finished
-    cdef unsigned int watched       # events of its descriptor that engine.readiness reports, 0: it is not there
+    cdef unsigned int watched       # events of its descriptor that an epoll set reports, 0: it is not there
 
     # What was submitted has a result
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept

@@ -1,6 +1,7 @@
 # Read ownership.pyx first.
 
 from aiouringnet._engine.interface cimport Handle
+from aiouringnet._engine.readiness cimport Readiness
 from aiouringnet._engine.selecting cimport Selecting
 
 
@@ -36,6 +37,7 @@ cdef class Owner(Selecting):
 
     cdef void begin(self, Handle handle) noexcept
     cdef void end(self, Handle handle) noexcept
+    cdef int watch_in(self, Readiness ready, Handle handle, int fd, unsigned int events) noexcept
     cdef void cancel_failed(self, int result) noexcept
     cdef void keep(self, object thing) noexcept
     cdef void leave(self) noexcept

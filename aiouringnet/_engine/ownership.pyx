@@ -16,6 +16,7 @@ from cpython.ref cimport Py_INCREF
 from libc.errno cimport ENOENT
 
 from aiouringnet._engine.interface cimport Handle
+from aiouringnet._engine.readiness cimport Readiness
 from aiouringnet._engine.selecting cimport Selecting
 
 
@@ -38,6 +39,28 @@ cdef class Owner(Selecting):
             self.live.discard(handle)
             if self.cancelled:
                 self.cancelled.discard(handle)
+
+    @final
+    cdef int watch_in(self, Readiness ready, Handle handle, int fd, unsigned int events) noexcept:
+        """Engine.watch_for(), in this set."""
+        cdef int error = 0
+        if events == handle.watched:
+            return 0
+        if events == 0:
+            ready.forget(handle, fd)
+        else:
+            error = ready.register(handle, fd, events)
+        if error:
+            return error
+        if handle.watched == 0:
+            handle.watched = events
+            self.begin(handle)
+        elif events == 0:
+            handle.watched = 0
+            self.end(handle)
+        else:
+            handle.watched = events
+        return 0
 
     cdef void cancel_failed(self, int result) noexcept:
         """ENOENT: the operation had just ended, or the kernel was about to try it again.  Ask once more.

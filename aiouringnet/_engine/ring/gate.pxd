@@ -18,8 +18,16 @@ cdef class Gate(Handle):
     cdef Readiness ready
     cdef Py_ssize_t waiting
     cdef bint armed
+    cdef int handing_out            # passes that do, of nested loops
 
     cdef void close(self) noexcept
+    cdef bint open(self) noexcept
+    # As Engine.watch_for()
+    cdef int watch(self, Handle handle, int fd, unsigned int events) noexcept
     cdef bint add(self, Gated stream) noexcept
     cdef void remove(self, Gated stream) noexcept
+    cdef void entered(self) noexcept
+    cdef void left(self) noexcept
     cdef void arm(self) noexcept
+    cdef bint is_in_use(self) noexcept
+    cdef void hand_out(self) noexcept

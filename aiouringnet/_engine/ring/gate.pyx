@@ -1,8 +1,13 @@
-"""Where a full socket's draining is waited for whose peer has half-closed.
+"""An epoll set for which a ring polls: for what the ring cannot wait for by itself.
 
-A ring's poll reports RDHUP whatever it was asked, at once and for ever; only
-epoll waits for POLLOUT alone.
+* A full socket whose peer has half-closed.  A ring's poll reports RDHUP
+  whatever it was asked, at once and for ever; only epoll waits for POLLOUT
+  alone.
+* A pipe, which has to end for others when its owner closes it.  A ring's poll
+  holds the file; an epoll set does not.
 """
+
+from libc.errno cimport EMFILE
 
 from aiouringnet._engine.output cimport FULL_AT_GATE, SOCKET_FULL
 from aiouringnet._engine.poll cimport POLLIN, POLLOUT
@@ -40,9 +45,9 @@ cdef class Gated(Stream):
 
 
 cdef class Gate(Handle):
-    """Streams that wait for a full socket to drain whose peer has half-closed.
+    """Streams that wait for a full socket to drain whose peer has half-closed, and pipes.
 
-    An epoll set of their own, for which the ring polls while anybody waits.
+    The ring polls while anybody waits.
     """
     def __init__(self, Queues engine):
         self.engine = engine
@@ -51,71 +56,107 @@ cdef class Gate(Handle):
         if self.ready is not None:
             self.ready.close()
 
-    cdef bint add(self, Gated stream) noexcept:
+    cdef bint open(self) noexcept:
         try:
             if self.ready is None:
                 self.ready = Readiness()
         except OSError:
             return False
-        if self.ready.register(stream, stream.fd, EPOLLOUT) != 0:
+        return True
+
+    cdef int watch(self, Handle handle, int fd, unsigned int events) noexcept:
+        cdef bint was_watched = handle.watched != 0
+        cdef int error
+        if not self.open():
+            return EMFILE
+        error = self.engine.watch_in(self.ready, handle, fd, events)
+        if error == 0 and was_watched != (events != 0):
+            if was_watched:
+                self.left()
+            else:
+                self.entered()
+        return error
+
+    cdef bint add(self, Gated stream) noexcept:
+        if not self.open() or self.ready.register(stream, stream.fd, EPOLLOUT) != 0:
             return False
-        self.waiting += 1
-        self.arm()
+        self.entered()
         return True
 
     def retry(self, Gated stream):
         """Out of descriptors or memory a moment ago."""
         if stream.closed or stream.sending or not self.engine.usable():
             return
-        if (<Queues>self.engine).gate is self:
+        if self.engine.gate is self:
             stream.wait_at_gate()
         elif not stream.dirty:
             self.engine.mark_dirty(stream)  # the ring has gone meanwhile
 
     cdef void remove(self, Gated stream) noexcept:
         self.ready.forget(stream, stream.fd)
+        self.left()
+
+    cdef void entered(self) noexcept:
+        self.waiting += 1
+        self.arm()
+
+    cdef void left(self) noexcept:
         self.waiting -= 1
         if self.waiting == 0 and self.armed and not self.engine.closed:
-            (<Queues>self.engine).cancel(self, TAG_POLL, &(<Queues>self.engine).ring)
+            self.engine.cancel(self, TAG_POLL, &self.engine.ring)
             self.engine.need_pass()
 
     cdef void arm(self) noexcept:
-        cdef Queues engine = <Queues>self.engine
         cdef io_uring_sqe* sqe
         if self.armed:
             return
-        sqe = engine.get_sqe(&engine.ring)
+        sqe = self.engine.get_sqe(&self.engine.ring)
         if sqe == NULL:
-            engine.call_soon(method(self, "_arm"))
+            self.engine.call_soon(method(self, "_arm"))
             return
         io_uring_prep_poll_add(sqe, self.ready.epoll_fd, POLLIN)
         sqe.user_data = user_data(self, TAG_POLL)
         self.armed = True
-        engine.begin(self)
-        engine.need_pass()
+        self.engine.begin(self)
+        self.engine.need_pass()
 
     def _arm(self):
-        if self.waiting and self.engine.usable() and (<Queues>self.engine).gate is self:
+        if self.is_in_use():
             self.arm()
+
+    cdef bint is_in_use(self) noexcept:
+        return self.waiting and self.engine.usable() and self.engine.gate is self
 
     cdef void complete(self, int tag, int result, unsigned int flags) noexcept:
         cdef Readiness fresh
-        cdef unsigned int events = 0
         self.armed = False
         self.engine.end(self)
-        if self.ready.next == self.ready.end and not self.engine.forked():
+        if not self.is_in_use():
+            return
+        if self.ready.next == self.ready.end:
             self.ready.fetch()
-        while self.ready.next < self.ready.end and self.engine.usable():
-            stream = self.ready.take(&events)
-            # What the end of one sets off may have taken others away.
-            if stream is not None and (<Gated>stream).sending == FULL_AT_GATE:
-                (<Gated>stream).leave_gate()
         if self.ready.stale:
             fresh = self.ready.successor()
             if fresh is not None:
                 self.ready.close()
                 self.ready = fresh
-        if self.waiting and not self.engine.closed:
+        self.hand_out()
+
+    cdef void hand_out(self) noexcept:
+        """Also what a pass has left whose callback runs the loop."""
+        cdef unsigned int events = 0
+        self.handing_out += 1
+        while self.is_in_use() and self.ready.next < self.ready.end:
+            handle = self.ready.take(&events)
+            # What the end of one sets off may have taken others away.
+            if handle is None:
+                continue
+            if (<Handle>handle).watched:
+                (<Handle>handle).on_ready(events)
+            elif isinstance(handle, Gated) and (<Gated>handle).sending == FULL_AT_GATE:
+                (<Gated>handle).leave_gate()
+        self.handing_out -= 1
+        if self.is_in_use():
             self.arm()
 
     cdef void cancel_again(self) noexcept:
@@ -124,4 +165,4 @@ cdef class Gate(Handle):
 
     cdef void cancel_operations(self) noexcept:
         if self.armed:
-            (<Queues>self.engine).cancel(self, TAG_POLL, &(<Queues>self.engine).ring)
+            self.engine.cancel(self, TAG_POLL, &self.engine.ring)

@@ -1,6 +1,5 @@
-from aiouringnet._engine.pipes cimport End
-from aiouringnet._engine.ring.stream cimport RingStream
+from aiouringnet._engine.pipes cimport Pipe
 
 
-cdef class RingPipe(RingStream):
-    cdef End file_end
+cdef class RingPipe(Pipe):
+    pass

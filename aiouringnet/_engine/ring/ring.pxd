@@ -14,5 +14,6 @@ cdef class Ring(Waiting):
     cdef void give_up_ring(self) noexcept
     cdef set half_sent(self)
     cdef bint drain(self) noexcept
+    cdef void close_gate(self) noexcept
     cdef void abandon(self, list handles) noexcept
     cdef void take_down(self) noexcept

@@ -137,7 +137,6 @@ cdef class Ring(Waiting):
         pipe.file_end = End()
         pipe.file_end.writes = writes
         pipe.file_end.attach(pipe, self, fd, sink)
-        pipe.bulk = True  # polls, not receives
         return pipe
 
     def listen(self, sock, on_accept, context):
@@ -157,6 +156,15 @@ cdef class Ring(Waiting):
         connection.storage_size = len(packed)
         connection.submit()
         return connection.future
+
+    cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept:
+        if self.readiness is not None or not self.usable():
+            return Engine.watch_for(self, handle, fd, events)
+        if self.gate is None:
+            if events == 0:
+                return 0
+            self.gate = Gate(self)
+        return (<Gate>self.gate).watch(handle, fd, events)
 
     # --- a pass -------------------------------------------------------------------
 
@@ -200,6 +208,8 @@ cdef class Ring(Waiting):
             self.schedule()  # out of descriptors, too
             return
         self.mask(True)
+        if self.gate is not None and (<Gate>self.gate).handing_out:
+            (<Gate>self.gate).hand_out()
         while rounds < MAX_ROUNDS and not self.over:
             rounds += 1
             if self.resync or self.alone_readable:
@@ -361,7 +371,7 @@ cdef class Ring(Waiting):
         self.take_down_rings()
         self.live.clear()
         self.cancelled.clear()
-        self.gate = None
+        self.close_gate()
         self.readiness = ready
         self.watch_instead(ready)
         if ready.epoll_fd == self.event_fd:
@@ -452,7 +462,7 @@ cdef class Ring(Waiting):
         self.take_down()
         self.live.clear()
         for handle in handles:
-            (<Handle>handle).in_flight = 0
+            (<Handle>handle).in_flight = (<Handle>handle).watched = 0
             if isinstance(handle, Flow):
                 (<Flow>handle).maybe_detached()
 
@@ -476,12 +486,15 @@ cdef class Ring(Waiting):
 
     cdef void take_down(self) noexcept:
         self.take_down_rings()
-        if self.gate is not None:
-            (<Gate>self.gate).close()
-            self.gate = None
+        self.close_gate()
         if self.event_fd >= 0:
             c_close(self.event_fd)
             self.event_fd = -1
+
+    cdef void close_gate(self) noexcept:
+        if self.gate is not None:
+            (<Gate>self.gate).close()
+            self.gate = None
 
     cdef int move_thread(self) except -1:
         """The loop runs on another thread now, but a ring belongs to the thread that made it.
@@ -508,7 +521,7 @@ cdef class Ring(Waiting):
         self.take_down_rings()
         self.live.clear()
         self.cancelled.clear()
-        self.gate = None
+        self.close_gate()
         try:
             self.set_up()
         except (OSError, MemoryError) as exc:
