@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import socket
+import time
 import weakref
 
 import helpers
@@ -66,6 +67,22 @@ def test_what_was_written_before_the_loop_is_closed_leaves(make_loop):
         loop.close()
         assert helpers.receive_exactly(peer, 35) == b"written while the loop does not run"
         del transport, _, loop
+        peer.close()
+
+
+@pytest.mark.matrix(debug=False, engine="uring", sqpoll=True)
+def test_closing_the_loop_with_more_in_flight_than_the_queue_holds(make_loop):
+    loop = make_loop(queue_depth=8)
+    pairs = [socket.socketpair() for _ in range(400)]
+    made = [loop.run_until_complete(loop.create_connection(Recorder, sock=ours)) for ours, _ in pairs]
+    started = time.monotonic()
+    with resource_warnings_ignored():
+        loop.close()
+        assert time.monotonic() - started < 0.5 * helpers.patience
+        del made, loop
+    for _, peer in pairs:
+        peer.settimeout(5 * helpers.patience)
+        assert peer.recv(1) == b""
         peer.close()
 
 

@@ -414,10 +414,14 @@ cdef class Ring(Waiting):
         milliseconds.  A second is the limit.
         """
         cdef int attempts
+        cdef unsigned long long full = 0
         for attempts in range(DRAIN_MS):
-            if attempts % ASK_AGAIN_MS == 0:
+            if attempts % ASK_AGAIN_MS == 0 or full != self.n_sq_full:
+                full = self.n_sq_full  # a poller's queue takes so many at a time
                 for handle in list(self.live):
                     (<Handle>handle).cancel_operations()
+                    if full != self.n_sq_full and self.poller is not None:
+                        break
             self.enter()
             if self.poller is not None:
                 self.poller.submit()
