@@ -219,14 +219,8 @@ async def test_a_port_is_free_when_its_endpoint_has_closed(loop):
     for _ in range(5):
         transport.close()
         await protocol.lost
-        if loop_is_sqpoll(loop):
-            await asyncio.sleep(0.05)
         transport, protocol, _ = await endpoint(loop, Datagrams, address)
     await close(transport)
-
-
-def loop_is_sqpoll(loop):
-    return aiouringnet.status(loop)["details"].get("sqpoll", False)
 
 
 async def test_other_families_go_by_the_socket_module(loop):

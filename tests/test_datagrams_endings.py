@@ -120,7 +120,7 @@ async def test_a_factory_that_raises_leaves_no_socket(loop):
         assert await helpers.garbage_of(lambda: loop.create_datagram_endpoint(factory, ("127.0.0.1", 0))) == 0
 
 
-@pytest.mark.matrix(base="asyncio")
+@pytest.mark.matrix(base="asyncio", sqpoll=True)
 async def test_a_socket_that_its_owner_closes(loop):
     for _number in range(3):
         sock = socket.socket(type=socket.SOCK_DGRAM)
@@ -130,7 +130,7 @@ async def test_a_socket_that_its_owner_closes(loop):
         sock.close()
         # Its number is another's, and its address free.
         with socket.socket(type=socket.SOCK_DGRAM) as other:
-            await asyncio.sleep(0.05 if aiouringnet.status(loop)["details"].get("sqpoll") else 0)
+            await asyncio.sleep(0)
             other.bind(address)
             transport.sendto(b"nobody's", address)
             await asyncio.sleep(0.01)

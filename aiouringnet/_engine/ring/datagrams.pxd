@@ -13,3 +13,5 @@ cdef class RingDatagrams(Datagrams):
     cdef flag polling               # what has become of the poll for input
     cdef flag room_polled           # there is one for room
     cdef flag room_ending
+
+    cdef bint by_readiness(self) noexcept

@@ -2,6 +2,9 @@
 
 Not a multishot recvmsg(2): a flood would take all provided buffers at once,
 each of which would have to hold the largest datagram.
+
+Beside a poller (SQPOLL), which would let go of a socket some time after its
+end, by readiness, in the epoll set for which the ring polls.
 """
 
 from libc.errno cimport EBADF
@@ -11,17 +14,21 @@ from aiouringnet._engine.datagrams cimport Datagrams
 from aiouringnet._engine.interface cimport ALONE
 from aiouringnet._engine.poll cimport POLLIN, POLLOUT
 from aiouringnet._engine.ring.completions cimport TAG_POLL, TAG_WRITABLE, user_data
+from aiouringnet._engine.ring.gate cimport Gate
 from aiouringnet._engine.ring.liburing cimport *
 from aiouringnet._engine.ring.queues cimport Queues
 
 
 cdef class RingDatagrams(Datagrams):
+    cdef bint by_readiness(self) noexcept:
+        return self.engine.readiness is not None or (<Queues>self.engine).poller is not None
+
     cdef void sync_watch(self) noexcept:
         """Make the operations in flight those that are wanted."""
         cdef Queues engine = <Queues>self.engine
         cdef io_uring_sqe* sqe
         cdef bint alone
-        if engine.readiness is not None:
+        if self.by_readiness():
             Datagrams.sync_watch(self)
             return
         if self.closed:
@@ -93,7 +100,7 @@ cdef class RingDatagrams(Datagrams):
             engine.leave_alone(self)
         if engine.closed:
             return
-        if engine.readiness is not None:
+        if self.by_readiness():
             Datagrams.cancel_all(self)
             return
         if self.polling == POLLING:
@@ -112,8 +119,6 @@ cdef class RingDatagrams(Datagrams):
             ended = False
         if not ended:
             engine.mark_resync(self)
-        elif engine.poller is not None:
-            engine.need_pass()
         elif self.closed:
             # A poll has no memory of ours, and the kernel has no use for the descriptor's number any more.
             # (The final completions wake the loop like any: a pass now would bring others their data earlier than
@@ -122,7 +127,7 @@ cdef class RingDatagrams(Datagrams):
 
     cdef void let_go(self) noexcept:
         self.waiting = NOT_WAITING
-        if self.engine.readiness is not None:
+        if self.by_readiness():
             Datagrams.let_go(self)
         else:
             self.cancel_all()
@@ -135,6 +140,8 @@ cdef class RingDatagrams(Datagrams):
 
     cdef void cancel_operations(self) noexcept:
         cdef Queues engine = <Queues>self.engine
+        if self.watched:
+            (<Gate>engine.gate).watch(self, self.fd, 0)
         if self.polling:
             engine.cancel(self, TAG_POLL, &engine.ring)
         if self.room_polled:
@@ -142,7 +149,7 @@ cdef class RingDatagrams(Datagrams):
 
     cdef void restart(self) noexcept:
         """The ring in which operations were in flight is gone: begin them anew."""
-        self.in_flight = 0
+        self.in_flight = self.watched = 0
         self.polling = NOT_POLLING
         self.room_polled = self.room_ending = False
         if self.closed:

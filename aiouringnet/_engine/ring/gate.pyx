@@ -5,6 +5,8 @@
   alone.
 * A pipe, which has to end for others when its owner closes it.  A ring's poll
   holds the file; an epoll set does not.
+* A datagram socket beside a poller (SQPOLL), which would let go of it some time
+  after its end.
 """
 
 from libc.errno cimport EMFILE
@@ -45,7 +47,7 @@ cdef class Gated(Stream):
 
 
 cdef class Gate(Handle):
-    """Streams that wait for a full socket to drain whose peer has half-closed, and pipes.
+    """Streams that wait for a full socket to drain whose peer has half-closed, pipes, datagram sockets.
 
     The ring polls while anybody waits.
     """
