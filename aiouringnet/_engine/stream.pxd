@@ -10,6 +10,7 @@ from aiouringnet._engine.output cimport Output
 # The I/O of one connected stream socket.
 cdef class Stream(Output):
     cdef flag tcp, is_unix          # or of another family
+    cdef flag stopped               # by stop_reading()
     cdef flag readable              # direct reads stopped before the socket was empty
     cdef flag until_eagain          # a short read may leave something behind: direct reads go on until EAGAIN
     cdef flag kernel_receives       # TLS records: poll() says nothing of a KeyUpdate that a read has stopped at

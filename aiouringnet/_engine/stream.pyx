@@ -107,10 +107,12 @@ cdef class Stream(Output):
         if self.closed or self.reading or self.end == END_TOLD:
             return
         self.reading = True
+        self.stopped = False
         self.engine.mark_resync(self)
 
     cdef void stop_reading(self) noexcept:
-        if self.reading:
+        self.stopped = True
+        if self.reading or self.sending:
             self.reading = False
             self.engine.mark_resync(self)
 

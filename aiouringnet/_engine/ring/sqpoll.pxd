@@ -7,6 +7,8 @@ from aiouringnet._engine.output cimport Output
 from aiouringnet._engine.ring.liburing cimport io_uring, io_uring_cqe
 
 
+cdef bint has_room(int fd) noexcept
+
 # A ring in the list of those whose poller is shared
 cdef struct Shared:
     int fd

@@ -11,7 +11,7 @@ in both cases without waiting: what the socket refuses follows when a POLL says
 that it has drained.  (A send that waited in the kernel would go to a worker
 thread once the peer has half-closed, since io_uring's polls then report
 RDHUP at once and for ever; a Gate waits for such sockets.)  With a poller they
-do wait, as long as the stream reads, and so hears of that end.
+do wait, unless the stream's reading was stopped: then it hears of no such end.
 
 Of read operations one is in flight, a multishot RECV or a multishot POLL as `read_tag` says, or none (0).
 sync_reading() compares it with the one wanted: none while not `reading` or when an end was met, POLL for a `bulk`
@@ -42,6 +42,7 @@ from aiouringnet._engine.ring.gate cimport Gated
 from aiouringnet._engine.ring.liburing cimport *
 from aiouringnet._engine.ring.queues cimport Queues
 from aiouringnet._engine.ring.setup cimport BUFFER_GROUP
+from aiouringnet._engine.ring.sqpoll cimport has_room
 from aiouringnet._engine.stream cimport Stream
 
 
@@ -312,11 +313,11 @@ cdef class RingStream(Gated):
 
         With a poller, and as long as the peer's end would be heard of, behind which it waits in a worker thread.
         """
-        return (<Queues>self.engine).poller is not None and self.reading and self.end == 0
+        return (<Queues>self.engine).poller is not None and not self.stopped and self.end == 0
 
     cdef void end_waiting(self) noexcept:
-        """What has not left is sent again, and waits for room at the Gate."""
-        if not self.send_cancelling:
+        """What has not left is sent again, and waits for room at the Gate.  (What will leave at once is let.)"""
+        if not self.send_cancelling and (self.queued >= BULK_BYTES or not has_room(self.fd)):
             self.send_cancelling = self.cancel_send()
             self.expect_sent()
             if not self.send_cancelling:
