@@ -395,6 +395,25 @@ def test_blocked_output_of_a_socket_that_is_closed_while_a_duplicate_keeps_its_f
     assert helpers.in_child(case, blocked_with_duplicates).endswith("all well\n")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.matrix(base="asyncio", debug=False, sqpoll=True)
+async def test_blocked_output_of_a_socket_that_its_owner_closes(loop, kind):
+    ours, peer = pair(kind)
+    _, protocol = await half_closed_and_blocked(loop, ours)
+    peer.shutdown(socket.SHUT_WR)
+    await protocol.eof
+    await asyncio.sleep(0.01)
+    ours.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        raise await helpers.within(protocol.lost)
+    size = 0
+    while data := peer.recv(1 << 20):
+        size += len(data)
+    assert 0 < size < 8 << 20
+    await at_rest(loop)
+    peer.close()
+
+
 # --------------------------------------------------------------------------
 # What accept() tells
 

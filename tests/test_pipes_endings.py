@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
+import resource
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -257,6 +260,49 @@ async def test_a_socket_that_its_owner_closes(loop):
         assert await helpers.within(read_all(peer, 1)) == b""
     transport.close()
     assert await protocol.lost is None
+
+
+@pytest.mark.parametrize("end", ["read", "write"])
+@pytest.mark.matrix(sqpoll=True)
+async def test_a_loop_out_of_descriptors(loop, end):
+    """It may take one to watch the first pipe: then this is an error of the call, and a later call succeeds."""
+    sock, other = socket.socketpair()
+    (await loop.create_connection(asyncio.Protocol, sock=sock))[0].abort()
+    other.close()
+    await asyncio.sleep(0.01)
+    read, write = ends("pipe")
+    ours, peer = (read, write) if end == "read" else (write, read)
+    connect = loop.connect_read_pipe if end == "read" else loop.connect_write_pipe
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as taken:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(helpers.open_fds()) + 20, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                while True:
+                    taken.enter_context(socket.socket())
+            try:
+                made = await connect(Reads if end == "read" else Writes, ours)
+            except OSError as exc:
+                assert exc.errno == errno.EMFILE
+                ours.close()
+                made = None
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    if made is None:
+        peer.close()
+        read, write = ends("pipe")
+        ours, peer = (read, write) if end == "read" else (write, read)
+        made = await connect(Reads if end == "read" else Writes, ours)
+    transport, protocol = made
+    with other_end(peer):
+        if end == "read":
+            await write_all(peer, b"there")
+            assert await protocol.got(5) == b"there"
+        else:
+            transport.write(b"there")
+            assert await read_all(peer, 5) == b"there"
+        transport.close()
+        assert await protocol.lost is None
 
 
 # --------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import asyncio
 import concurrent.futures
 import contextlib
 import errno
+import gc
 import itertools
 import os
+import resource
 import socket
 import time
 
@@ -15,6 +17,8 @@ from datagrams import Datagrams
 from helpers import Recorder
 from in_flight import nothing_under_way
 from wire import resource_warnings_ignored
+
+import aiouringnet
 
 pytestmark = pytest.mark.matrix(sqpoll=True)
 
@@ -315,3 +319,86 @@ def test_a_loop_that_runs_no_more_closes_what_another_thread_gave_up(make_loop):
     peer.close()
     with resource_warnings_ignored():
         del transport
+
+
+@pytest.mark.parametrize("base", [asyncio.SelectorEventLoop, type("Own", (asyncio.SelectorEventLoop,), {})])
+@pytest.mark.matrix(base="asyncio", debug=False, sqpoll=True)
+def test_a_detached_socket_leaves_the_loop_at_rest(case, base):
+    """It was alone with its traffic, watched in the loop's own set, and the loop stood still."""
+    loop = aiouringnet.loop_factory(base, engine=case.engine, sqpoll=bool(case.sqpoll))()
+    ours, peer = connected()
+
+    async def begin():
+        transport, protocol = await loop.create_connection(Recorder, sock=ours)
+        for number in range(40):
+            peer.send(b"x")
+            await protocol.received(number + 1)
+        return transport
+
+    async def at_rest():
+        await asyncio.sleep(0.01)
+        peer.send(b"for its owner")
+        before = time.thread_time()
+        await asyncio.sleep(0.1)
+        assert time.thread_time() - before < 0.05
+        transport.abort()
+        await asyncio.sleep(0.01)
+
+    transport = loop.run_until_complete(begin())
+    with socket.socket(fileno=on_a_thread(ours.detach)) as detached:
+        assert not detached.get_inheritable()
+        loop.run_until_complete(at_rest())
+        assert detached.recv(100) == b"for its owner"
+    peer.close()
+    loop.close()
+
+
+async def test_another_thread_cannot_detach_without_a_descriptor(loop):
+    """Nor has it given anything up then."""
+    ours, peer = connected()
+    transport, protocol = await loop.create_connection(Recorder, sock=ours)
+    await asyncio.sleep(0.002)
+    executor = concurrent.futures.ThreadPoolExecutor(1)
+    with executor, contextlib.ExitStack() as taken:
+        executor.submit(int).result()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(helpers.open_fds()) + 20, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                while True:
+                    taken.enter_context(socket.socket())
+            with pytest.raises(OSError, match="Too many open files"):
+                executor.submit(ours.detach).result()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            taken.close()
+        transport.write(b"still there")
+        await asyncio.sleep(0.005)
+        assert peer.recv(100) == b"still there"
+        executor.submit(ours.close).result()
+        with others_that_hear_nothing():
+            transport.write(b"for the peer, or for nobody")
+            await asyncio.sleep(0.005)
+    transport.abort()
+    await protocol.lost
+    peer.close()
+
+
+@pytest.mark.parametrize("end", ["closed", "collected"])
+@pytest.mark.matrix(base="asyncio", debug=False)
+def test_a_loop_however_it_ends_closes_what_another_thread_gave_up(case, make_loop, end):
+    loop = make_loop(patched=False) if end == "closed" else helpers.new_loop(case, engine=case.engine)
+    ours, peer = connected()
+    number = ours.fileno()
+    on_a_thread(loop.run_until_complete, aiouringnet.create_connection(loop, asyncio.Protocol, sock=ours))
+    ours.close()
+    assert not is_nobodys(number)
+    with resource_warnings_ignored():
+        if end == "closed":
+            loop.close()
+        else:
+            loop.set_exception_handler(lambda *_: None)
+            del loop
+            gc.collect()
+    assert is_nobodys(number)
+    peer.close()

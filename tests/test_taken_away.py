@@ -14,6 +14,7 @@ import helpers
 import pytest
 import seccomp
 from helpers import Recorder, pattern
+from in_flight import nothing_under_way
 from test_nested_loops import run_nested, run_once
 
 IO_URING_SETUP, IO_URING_ENTER = 425, 426  # on every architecture
@@ -202,6 +203,93 @@ def refused_in_a_nested_loop(make_loop):
 @pytest.mark.matrix(base="asyncio", engine="uring", debug=False, sqpoll=True)
 def test_a_loop_goes_on_when_io_uring_is_refused_in_a_nested_one(case):
     assert helpers.in_child(case, refused_in_a_nested_loop) == "went on\n"
+
+
+async def blocked_by_a_half_closed_peer(loop):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ours = socket.create_connection(listening.getsockname())
+        peer, _ = listening.accept()
+    transport, protocol = await loop.create_connection(lambda: Recorder(keep_open=True), sock=ours)
+    peer.shutdown(socket.SHUT_WR)
+    transport.write(bytes(8 << 20))
+    await protocol.eof
+    await asyncio.sleep(0.02)
+    return transport, protocol, peer
+
+
+def ended_before_the_ring_is_given_up(make_loop):
+    """A socket waits beside the ring for room; the loop's next thread may not make another; a callback ends it."""
+    loop = make_loop()
+    loop.set_exception_handler(lambda *_: None)
+    made = [loop.run_until_complete(blocked_by_a_half_closed_peer(loop)) for _ in range(3)]
+    forbid_io_uring(IO_URING_SETUP)
+
+    async def end():
+        made[0][0].abort()
+        made[1][0].write(b"more")
+        made[2][0].close()
+        await made[0][1].lost
+        for _, protocol, peer in made[1:]:
+            peer.setblocking(False)
+            size = 0
+            while size < (8 << 20) + 4 * (protocol is made[1][1]):
+                size += len(await loop.sock_recv(peer, 1 << 20))
+        assert await made[2][1].lost is None
+        made[1][0].abort()
+        await made[1][1].lost
+
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        executor.submit(loop.run_until_complete, end()).result()  # which begins before anything else
+        executor.submit(loop.close).result()
+    print("all ended")
+
+
+@pytest.mark.matrix(base="asyncio", engine="uring", debug=False)
+def test_what_waits_beside_a_ring_may_end_before_that_is_given_up(case):
+    assert helpers.in_child(case, ended_before_the_ring_is_given_up) == "all ended\n"
+
+
+def written_when_it_is_told(make_loop):
+    loop = make_loop()
+    made = []
+
+    def handler(_, context):
+        assert "io_uring" in context["message"], context
+        for transport, _, _ in made:
+            transport.write(bytes(4 << 20))
+
+    loop.set_exception_handler(handler)
+
+    async def main():
+        for _ in range(4):
+            ours, peer = socket.socketpair()
+            peer.setblocking(False)
+            made.append((*await loop.create_connection(Recorder, sock=ours), peer))
+        await asyncio.sleep(0.02)
+        forbid_io_uring()
+        for _, _, peer in made:
+            await loop.sock_sendall(peer, b"hello")
+        for transport, protocol, peer in made:
+            await protocol.received(5)
+            size = 0
+            while size < 4 << 20:
+                size += len(await loop.sock_recv(peer, 1 << 20))
+            transport.write(bytes(4 << 20))
+            transport.abort()
+            await protocol.lost
+            with contextlib.suppress(ConnectionError):
+                while await helpers.within(loop.sock_recv(peer, 1 << 20)):
+                    pass
+        await nothing_under_way(loop)
+
+    helpers.run_on(loop, main(), 15)
+    loop.close()
+    print("all sent")
+
+
+@pytest.mark.matrix(base="asyncio", engine="uring", debug=False)
+def test_the_exception_handler_writes_when_it_is_told_of_the_refusal(case):
+    assert helpers.in_child(case, written_when_it_is_told) == "all sent\n"
 
 
 # --------------------------------------------------------------------------

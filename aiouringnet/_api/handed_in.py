@@ -18,7 +18,6 @@ import contextlib
 import functools
 import os
 import socket
-import threading
 import weakref
 
 from aiouringnet._engine.bases import is_asyncios
@@ -28,16 +27,13 @@ from aiouringnet._engine.bases import is_asyncios
 _users = weakref.WeakKeyDictionary()
 # loop -> such sockets of its own: what another thread's loop is about is not looked at
 _kept = weakref.WeakKeyDictionary()
-# loop -> the numbers that its thread is to close
-_given_up = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 def hand_in(loop, sock, user):
     """Call user._socket_closes() when `sock` is closed or detached, however long that takes.
 
-    Where that says no the thread is another's, and the number stays taken
-    until the loop has called it again.  On a loop that keeps sockets open
+    On another thread than the loop's that returns a set, in which the number
+    stays taken until the loop has called it again, or is closed.  On a loop that keeps sockets open
     close() waits for the user's own, which comes when user._uses_socket() is
     false.
     """
@@ -64,19 +60,20 @@ def _telling_class(base):
         def _real_close(self, *args, **kwargs):
             if _keeps(self):
                 return
-            user, loop = _told(self)
-            if user is None:
+            later = _tell(self)
+            if later is None:
                 super()._real_close(*args, **kwargs)
             else:
-                _give_up(super().detach(), user, loop)
+                later(super().detach(), stays_open=False)
 
         def detach(self):
-            user, loop = _told(self)
-            if user is None:
+            later = _tell(self)
+            if later is None:
                 return super().detach()
-            number = os.dup(self.fileno())
-            _give_up(super().detach(), user, loop)
-            return number
+            copy = os.dup(self.fileno())
+            os.set_inheritable(copy, self.get_inheritable())
+            later(super().detach(), stays_open=True)
+            return copy
 
     Telling.__name__, Telling.__qualname__ = base.__name__, base.__qualname__
     Telling.__module__, Telling.__doc__ = base.__module__, base.__doc__
@@ -94,41 +91,39 @@ def loop_has_closed(loop):
     for sock in list(_kept.pop(loop, ())):
         if sock._closed:
             sock.close()
-    with _lock:
-        numbers = _given_up.pop(loop, ())
-    for number in numbers:
-        os.close(number)
 
 
-def _told(sock):
-    """(None, None) where who does I/O on it, if anybody, does no more; otherwise it and its loop."""
-    user, loop, _ = _users.pop(sock, (None, None, False))
+def _tell(sock):
+    """None where who does I/O on the socket, if anybody, does no more.  Otherwise what is to become of the number."""
+    user, loop, _ = _users.get(sock, (None, None, False))
     user = None if user is None else user()
-    if user is None or user._socket_closes():
-        return None, None
-    return user, loop()
+    numbers = None if user is None else user._socket_closes()
+    if numbers is None:
+        _users.pop(sock, None)
+        return None
+    return functools.partial(_give_up, user, loop(), numbers)
 
 
-def _give_up(number, user, loop):
+def _give_up(user, loop, numbers, number, stays_open):
     """Let the loop's thread close `number`."""
-    with _lock:
-        _given_up.setdefault(loop, set()).add(number)
-    if not loop.is_running():
+    if number < 0:
+        return  # it has done so meanwhile
+    numbers.add(number)
+    if not stays_open and not loop.is_running():
         # That may be never: the file is closed now, and what the number stands for is nobody's.
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as nobodys:
             os.dup2(nobodys.fileno(), number, inheritable=False)
     try:
-        loop.call_soon_threadsafe(_close_number, number, user, loop)
+        loop.call_soon_threadsafe(_close_number, user, numbers, number)
     except RuntimeError:
-        if user._socket_closes():
-            loop_has_closed(loop)  # since then
+        if user._socket_closes() is None:
+            _close_number(user, numbers, number)  # the loop is closed since then
 
 
-def _close_number(number, user, loop):
+def _close_number(user, numbers, number):
     user._socket_closes()
-    with _lock:
-        mine = number in _given_up.get(loop, ())
-        if mine:
-            _given_up[loop].discard(number)
-    if mine:
-        os.close(number)
+    try:
+        numbers.remove(number)
+    except KeyError:
+        return  # the engine has, at its end
+    os.close(number)

@@ -26,6 +26,7 @@ from aiouringnet._engine.ownership cimport airn_append
 from aiouringnet._engine.readiness cimport READY_BATCH, Readiness
 from aiouringnet._engine.scarcity cimport method
 
+import os
 import sys
 from asyncio import _get_running_loop
 
@@ -514,6 +515,8 @@ cdef class Engine(Gathering):
         self.over_budget.clear()
         self.expects_answer = None
         self.leave_selector()
+        while self.given_up:
+            os.close(self.given_up.pop())
         self.leave()
 
     def stats(self):

@@ -127,10 +127,11 @@ cdef class Listener(Handle):
         self._stop()
 
     def _socket_closes(self):
-        """Its owner does that: the port is free when it has.  Whether it may now: not on any thread."""
-        reached = self.engine.is_reached()
+        """Its owner does that: the port is free when it has.  On another thread: as a transport's."""
+        if not self.engine.is_reached():
+            return self.engine.given_up
         self.close()
-        return reached
+        return None
 
     def _uses_socket(self):
         return not self.closed and not self.engine.closed

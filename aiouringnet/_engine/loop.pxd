@@ -46,6 +46,7 @@ cdef class LoopBound:
     cdef readonly bint closed
     cdef bint flush_scheduled
     cdef object interrupt           # SystemExit or KeyboardInterrupt to raise when the pass ends
+    cdef set given_up               # numbers that other threads leave to the loop's, or to the end, to close
     cdef object waker               # a weak reference to what the loop calls then
     cdef int wake_fd                # watched by the loop
     cdef int loop_epoll_fd          # where it is watched edge-triggered, -1: level-triggered, must be read

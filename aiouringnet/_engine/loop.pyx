@@ -122,6 +122,7 @@ cdef class LoopBound:
         self.wake_fd = -1
         self.loop_epoll_fd = -1
         self.closed = True
+        self.given_up = set()
 
     # --- whose it is: the loop's thread, and the process that made it ----------
 

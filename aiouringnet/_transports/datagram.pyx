@@ -577,13 +577,13 @@ cdef class DatagramTransport(DatagramSink):
             self.close_socket()
 
     def _socket_closes(self):
-        """The socket was handed in, and its owner closes it.  Whether that may be done now: not on any thread."""
+        """The socket was handed in, and its owner closes it.  Elsewhere: the set that takes the number."""
         if not self.engine.is_reached():
-            return self.sock is None
+            return None if self.sock is None else self.engine.given_up
         if self.state < LOST:
             self.unregister()
             self.socket.descriptor_closes()
-        return True
+        return None
 
     def _uses_socket(self):
         """Whether it is still to be closed here."""

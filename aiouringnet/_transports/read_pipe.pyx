@@ -205,12 +205,12 @@ cdef class ReadPipeTransport(StreamInput):
             close_file(self)
 
     def _socket_closes(self):
-        """It is a socket, and its owner closes it.  Whether that may be done now: not on any thread."""
+        """It is a socket, and its owner closes it.  Elsewhere: the set that takes the number."""
         if not self.engine.is_reached():
-            return self.sock is None
+            return None if self.sock is None else self.engine.given_up
         if self.state < LOST:
             self.stream.descriptor_closes()
-        return True
+        return None
 
     def _uses_socket(self):
         """Whether it is still to be closed here."""

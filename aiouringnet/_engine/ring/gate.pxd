@@ -10,6 +10,7 @@ from aiouringnet._engine.stream cimport Stream
 cdef class Gated(Stream):
     cdef void wait_at_gate(self) noexcept
     cdef void leave_gate(self) noexcept
+    cdef void give_up_waiting(self) noexcept
     cdef void on_writable(self, int result) noexcept
 
 

@@ -32,6 +32,8 @@ cdef class Gated(Stream):
         if (<Gate>engine.gate).add(self):
             self.begin_send(FULL_AT_GATE, False)
             engine.begin(self)
+        elif self.fd < 0:
+            engine.mark_dirty(self)  # its owner has closed it, which the send will say
         else:
             engine.n_retries += 1
             engine.call_later(GATE_RETRY_S, method(engine.gate, "retry"), self)
@@ -41,6 +43,16 @@ cdef class Gated(Stream):
         (<Gate>(<Queues>self.engine).gate).remove(self)
         self.sending = SOCKET_FULL
         self.on_writable(POLLOUT)
+
+    cdef void give_up_waiting(self) noexcept:
+        """Without sending any more, at least now."""
+        self.engine.keep(self)
+        (<Gate>(<Queues>self.engine).gate).remove(self)
+        self.end_send()
+        self.engine.end(self)
+        if self.closed:
+            self.discard_output()
+            self.maybe_detached()
 
     cdef void on_writable(self, int result) noexcept:
         """The socket has drained: POLLOUT among the events; or -errno."""

@@ -14,6 +14,8 @@ cdef class Ring(Waiting):
     cdef void give_up_ring(self) noexcept
     cdef set half_sent(self)
     cdef bint drain(self) noexcept
+    cdef void end_handles(self) noexcept
+    cdef int open_gate(self) except -1
     cdef void close_gate(self) noexcept
     cdef void abandon(self, list handles) noexcept
     cdef void take_down(self) noexcept

@@ -129,6 +129,8 @@ cdef class Ring(Waiting):
 
     cdef Flow open_datagrams(self, object sock, object sink):
         cdef RingDatagrams datagrams = RingDatagrams.__new__(RingDatagrams)
+        if self.poller is not None:
+            self.open_gate()
         datagrams.attach(self, sock, sink)
         return datagrams
 
@@ -136,6 +138,7 @@ cdef class Ring(Waiting):
         cdef RingPipe pipe = RingPipe.__new__(RingPipe)
         pipe.file_end = End()
         pipe.file_end.writes = writes
+        self.open_gate()
         pipe.file_end.attach(pipe, self, fd, sink)
         return pipe
 
@@ -156,6 +159,15 @@ cdef class Ring(Waiting):
         connection.storage_size = len(packed)
         connection.submit()
         return connection.future
+
+    cdef int open_gate(self) except -1:
+        """Out of descriptors: say so to whoever opens a pipe, not to its protocol later."""
+        if self.readiness is None:
+            if self.gate is None:
+                self.gate = Gate(self)
+            if (<Gate>self.gate).ready is None:
+                (<Gate>self.gate).ready = Readiness()
+        return 0
 
     cdef int watch_for(self, Handle handle, int fd, unsigned int events) noexcept:
         if self.readiness is not None or not self.usable():
@@ -376,13 +388,13 @@ cdef class Ring(Waiting):
         self.watch_instead(ready)
         if ready.epoll_fd == self.event_fd:
             self.event_fd = -1  # the number is the set's
+        for handle in handles:
+            handle.restart()
         self.report({
             "message": "io_uring is refused to this process since its event loop has begun; "
                        "the connections go on with the epoll engine",
             "exception": OSError(self.refused, os.strerror(self.refused)),
         })
-        for handle in handles:
-            handle.restart()
         end_in_doubt(half_sent, doubtful, self.refused)
 
     cdef set half_sent(self):
@@ -440,6 +452,8 @@ cdef class Ring(Waiting):
             if self.event_fd >= 0:
                 c_close(self.event_fd)  # the loop has watched another number since the ring was given up
                 self.event_fd = -1
+            self.close_gate()
+            self.end_handles()
             return
         if self.forked():
             # In a forked child the rings' memory is not mapped, only the
@@ -449,6 +463,7 @@ cdef class Ring(Waiting):
                 self.poller.close_in_child()
             c_close(self.event_fd)
             self.ring_up = False
+            self.close_gate()
             return
         if self.refused:
             clean = not self.live
@@ -460,10 +475,13 @@ cdef class Ring(Waiting):
             while self.reap():
                 pass
             clean = not self.live
-        handles = list(self.live)
         if not clean:
-            self.abandon(handles)
+            self.abandon(list(self.live))
         self.take_down()
+        self.end_handles()
+
+    cdef void end_handles(self) noexcept:
+        handles = list(self.live)
         self.live.clear()
         for handle in handles:
             (<Handle>handle).in_flight = (<Handle>handle).watched = 0
@@ -525,7 +543,6 @@ cdef class Ring(Waiting):
         self.take_down_rings()
         self.live.clear()
         self.cancelled.clear()
-        self.close_gate()
         try:
             self.set_up()
         except (OSError, MemoryError) as exc:
@@ -534,6 +551,7 @@ cdef class Ring(Waiting):
             self.refused = getattr(exc, "errno", None) or ENOMEM
             self.live.update(handles)
         else:
+            self.close_gate()
             for handle in handles:
                 handle.restart()
             end_in_doubt(half_sent, half_sent, ECONNABORTED)

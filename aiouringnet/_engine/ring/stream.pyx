@@ -252,7 +252,7 @@ cdef class RingStream(Gated):
     cdef void restart(self) noexcept:
         """The ring in which operations were in flight is gone: begin them anew."""
         cdef bint was_sending = self.sending
-        self.in_flight = 0
+        self.in_flight = self.watched = 0
         self.read_tag = 0
         self.send_cancelling = False
         self.end_send()
@@ -366,7 +366,9 @@ cdef class RingStream(Gated):
         sqe.user_data = user_data(self, TAG_SEND)
         self.send_waits = waits
         # With a poller: what may block is waited for, and so is noticed when it fails.
-        self.begin_send(SEND_SUBMITTED, self.count > n or self.queued >= BULK_BYTES)
+        self.begin_send(
+            SEND_SUBMITTED, self.count > n or self.queued >= BULK_BYTES or engine.poller is not None and not waits
+        )
         engine.n_sends += 1
         engine.n_sending += 1
         engine.begin(self)
@@ -431,7 +433,7 @@ cdef class RingStream(Gated):
                 self.read_state = READ_ENDING
             asked = True
         if self.sending == FULL_AT_GATE:
-            self.leave_gate()
+            self.give_up_waiting()
         elif self.sending and not self.send_cancelling:
             self.send_cancelling = self.cancel_send()
             self.expect_sent()
