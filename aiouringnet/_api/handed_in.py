@@ -33,9 +33,9 @@ def hand_in(loop, sock, user):
     """Call user._socket_closes() when `sock` is closed or detached, however long that takes.
 
     On another thread than the loop's that returns a set, in which the number
-    stays taken until the loop has called it again, or is closed.  On a loop that keeps sockets open
-    close() waits for the user's own, which comes when user._uses_socket() is
-    false.
+    stays taken until the loop has called it again, or is closed.  On a loop
+    that keeps sockets open close() waits for the user's own, which comes when
+    user._uses_socket() is false.
     """
     try:
         sock.__class__ = _telling_class(type(sock))

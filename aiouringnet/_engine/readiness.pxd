@@ -36,8 +36,8 @@ cdef class Readiness:
 
     # Watch a descriptor for `events`, or for others than before; 0 or an errno
     cdef int register(self, object handle, int fd, unsigned int events) noexcept
-    # No more events of a descriptor that was registered for this handle
-    cdef void forget(self, object handle, int fd) noexcept
+    # No more events of a descriptor that was registered for this handle; false: it was not, or was another's since
+    cdef bint forget(self, object handle, int fd) noexcept
     # Fetch events that have come; their number
     cdef int fetch(self) noexcept
     # Have the set be ready until something is fetched

@@ -82,10 +82,12 @@ cdef class Readiness:
             slot.handle = <PyObject*>handle
         return 0
 
-    cdef void forget(self, object handle, int fd) noexcept:
+    cdef bint forget(self, object handle, int fd) noexcept:
         if 0 <= fd < self.n_slots and self.slots[fd].handle == <PyObject*>handle:
             self.slots[fd].handle = NULL
             epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, fd, NULL)
+            return True
+        return False
 
     cdef void alarm(self) noexcept:
         cdef epoll_event event

@@ -33,21 +33,24 @@ cdef class Gated(Stream):
             self.begin_send(FULL_AT_GATE, False)
             engine.begin(self)
         elif self.fd < 0:
-            engine.mark_dirty(self)  # its owner has closed it, which the send will say
+            if not self.dirty:
+                engine.mark_dirty(self)  # its owner has closed it, which the send will say
         else:
             engine.n_retries += 1
             engine.call_later(GATE_RETRY_S, method(engine.gate, "retry"), self)
 
     cdef void leave_gate(self) noexcept:
         self.engine.keep(self)
-        (<Gate>(<Queues>self.engine).gate).remove(self)
+        (<Gate>(<Queues>self.engine).gate).remove(self)  # whose event it is
         self.sending = SOCKET_FULL
         self.on_writable(POLLOUT)
 
     cdef void give_up_waiting(self) noexcept:
         """Without sending any more, at least now."""
-        self.engine.keep(self)
-        (<Gate>(<Queues>self.engine).gate).remove(self)
+        cdef Queues engine = <Queues>self.engine
+        engine.keep(self)
+        if engine.gate is not None:
+            (<Gate>engine.gate).remove(self)
         self.end_send()
         self.engine.end(self)
         if self.closed:
@@ -107,8 +110,8 @@ cdef class Gate(Handle):
             self.engine.mark_dirty(stream)  # the ring has gone meanwhile
 
     cdef void remove(self, Gated stream) noexcept:
-        self.ready.forget(stream, stream.fd)
-        self.left()
+        if self.ready is not None and self.ready.forget(stream, stream.fd):
+            self.left()
 
     cdef void entered(self) noexcept:
         self.waiting += 1
