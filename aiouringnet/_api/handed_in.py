@@ -11,7 +11,7 @@ programs leave it to the transport as soon as they have handed it in.
 
 Another thread than the loop's cannot stop the I/O.  The number that it gives
 up stays taken until the loop's thread has: what is written by it meanwhile
-reaches the peer, and nobody else.
+reaches the peer, and nobody else.  What detach() returns there is a duplicate.
 """
 
 import contextlib
