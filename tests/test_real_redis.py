@@ -120,10 +120,12 @@ async def test_a_connection_that_the_server_kills_is_reported(loop, where):
     without_retry = Retry(NoBackoff(), 0)
     async with redis.Redis(**where, retry=without_retry, client_name="victim") as victim, redis.Redis(**where) as other:
         waiting = asyncio.ensure_future(victim.blpop("nothing"))
-        await asyncio.sleep(0.05)
-        for connection in await other.client_list():
-            if connection["name"] == "victim":
-                await other.client_kill_filter(_id=connection["id"])
+        victims = []
+        while not victims:
+            await asyncio.sleep(0.01)
+            victims = [one for one in await other.client_list() if one["name"] == "victim" and one["cmd"] == "blpop"]
+        for one in victims:
+            await other.client_kill_filter(_id=one["id"])
         with pytest.raises(redis.ConnectionError):
             await waiting
 
