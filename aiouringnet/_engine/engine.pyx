@@ -516,7 +516,10 @@ cdef class Engine(Gathering):
         self.expects_answer = None
         self.leave_selector()
         while self.given_up:
-            os.close(self.given_up.pop())
+            try:
+                os.close(self.given_up.pop())
+            except OSError:
+                pass  # somebody has closed it who no longer owned it: the others are closed all the same
         self.leave()
 
     def stats(self):
